@@ -1,0 +1,20 @@
+"""Self-supervised pretraining by maximising a log-determinant mutual information (CorInfoMax, arXiv 2209.07999)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from corinfomax.objective import CorInfoMaxLoss, Moments, corinfomax_loss, ldmi
+
+__version__ = "0.1.0"
+__all__ = ["CorInfoMaxLoss", "Moments", "corinfomax_loss", "ldmi"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, since torch takes seconds to import and `corinfomax --help` needs none of it.
+    if name in __all__:
+        from corinfomax import objective
+
+        return getattr(objective, name)
+    raise AttributeError(f"module 'corinfomax' has no attribute {name!r}")

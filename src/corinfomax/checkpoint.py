@@ -1,0 +1,109 @@
+"""The whole state of a run in one safetensors file: weights, moments, optimiser, step, recipe; no pickle anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from corinfomax import recipes, runs
+from corinfomax.networks import Network
+
+FORMAT = "corinfomax-1"
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint file holds."""
+
+    recipe: recipes.Recipe
+    step: int
+    facts: dict[str, Any]
+    """What else was known of the run: data, fingerprint, versions."""
+    network: dict[str, Tensor]
+    criterion: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    """`name/parameter`, such as `momentum_buffer/backbone.conv1.weight`."""
+
+
+def save(
+    path: Path,
+    *,
+    network: nn.Module,
+    criterion: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    recipe: recipes.Recipe,
+    facts: dict[str, Any],
+) -> None:
+    """Write the state after `step` steps to `path`, whole or not at all."""
+    names = {id(p): name for name, p in network.named_parameters()}
+    tensors = {f"network/{name}": tensor for name, tensor in network.state_dict().items()}
+    tensors |= {f"criterion/{name}": tensor for name, tensor in criterion.state_dict().items()}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if value is not None:  # SGD's momentum before its first step
+                tensors[f"optimizer/{key}/{names[id(parameter)]}"] = torch.as_tensor(value)
+    about = {"format": FORMAT, "step": step, "recipe": recipes.to_json(recipe), "facts": facts}
+    dense = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    runs.write_whole(path, lambda temporary: save_file(dense, temporary, metadata={"corinfomax": json.dumps(about)}))
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU. ValueError or FileNotFoundError with the file's name when it is none, or torn."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; name a run folder or one of its checkpoints")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("corinfomax", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    if about is None or about["format"] != FORMAT:
+        raise ValueError(f"{path} holds weights, but is no checkpoint of this package")
+    parts: dict[str, dict[str, Tensor]] = {"network": {}, "criterion": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor
+    return Checkpoint(recipes.from_json(about["recipe"]), about["step"], about["facts"], **parts)
+
+
+def load_network(weights: Path) -> tuple[Network, Checkpoint]:
+    """The trained network in eval mode, from a checkpoint or from a run folder's last one; every tensor must fit.
+
+    ValueError or FileNotFoundError with the path when there is none, or when it is torn.
+    """
+    if weights.is_dir():
+        weights = last(weights)
+    loaded = load(weights)
+    network = Network(loaded.recipe.backbone, loaded.recipe.projector)
+    try:
+        network.load_state_dict(loaded.network)
+    except RuntimeError as error:
+        raise ValueError(f"{weights} does not fit its own recipe: {error}") from error
+    return network.eval(), loaded
+
+
+def last(run: Path) -> Path:
+    """The last checkpoint of a run folder; FileNotFoundError when there is none."""
+    saved = runs.checkpoints(run)
+    if not saved:
+        raise FileNotFoundError(f"{run} holds no checkpoint: it is no run folder, or the run saved none yet")
+    return saved[-1]
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor], network: nn.Module) -> None:
+    """Put a checkpoint's optimiser tensors back. ValueError when they do not belong to this network's parameters."""
+    parameters = dict(network.named_parameters())
+    for name, tensor in saved.items():
+        key, _, parameter_name = name.partition("/")
+        parameter = parameters.get(parameter_name)
+        if parameter is None or (tensor.ndim and tensor.shape != parameter.shape):
+            raise ValueError(f"the checkpoint's optimiser state {name} {tuple(tensor.shape)} fits no parameter")
+        # AdamW keeps its step count on the CPU; everything else lives where its parameter does, laid out like it.
+        value = tensor.clone() if key == "step" else torch.empty_like(parameter).copy_(tensor)
+        optimizer.state[parameter][key] = value

@@ -1,0 +1,94 @@
+"""Images to feature vectors with a trained backbone, and the files they are kept in."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from corinfomax import runs, views
+from corinfomax.images import Images
+from corinfomax.recipes import Recipe
+
+
+def features(
+    model: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch: int = 512,
+    progress: str | None = None,
+) -> Float[Tensor, "n f"]:
+    """What `model` makes of each image's centre view, in eval mode: float32 on the CPU, one row an image.
+
+    `recipe` gives size, mean and std; `dtype` is the network's arithmetic; `progress` names a progress bar. The
+    model's mode is put back afterwards.
+    """
+    device = torch.device(device)
+    was_training = model.training
+    model.eval()
+    rows = []
+    starts = tqdm(range(0, len(images), batch), desc=progress, unit="batch", leave=False, disable=progress is None)
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            for start in starts:
+                indices = torch.arange(start, min(start + batch, len(images)))
+                pixels, sizes = images.batch(indices)
+                x = views.centre_view(pixels.to(device), sizes, size=recipe.size, mean=recipe.mean, std=recipe.std)
+                rows.append(model(x).float().cpu())
+    finally:
+        model.train(was_training)
+    return torch.cat(rows)
+
+
+ENDINGS = (".npz", ".parquet")
+
+
+def check_ending(path: Path) -> None:
+    """ValueError unless `write` can write to a file of that ending here."""
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"{path.name} must end in {' or '.join(ENDINGS)}")
+    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("Parquet needs pyarrow: pip install 'corinfomax[parquet]'")
+
+
+def write(path: Path, vectors: Sequence[Float[Tensor, "_ f"]], parts: Sequence[Images]) -> None:
+    """The vectors of one or more splits with their images' paths, and labels where all have them.
+
+    Columns `path`, `features` and `label` (the class's name), as .npz without pickle, or as .parquet. Raises
+    ValueError as `check_ending` does.
+    """
+    check_ending(path)
+    features = torch.cat(tuple(vectors)).numpy()
+    columns = {"path": np.array([name for part in parts for name in part.paths])}
+    if all(part.labels is not None for part in parts):
+        columns["label"] = np.concatenate(
+            [np.array(part.classes)[part.labels.numpy()] for part in parts if part.labels is not None]
+        )
+    runs.write_whole(path, lambda temporary: WRITERS[path.suffix](temporary, columns, features))
+
+
+def _write_npz(path: Path, columns: dict[str, np.ndarray], features: np.ndarray) -> None:
+    with path.open("wb") as file:  # given a name, savez would append .npz to it
+        np.savez(file, allow_pickle=False, features=features, **columns)
+
+
+def _write_parquet(path: Path, columns: dict[str, np.ndarray], features: np.ndarray) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
+    pq.write_table(
+        pa.table({**{name: pa.array(column) for name, column in columns.items()}, "features": vectors}), path
+    )
+
+
+WRITERS = {".npz": _write_npz, ".parquet": _write_parquet}

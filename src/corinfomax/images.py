@@ -1,0 +1,407 @@
+"""Decoded images: one uint8 cache on disk read through a memory map, and batches of any of its images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import IO, NamedTuple
+from uuid import uuid4
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from corinfomax.seeds import generator
+from corinfomax.sources import DataError, Source, find
+
+FORMAT = 1  # raise it with every change to the bytes that decoding gives or to their layout
+# Never EPS: Pillow would hand it to Ghostscript. AVIF last: before Pillow 11.3 asking for it raises.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+LONGEST = 4
+"""Longest side of a cached image, in short sides: it bounds the padding of a batch."""
+DEFAULT_HOLDOUT = 0.1
+CHUNK = 32  # images a task: handing over one 32×32 image costs as much as decoding it
+ABANDONED = 24 * 3600.0  # seconds without a byte written, after which a half-built cache has no living builder
+UPRIGHT: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each value of EXIF's Orientation (tag 0x0112)."""
+
+Decoded = UInt8[np.ndarray, "3 _ _"] | str
+"""An image, or why it cannot be read."""
+Opened = tuple[np.ndarray, Tensor, list[tuple[int, str]]]
+"""Rows, heights and widths of a cache's images; their bytes; rows and reasons of the skipped ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The n decoded images of one split, RGB, uint8."""
+
+    pixels: UInt8[Tensor, " bytes"]
+    """Images one after another, each 3×height×width; a memory map of the cache, only to be read."""
+    offsets: Int[Tensor, " n"]
+    """Where each image starts in `pixels`."""
+    sizes: Int[Tensor, "n 2"]
+    """Height and width of each image."""
+    paths: tuple[str, ...]
+    """Of each image from the root of its data, with forward slashes; of an array set, name/row."""
+    labels: Int[Tensor, " n"] | None
+    """Place of each image's class in `classes`."""
+    classes: tuple[str, ...]
+    """Names of the classes of the training images, sorted; () without labels."""
+    skipped: tuple[tuple[str, str], ...]
+    """Path and reason of each image of the split that could not be read."""
+    fingerprint: str
+    """Changes when a file's name, size or mtime, the side of the cache, or the selection does."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def select(self, indices: Int[Tensor, " m"]) -> Images:
+        """The images at `indices`, in that order; they share `pixels`, and `skipped` stays that of the whole split."""
+        digest = hashlib.blake2b(self.fingerprint.encode(), digest_size=16)
+        digest.update(indices.to("cpu", torch.int64).numpy().tobytes())
+        return replace(
+            self,
+            offsets=self.offsets[indices],
+            sizes=self.sizes[indices],
+            paths=tuple(self.paths[index] for index in indices.tolist()),
+            labels=None if self.labels is None else self.labels[indices],
+            fingerprint=digest.hexdigest(),
+        )
+
+    @cached_property
+    def _grid(self) -> tuple[UInt8[Tensor, "rows 3 h w"], Int[Tensor, " n"]] | None:
+        """`pixels` as equal images, and each image's row among them; None when sizes differ."""
+        if not len(self) or (self.sizes != self.sizes[0]).any():
+            return None
+        height, width = self.sizes[0].tolist()
+        stride = 3 * height * width
+        if (self.offsets % stride).any():  # equal images chosen from a cache of unequal ones
+            return None
+        rows = len(self.pixels) // stride
+        return self.pixels[: rows * stride].view(rows, 3, height, width), self.offsets // stride
+
+    def batch(self, indices: Int[Tensor, " b"]) -> tuple[UInt8[Tensor, "b 3 h w"], Int[Tensor, "b 2"]]:
+        """Copies of the images at `indices`, on the device of `pixels`, and the height and width of each, on the CPU.
+
+        Images of unequal sizes lie at the top left of the largest height and width among them, zeros elsewhere.
+        """
+        sizes = self.sizes[indices]
+        if self._grid is not None:
+            grid, rows = self._grid
+            return grid.index_select(0, rows[indices].to(grid.device)), sizes
+        height, width = sizes.amax(0).tolist() if len(sizes) else (0, 0)
+        out = self.pixels.new_zeros(len(sizes), 3, height, width)
+        # On the CPU through NumPy: torch would start its threads for each image, ruinous where the cores are busy.
+        pixels, slots = (self.pixels.numpy(), out.numpy()) if out.device.type == "cpu" else (self.pixels, out)
+        for slot, offset, (h, w) in zip(slots, self.offsets[indices].tolist(), sizes.tolist(), strict=True):
+            slot[:, :h, :w] = pixels[offset : offset + 3 * h * w].reshape(3, h, w)
+        return out, sizes
+
+
+class Splits(NamedTuple):
+    train: Images
+    test: Images | None
+
+
+def load(
+    data: str | Path,
+    *,
+    side: int,
+    holdout: float | None = None,
+    seed: int = 0,
+    root: Path | None = None,
+    download: bool = False,
+    cache: Path | None = None,
+    test_split: str | None = None,
+    progress: bool = True,
+) -> Splits:
+    """Images to train on and, where there are any, to test on; decoded on first use, mapped from the cache after that.
+
+    `data`, `root` and `download` are those of `sources.find`. The short side of larger images is reduced to `side`
+    pixels; smaller images are kept.
+    The test images are, in this order: a `holdout` share of the training images, drawn from `seed`, and then no other
+    split is opened; `test_split`; the split test, or else val, unless it lacks the labels that train has; a tenth of
+    the training images if they have labels and `holdout` is not 0; none.
+    The cache lies in `cache`, else $CORINFOMAX_CACHE, else $XDG_CACHE_HOME/corinfomax, else ~/.cache/corinfomax, one
+    folder a split and side. Any of them may be deleted while no run uses it. Many processes may load at once, but each
+    that finds no cache builds it: let one go first.
+    Raises DataError where the data cannot be used, or more than 1 % of a split (and more than one image) is unreadable.
+    """
+    if side < 1:
+        raise ValueError(f"side is {side}; it is the short side of the cached images in pixels, 1 or more")
+    if holdout is not None and not 0 <= holdout < 1:
+        raise ValueError(f"holdout is {holdout}; it is a share of the training images, from 0 up to but not 1")
+    if holdout and test_split:
+        raise ValueError(f"holdout {holdout} and test_split {test_split!r} both say what to test on; give one of them")
+    sources = find(data, root=root, download=download)
+    folder = cache or default_cache()
+    classes = tuple(sorted(set(sources["train"].labels or ())))
+    train = _images(sources["train"], classes, side, folder, progress)
+    name = None if holdout else _test_name(data, sources, test_split)
+    if name is not None:
+        # Labels of a test split say nothing about training images without any: its classes are then its own.
+        known = classes or tuple(sorted(set(sources[name].labels or ())))
+        return Splits(train, _images(sources[name], known, side, folder, progress))
+    share = holdout if holdout is not None else DEFAULT_HOLDOUT if classes else 0.0
+    return set_aside(train, share, seed) if share else Splits(train, None)
+
+
+def set_aside(images: Images, share: float, seed: int) -> Splits:
+    """A `share` of the images, drawn from `seed`, to test on, and the others to train on, both in their old order."""
+    if len(images) < 2:
+        raise DataError(f"cannot set images aside to test on: there is only {len(images)}; add images or use holdout 0")
+    order = torch.randperm(len(images), generator=generator(seed, "holdout"))
+    count = min(max(round(share * len(images)), 1), len(images) - 1)
+    test, train = order[:count].sort().values, order[count:].sort().values
+    return Splits(images.select(train), replace(images.select(test), skipped=()))  # named once, by train
+
+
+def _test_name(data: str | Path, sources: dict[str, Source], test_split: str | None) -> str | None:
+    others = [name for name in sources if name != "train"]
+    if test_split is not None and test_split not in others:
+        have = f"it has {', '.join(others)}" if others else "it has only train; holdout sets a share of it aside"
+        raise DataError(f"{data} has no split {test_split!r} to test on: {have}")
+    labelled = sources["train"].labels is not None
+    usable = (name for name in ("test", "val") if name in sources and (sources[name].labels is not None) >= labelled)
+    return test_split or next(usable, None)
+
+
+def default_cache() -> Path:
+    """Folder of the decoded images: $CORINFOMAX_CACHE, else corinfomax in $XDG_CACHE_HOME, else ~/.cache/corinfomax."""
+    if chosen := os.environ.get("CORINFOMAX_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "corinfomax"
+
+
+def _images(source: Source, classes: tuple[str, ...], side: int, cache: Path, progress: bool) -> Images:
+    """One split from its cache, which is built if it is not there whole."""
+    labels = None
+    if source.labels is not None:
+        if unknown := sorted(set(source.labels) - set(classes)):
+            raise DataError(
+                f"{len(unknown)} classes to test on are not among the {len(classes)} to train on, first "
+                f"{unknown[0]!r} ({source.paths[source.labels.index(unknown[0])]}); give both splits the same classes"
+            )
+        places = {name: place for place, name in enumerate(classes)}
+        labels = torch.tensor([places[label] for label in source.labels])
+    digest = hashlib.blake2b(f"{FORMAT} {side} ".encode() + source.stamps.tobytes(), digest_size=16)
+    digest.update(os.fsencode("\0".join(source.paths)))
+    fingerprint = digest.hexdigest()  # without the root: the same files elsewhere are the same data
+    digest.update(os.fsencode("\0" + source.root))
+    folder = cache.absolute() / digest.hexdigest()
+    for _ in range(3):  # another process may take away a cache that it saw torn in the moment after we mend it
+        if (opened := _open(folder, len(source.paths))) is not None:
+            break
+        _build(source, side, folder, progress)
+    else:
+        raise DataError(f"the image cache {folder} does not stay whole; delete it and start one process first")
+    index, pixels, skipped = opened
+    kept, sizes = torch.from_numpy(index[:, 0].copy()), torch.from_numpy(index[:, 1:].copy())
+    ends = (3 * sizes.prod(1)).cumsum(0)
+    return Images(
+        pixels=pixels,
+        offsets=ends - 3 * sizes.prod(1),
+        sizes=sizes,
+        paths=tuple(source.paths[row] for row in kept.tolist()),
+        labels=None if labels is None else labels[kept],
+        classes=() if labels is None else classes,
+        skipped=tuple((source.paths[row], reason) for row, reason in skipped),
+        fingerprint=fingerprint,
+    )
+
+
+def _open(folder: Path, count: int) -> Opened | None:
+    """What is in a cache; None where it is not there, not whole, or not of `count` images."""
+    try:
+        index = np.load(folder / "index.npy", allow_pickle=False)
+        notes = json.loads((folder / "index.json").read_text("utf-8"))
+        skipped = [(row, reason) for row, reason in notes["skipped"]]
+        size = (folder / "pixels.bin").stat().st_size
+        if size != 3 * index[:, 1:].prod(1).sum() or len(index) + len(skipped) != count:
+            return None
+        # Mode "r": a copy-on-write map counts as memory, and Linux refuses one larger than the machine has.
+        mapped = np.memmap(folder / "pixels.bin", np.uint8, "r")
+    except (OSError, EOFError, ValueError):
+        return None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor do we write to it
+        return index, torch.from_numpy(mapped), skipped
+
+
+def _build(source: Source, side: int, folder: Path, progress: bool) -> None:
+    """Decode a split into `folder`, which appears whole or not at all."""
+    count, written = len(source.paths), 0
+    index: list[tuple[int, int, int]] = []
+    skipped: list[tuple[int, str]] = []
+    part = folder.with_name(f"{folder.name}.{uuid4().hex}.part")
+    try:
+        _sweep(folder.parent)
+        part.mkdir(parents=True)
+        with (part / "pixels.bin").open("wb", buffering=1 << 20) as stream:
+            with closing(_decoded(source, side, progress)) as results:
+                for row, result in enumerate(results):
+                    if isinstance(result, str):
+                        skipped.append((row, result))
+                    else:
+                        index.append((row, *result.shape[1:]))
+                        written += stream.write(result.data)
+            _sync(stream)
+        _complain(source, skipped)
+        with (part / "index.npy").open("wb") as stream:
+            np.save(stream, np.array(index, np.int64), allow_pickle=False)
+            _sync(stream)
+        with (part / "index.json").open("wb") as stream:
+            # root and side are for the person who tidies up the cache
+            stream.write(json.dumps({"root": source.root, "side": side, "skipped": skipped}).encode())
+            _sync(stream)
+        _publish(part, folder, count)
+    except OSError as error:
+        done = len(index) + len(skipped)
+        needed = written * count // done if done else 4 * side * side * count
+        raise DataError(
+            f"cannot write the image cache in {folder.parent}: {error.strerror}; {count:,} images need about "
+            f"{needed / 1e6:,.0f} MB there: make room, or name another folder in CORINFOMAX_CACHE"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # there only if it was not published
+
+
+def _publish(part: Path, folder: Path, count: int) -> None:
+    """Give a whole cache its name, unless another process was first."""
+    if _open(folder, count) is not None:
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # torn
+    try:
+        part.rename(folder)
+    except OSError:
+        if _open(folder, count) is None:
+            raise
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what builders that were killed left behind."""
+    for part in cache.glob("*.part"):
+        with suppress(FileNotFoundError):  # its builder is alive and just published it
+            if time.time() - max(path.stat().st_mtime for path in (part, *part.iterdir())) > ABANDONED:
+                shutil.rmtree(part)
+
+
+def _complain(source: Source, skipped: list[tuple[int, str]]) -> None:
+    """Raise where too many images were unreadable to call the rest the data: over 1 % and over one, or all."""
+    count = len(source.paths)
+    if len(skipped) <= max(1, 0.01 * count) and len(skipped) < count:
+        return
+    named = ", ".join(f"{source.paths[row]} ({reason})" for row, reason in skipped[:5])
+    raise DataError(
+        f"{len(skipped):,} of {count:,} images in {source.root} cannot be read, and no more than 1 % is skipped: "
+        f"{named}{', …' if len(skipped) > 5 else ''}; remove or replace them"
+    )
+
+
+def _sync(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _decoded(source: Source, side: int, progress: bool) -> Generator[Decoded, None, None]:
+    """Each image of `source` in order, or why it cannot be read; a few chunks a core are in memory at any time."""
+    count, workers = len(source.paths), os.cpu_count() or 1
+    array = source.array() if source.array else None
+
+    def open_image(row: int) -> Image.Image:
+        if array is not None:
+            return Image.fromarray(array[row])
+        return Image.open(Path(source.root, source.paths[row]), formats=FORMATS)
+
+    def decode_chunk(rows: range) -> list[Decoded]:
+        results: list[Decoded] = []
+        for row in rows:
+            try:
+                with open_image(row) as image:
+                    results.append(decode(image, side))
+            except UnidentifiedImageError:
+                results.append("not an image" if source.stamps[row, 0] else "empty file")
+            except Exception as error:  # a malformed file makes Pillow's parsers raise nearly anything
+                results.append(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+        return results
+
+    chunks = (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+    pending: deque[Future[list[Decoded]]] = deque()
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=count, desc="decoding", unit=" images", disable=not progress) as bar,
+    ):
+        # What Pillow warns of (broken EXIF, many pixels) does not keep the pixels from being read.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        for rows in chunks:
+            pending.append(pool.submit(decode_chunk, rows))
+            while len(pending) > 2 * workers or (pending and rows.stop == count):
+                results = pending.popleft().result()
+                yield from results
+                bar.update(len(results))
+
+
+def decode(image: Image.Image, side: int) -> UInt8[np.ndarray, "3 h w"]:
+    """An opened image as RGB bytes, upright, its short side reduced to `side` where it is longer.
+
+    The first frame of an animation; transparency over white; 16-bit levels divided by 257 (mode I is taken as 16-bit),
+    floats taken as 0 to 1, or as 0 to 255 if any is above 1. Of a side longer than LONGEST short ones only the middle
+    is kept. Raises what Pillow raises on a file that it cannot read whole.
+    """
+    short = min(image.size)
+    # A JPEG then decodes at 1/2, 1/4 or 1/8 of its size, in less time; twice the side is left to resample from.
+    drafted = image.draft(None, (2 * side * image.width // short, 2 * side * image.height // short))
+    image.load()
+    upright = UPRIGHT.get(image.getexif().get(0x0112))
+    rgb = _rgb(image)
+    width, height = drafted[1][2:] if drafted else rgb.size  # of the drafted image in fractions of a pixel
+    shorter = min(width, height)
+    longest = LONGEST * max(shorter, side)
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    width, height = min(width, longest), min(height, longest)
+    if shorter > side:
+        size = max(side, round(width * side / shorter)), max(side, round(height * side / shorter))
+    else:
+        size = round(width), round(height)
+    box = (left, top, left + width, top + height)
+    rgb = rgb.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+    if upright is not None:
+        rgb = rgb.transpose(upright)
+    return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+    elif image.mode == "F":
+        levels = np.nan_to_num(np.asarray(image))
+        levels = levels * 255 if levels.max() <= 1 else levels
+        image = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
+    elif image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")

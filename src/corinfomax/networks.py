@@ -1,0 +1,62 @@
+"""The network that is trained: a timm backbone with pooled features and the projector on top."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from corinfomax.recipes import Backbone, Projector
+
+
+class Network(nn.Module):
+    """Backbone and projector; `network(x)` gives projections, `network.backbone(x)` the features that are kept."""
+
+    def __init__(self, backbone: Backbone, projector: Projector) -> None:
+        super().__init__()
+        self.backbone = build_backbone(backbone)
+        self.projector = build_projector(int(self.backbone.num_features), projector)  # type: ignore[arg-type]
+
+    def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        """Projections of one view. Each view needs a forward of its own: BatchNorm's statistics are a view's own."""
+        return self.projector(self.backbone(x))
+
+
+def build_backbone(backbone: Backbone) -> nn.Module:
+    """An untrained timm network without classifier: (n, 3, h, w) images to (n, num_features) pooled features.
+
+    Raises ValueError for a name that timm does not know, and for ResNet options on another network.
+    """
+    options: dict[str, Any] = {
+        name: value for name in ("layers", "channels") if (value := getattr(backbone, name)) is not None
+    }
+    if not timm.is_model(backbone.name):
+        near = ", ".join(timm.list_models(f"*{backbone.name}*")[:6]) or "see timm.list_models()"
+        raise ValueError(f"timm knows no network {backbone.name!r}; near it: {near}")
+    try:
+        model = timm.create_model(backbone.name, pretrained=False, num_classes=0, **options)
+    except TypeError as error:
+        raise ValueError(f"{backbone.name} does not take {', '.join(options)}; these are for ResNets") from error
+    if backbone.small_stem:
+        if not isinstance(model, timm.models.resnet.ResNet) or not isinstance(model.conv1, nn.Conv2d):
+            raise ValueError(f"small_stem replaces the first convolution of a ResNet; {backbone.name} has none such")
+        stem = nn.Conv2d(3, model.conv1.out_channels, 3, stride=backbone.stem_stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        model.register_module("conv1", stem)
+        model.register_module("maxpool", nn.Identity())
+    return model
+
+
+def build_projector(features: int, projector: Projector) -> nn.Sequential:
+    """Linear – ReLU – … – Linear(no bias); with `batch_norm` each hidden Linear is followed by BatchNorm."""
+    layers: list[nn.Module] = []
+    *hidden, dim = projector.widths
+    for width in hidden:
+        layers.append(nn.Linear(features, width))
+        if projector.batch_norm:
+            layers.append(nn.BatchNorm1d(width))
+        layers.append(nn.ReLU(inplace=True))
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, dim, bias=False))

@@ -1,0 +1,274 @@
+"""The CorInfoMax objective (arXiv 2209.07999): log det spreads the features, attraction makes two views agree.
+
+    μ ← λ_μ μ + (1−λ_μ) mean(z)                     each view has its own moments
+    R ← λ_R R + (1−λ_R) (z−μ)ᵀ(z−μ)/N               centred with the new mean
+    big_bang   = −( log det(R1+εI) + log det(R2+εI) ) / D
+    attraction = ‖z1−z2‖² / (N·D)
+    loss       = alpha · attraction + big_bang
+
+λ weighs the past. The gradient flows through the batch's own mean and covariance; the past is a constant.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from corinfomax.recipes import ALPHA_PER_DIM
+
+
+class Moments(NamedTuple):
+    """Running covariance and mean of the projections, one pair a view."""
+
+    R1: Float[Tensor, "d d"]
+    R2: Float[Tensor, "d d"]
+    mu1: Float[Tensor, " d"]
+    mu2: Float[Tensor, " d"]
+
+    @classmethod
+    def initial(cls, dim: int, *, cov_init: float = 1.0, device: torch.device | str | None = None) -> Moments:
+        """The moments before the first step: R = cov_init·I, mu = 0, in `moment_dtype(device)`."""
+        dtype = moment_dtype(device)
+        R = cov_init * torch.eye(dim, dtype=dtype, device=device)
+        mu = torch.zeros(dim, dtype=dtype, device=device)
+        return cls(R, R.clone(), mu, mu.clone())
+
+
+class Terms(NamedTuple):
+    """The loss and its two parts, each a differentiable scalar in the moments' dtype."""
+
+    loss: Float[Tensor, ""]
+    attraction: Float[Tensor, ""]
+    big_bang: Float[Tensor, ""]
+
+
+def corinfomax_loss(
+    z1: Float[Tensor, "n d"],
+    z2: Float[Tensor, "n d"],
+    moments: Moments,
+    *,
+    alpha: float,
+    cov_decay: float = 0.01,
+    mean_decay: float = 0.01,
+    eps: float = 1e-8,
+) -> tuple[Terms, Moments]:
+    """The published loss of two views of a batch and the moments after it.
+
+    Rows of `z1` and `z2` are projections, L2-normalised by the caller; any floating dtype, the arithmetic is that of
+    `moments` (float64). `cov_decay` and `mean_decay` weigh the past. The returned moments are detached.
+
+    Raises ValueError for a wrong shape or a non-finite value. On CUDA looking at values would make the host wait, so
+    there a non-finite batch gives a non-finite loss and leaves the moments as they were.
+
+    >>> z = F.normalize(torch.randn(8, 4), dim=1)
+    >>> terms, moments = corinfomax_loss(z, z, Moments.initial(4), alpha=16.0)
+    >>> float(terms.attraction)
+    0.0
+    """
+    _check_pair(z1, z2, dim=moments.mu1.shape[0])
+    dtype, (n, d) = moments.R1.dtype, z1.shape
+    # Under autocast matmul would come down to bfloat16, whose 8 bits leave nothing of a log det.
+    with torch.autocast(z1.device.type, enabled=False):
+        z1, z2 = z1.to(dtype), z2.to(dtype)
+        log_det1, R1, mu1 = _LogDet.apply(z1, moments.R1, moments.mu1, cov_decay, mean_decay, eps)
+        log_det2, R2, mu2 = _LogDet.apply(z2, moments.R2, moments.mu2, cov_decay, mean_decay, eps)
+        attraction = (z1 - z2).square().sum() / (n * d)
+        big_bang = -(log_det1 + log_det2) / d
+        loss = alpha * attraction + big_bang
+        # One bad batch must not live on in the moments; torch.where, since an `if` would wait for the device.
+        good = loss.isfinite()
+        after = Moments(*(torch.where(good, new, old) for new, old in zip((R1, R2, mu1, mu2), moments, strict=True)))
+    return Terms(loss, attraction, big_bang), after
+
+
+class _LogDet(torch.autograd.Function):
+    """log det(R+εI) of the updated covariance, with its gradient in closed form.
+
+    With G = (R+εI)⁻¹, c = 2(1−λ_R)/N and m the batch mean,  ∂ log det / ∂z_i = c · G (z_i − μ − (1−λ_μ)(m − μ)):
+    the first part is the derivative of the Gram matrix, the second what the mean passes on. One Cholesky and one Gram
+    matrix serve forward and backward; autograd would differentiate through both.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        R_past: Tensor,
+        mu_past: Tensor,
+        cov_decay: float,
+        mean_decay: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        m = z.mean(0)
+        mu = torch.lerp(m, mu_past, mean_decay)
+        centred = z - mu
+        R = torch.lerp(centred.T @ centred / len(z), R_past, cov_decay)
+        log_det, L = _cholesky_log_det(R, eps)
+        ctx.save_for_backward(centred, (1 - mean_decay) * (m - mu), L)
+        ctx.scale = 2 * (1 - cov_decay) / len(z)
+        ctx.mark_non_differentiable(R, mu)
+        return log_det, R, mu
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        centred, through_mean, L = ctx.saved_tensors
+        G = torch.cholesky_inverse(L)
+        return (centred - through_mean) @ (G * (ctx.scale * grads[0])), None, None, None, None, None
+
+
+class CorInfoMaxLoss(nn.Module):
+    """The loss as a module for anyone's loop; its state is the running moments.
+
+    `terms = criterion(z1, z2)` takes two projections of shape (n, dim), any floating dtype, and gives scalars
+    `terms.loss`, `terms.attraction` and `terms.big_bang`, differentiable, float64. `alpha=None` means 3.906·dim, the
+    rule the published rows obey. In eval mode the moments stay as they are. They are float64 buffers (`R1`, `R2`,
+    `mu1`, `mu2`) in `state_dict`, and stay float64 under `.half()`; on MPS, which has no float64, float32 with a
+    warning.
+
+    Raises ValueError for wrong shapes, and for non-finite input except on CUDA (see `corinfomax_loss`).
+
+    >>> criterion = CorInfoMaxLoss(64)
+    >>> z1, z2 = torch.randn(2, 512, 64)
+    >>> bool(criterion(z1, z2).big_bang >= criterion.floor)
+    True
+    """
+
+    R1: Tensor
+    R2: Tensor
+    mu1: Tensor
+    mu2: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        alpha: float | None = None,
+        cov_decay: float = 0.01,
+        mean_decay: float = 0.01,
+        eps: float = 1e-8,
+        cov_init: float = 1.0,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value, fits, wanted in (
+            ("dim", dim, dim >= 1, "at least 1"),
+            ("alpha", alpha, alpha is None or alpha >= 0, "at least 0, or None for 3.906·dim"),
+            ("cov_decay", cov_decay, 0 <= cov_decay < 1, "in [0, 1): the weight of the past"),
+            ("mean_decay", mean_decay, 0 <= mean_decay < 1, "in [0, 1): the weight of the past"),
+            ("eps", eps, eps > 0, "above 0"),
+            ("cov_init", cov_init, cov_init > 0, "above 0"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} is {value}; it must be {wanted}")
+        self.alpha = ALPHA_PER_DIM * dim if alpha is None else alpha
+        self.cov_decay, self.mean_decay, self.eps, self.normalize = cov_decay, mean_decay, eps, normalize
+        for name, moment in Moments.initial(dim, cov_init=cov_init)._asdict().items():
+            self.register_buffer(name, moment)
+
+    @property
+    def floor(self) -> float:
+        """The least big_bang that unit rows can reach, 2·ln D: all directions in equal use."""
+        return 2 * math.log(len(self.mu1))
+
+    def forward(self, z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"]) -> Terms:
+        """The terms of this batch; in training mode the moments move on."""
+        if self.normalize:
+            z1, z2 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1) for z in (z1, z2))
+        terms, moments = corinfomax_loss(
+            z1,
+            z2,
+            Moments(self.R1, self.R2, self.mu1, self.mu2),
+            alpha=self.alpha,
+            cov_decay=self.cov_decay,
+            mean_decay=self.mean_decay,
+            eps=self.eps,
+        )
+        if self.training:
+            self.R1, self.R2, self.mu1, self.mu2 = moments
+        return terms
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={len(self.mu1)}, alpha={self.alpha:g}, cov_decay={self.cov_decay:g}, mean_decay={self.mean_decay:g}, "
+            f"eps={self.eps:g}, normalize={self.normalize}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CorInfoMaxLoss:
+        # .half() and .to(bfloat16) cast every floating buffer; the moments follow the device alone.
+        def move(moment: Tensor) -> Tensor:
+            device = fn(moment.new_empty(0, dtype=torch.float32)).device
+            dtype = moment_dtype(device)
+            if moment.dtype == dtype and (moved := fn(moment)).dtype == dtype:
+                return moved
+            return moment.to(dtype).to(device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+
+
+def ldmi(z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"], *, eps: float = 1e-8) -> Float[Tensor, ""]:
+    """Log-determinant mutual information of two sets of paired vectors, in nats per dimension; needs no labels.
+
+    With Re12 = R1 − R12 (R2+εI)⁻¹ R12ᵀ, the error covariance of the best linear prediction of z1 from z2, it is
+    (1/D) [log det(R1+εI) + log det(R2+εI) − log det(Re12+εI) − log det(Re21+εI)]. By Schur complements both error
+    terms are the joint covariance's log det less one marginal, so it is 2/D times the sum of the marginal log dets
+    less the joint one: three Cholesky factors, each of a matrix that εI keeps positive. With ε → 0 it is
+    −(2/D) Σ ln(1−ρ²) over the canonical correlations ρ.
+
+    Rows are paired observations, used as they are (not normalised). Raises ValueError for a wrong shape or a
+    non-finite value.
+    """
+    _check_pair(z1, z2)
+    dtype = moment_dtype(z1.device)
+    with torch.autocast(z1.device.type, enabled=False):
+        joint = torch.cat((z1, z2), 1).to(dtype)
+        joint = joint - joint.mean(0)
+        R = joint.T @ joint / len(joint)
+        d = z1.shape[1]
+        log_det1, log_det2, log_det_joint = (_cholesky_log_det(block, eps)[0] for block in (R[:d, :d], R[d:, d:], R))
+        return 2 / d * (log_det1 + log_det2 - log_det_joint)
+
+
+def moment_dtype(device: torch.device | str | None) -> torch.dtype:
+    """float64, or float32 on MPS, which has no float64 (said once as a warning)."""
+    if device is not None and torch.device(device).type == "mps":
+        warnings.warn("MPS has no float64: moments and log det are float32 here, with less room below", stacklevel=2)
+        return torch.float32
+    return torch.float64
+
+
+def _cholesky_log_det(R: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """log det(R+εI) and the Cholesky factor it comes from; nan where R+εI is not positive definite."""
+    shifted = R.clone()
+    shifted.diagonal().add_(eps)
+    L, info = torch.linalg.cholesky_ex(shifted)  # plain cholesky would synchronise here
+    log_det = 2 * L.diagonal().log().sum()
+    return torch.where(info == 0, log_det, torch.nan), L  # a factor that failed half-way still looks like numbers
+
+
+def _check_pair(z1: Tensor, z2: Tensor, *, dim: int | None = None) -> None:
+    shapes = f"got {tuple(z1.shape)} and {tuple(z2.shape)}"
+    if z1.ndim != 2 or z2.ndim != 2 or len(z1) != len(z2) or len(z1) == 0:
+        raise ValueError(f"z1 and z2 must be two matrices with the same rows (n, d), n ≥ 1; {shapes}")
+    if z1.shape[1] != z2.shape[1]:
+        raise ValueError(f"z1 and z2 must have the same dimension; {shapes}")
+    if dim is not None and z1.shape[1] != dim:
+        raise ValueError(f"the moments have dimension {dim}, the projections {z1.shape[1]}; {shapes}")
+    if not (z1.is_floating_point() and z2.is_floating_point()):
+        raise ValueError(f"z1 and z2 must be floating-point; got {z1.dtype} and {z2.dtype}")
+    if z1.device != z2.device:
+        raise ValueError(f"z1 and z2 must be on one device; got {z1.device} and {z2.device}")
+    if z1.device.type == "cuda":
+        return  # reading a value would make the host wait
+    for name, z in (("z1", z1), ("z2", z2)):
+        bad = int((~z.detach().isfinite()).any(1).sum())
+        if bad:
+            raise ValueError(f"{name} has nan or infinity in {bad} of its {len(z)} rows; all values must be finite")

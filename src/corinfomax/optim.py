@@ -1,0 +1,47 @@
+"""Optimisers and their learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from corinfomax.recipes import Optim
+
+
+def build(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """SGD or AdamW over the model's parameters; norms and biases (one-dimensional) in a group of their own."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for _, p in named if p.ndim > 1]
+    vectors = [p for _, p in named if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": optim.weight_decay},
+        {"params": vectors, "weight_decay": optim.weight_decay if optim.decay_norms else 0.0},
+    ]
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+
+
+def learning_rate(optim: Optim, step: int, *, steps_per_epoch: int, epochs: int) -> float:
+    """The learning rate of a step: linear warm-up from `start_lr` to `lr`, then a cosine to `min_lr`.
+
+    With schedule "epoch", the paper's, it is constant within an epoch: epoch 0 has `start_lr`, the last warm-up epoch
+    and the one after it have `lr`. With "step" both parts are smooth in the step.
+    """
+    if optim.schedule == "epoch":
+        now, warmup, end, rise = step // steps_per_epoch, optim.warmup_epochs, epochs, optim.warmup_epochs - 1
+    else:
+        warmup = rise = optim.warmup_epochs * steps_per_epoch
+        now, end = step, epochs * steps_per_epoch
+    if now < warmup:
+        return optim.start_lr + (optim.lr - optim.start_lr) * min(1.0, now / max(rise, 1))
+    fall = (now - warmup) / max(end - warmup, 1)
+    return optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * fall)) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Every group's learning rate becomes `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

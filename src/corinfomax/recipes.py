@@ -1,0 +1,389 @@
+"""Every knob as frozen data, and a recipe for each published row, with what the paper got and what we measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field, replace
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+ALPHA_PER_DIM = 3.906  # attraction = 2(1−cos)/D, so alpha ∝ D keeps the pull on the cosine: 250 at D = 64 in the paper
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One random augmentation of an image; operations are applied in the order of the fields."""
+
+    rotate: float = 0.0
+    """Largest rotation in degrees; the angle is U(-rotate, rotate). 0 is off."""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Range of the crop's share of the image's area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width over height, drawn log-uniformly."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.8
+    """Probability of colour jitter; its four parts come in random order."""
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    """Largest shift of the hue, in turns (at most 0.5)."""
+    grey: float = 0.2
+    """Probability of dropping the colour."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation in pixels of the view."""
+    solarize: float = 0.0
+    """Probability of inverting every value at or above 128."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A timm network without its classifier."""
+
+    name: str = "resnet18"
+    """Any name timm knows."""
+    small_stem: bool = False
+    """ResNets only: a 3×3 first convolution and no max-pool, for small images."""
+    stem_stride: int = 1
+    """Stride of the small stem's convolution; 2 costs a quarter."""
+    layers: tuple[int, ...] | None = None
+    """ResNets only: blocks in each stage; None is timm's own."""
+    channels: tuple[int, ...] | None = None
+    """ResNets only: width of each stage; None is timm's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projector:
+    """Linear layers with ReLU between them; the last one has no bias."""
+
+    widths: tuple[int, ...] = (2048, 2048, 64)
+    """Width of each layer; the last is D, the dimension of the loss."""
+    batch_norm: bool = False
+    """BatchNorm after every hidden layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """alpha · attraction + big_bang (arXiv 2209.07999)."""
+
+    alpha: float | None = None
+    """Weight of the attraction; None is 3.906·D, the rule the published rows obey."""
+    cov_decay: float = 0.01
+    """Weight of the past covariance: 0.01 keeps 1 % of it."""
+    mean_decay: float = 0.01
+    """Weight of the past mean."""
+    eps: float = 1e-8
+    """Added to the covariance's diagonal inside log det."""
+    cov_init: float = 1.0
+    """The covariance starts at cov_init times the identity."""
+    normalize: bool = True
+    """L2-normalise each projection first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimiser and its learning-rate schedule: linear warm-up, then cosine."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.5
+    """Peak learning rate."""
+    start_lr: float = 3e-3
+    """Learning rate of the first epoch."""
+    min_lr: float = 1e-6
+    """Learning rate at the end."""
+    warmup_epochs: float = 10
+    schedule: Literal["epoch", "step"] = "epoch"
+    """How often the learning rate changes: the paper's once an epoch, or smoothly at every step."""
+    momentum: float = 0.9
+    """SGD's momentum, AdamW's first beta."""
+    weight_decay: float = 1e-4
+    decay_norms: bool = True
+    """Apply weight decay to norms and biases too, as the paper does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The published linear probe: one linear layer on frozen features, SGD with momentum 0.9 and no decay."""
+
+    epochs: int = 100
+    batch: int = 256
+    lr: float = 0.2
+    min_lr: float = 0.002
+    """Learning rate at the end of the cosine."""
+    decay_epochs: int | None = None
+    """Divide the learning rate by ten every so many epochs, instead of the cosine."""
+
+
+CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))
+CIFAR100_STATS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+PAPER_VIEWS = (View(blur=1.0), View(blur=0.1, solarize=0.2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides the result of a run, data apart."""
+
+    size: int = 32
+    """Side S of the square the network sees, in pixels."""
+    cache_side: int = 32
+    """Short side of the cached images, in pixels; larger ones are reduced to it, smaller ones kept."""
+    mean: tuple[float, float, float] = IMAGENET_STATS[0]
+    std: tuple[float, float, float] = IMAGENET_STATS[1]
+    views: tuple[View, View] = PAPER_VIEWS
+    backbone: Backbone = field(default_factory=Backbone)
+    projector: Projector = field(default_factory=Projector)
+    loss: Loss = field(default_factory=Loss)
+    optim: Optim = field(default_factory=Optim)
+    probe: Probe = field(default_factory=Probe)
+    epochs: int = 100
+    batch: int = 512
+    """Images a step; the last short batch of an epoch is dropped."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the network: auto is bfloat16 where the hardware has it. The loss is always float64."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.cache_side, self.epochs) < 1:
+            raise ValueError(
+                f"size, cache_side and epochs must be at least 1, got {self.size}, {self.cache_side}, {self.epochs}"
+            )
+        if self.batch < 2:
+            raise ValueError(f"batch is {self.batch}; BatchNorm and the covariance need at least 2 images")
+        if not self.projector.widths or min(self.projector.widths) < 1:
+            raise ValueError(f"projector widths must be one or more numbers above 0, got {self.projector.widths}")
+
+
+class Measured(NamedTuple):
+    """One figure of our own, with what is needed to judge and repeat it."""
+
+    score: str
+    value: float
+    """Top-1 in percent."""
+    sd: float | None
+    n: int
+    """Number of seeds."""
+    data: str
+    hardware: str
+    minutes: float
+    """Training time."""
+    commit: str
+
+
+class Entry(NamedTuple):
+    """A recipe with its name's meaning, the data it is for, and its results."""
+
+    recipe: Recipe
+    about: str
+    data: str
+    paper: float | None = None
+    """Top-1 in percent of the paper's linear probe."""
+    measured: tuple[Measured, ...] = ()
+
+
+_R18_SMALL = Backbone(name="resnet18", small_stem=True)
+_IMAGENET = Recipe(
+    size=224,
+    cache_side=256,
+    projector=Projector(widths=(4096, 4096, 128)),
+    loss=Loss(alpha=500.0),
+    optim=Optim(lr=1.0, min_lr=5e-3),
+    batch=1024,
+)
+_DIGIT = View(
+    rotate=15.0, crop_area=(0.4, 1.0), flip=0.0, jitter=0.0, grey=0.0
+)  # digits change their meaning when mirrored, and have no colour
+
+RECIPES: dict[str, Entry] = {
+    "cifar10": Entry(
+        Recipe(
+            mean=CIFAR10_STATS[0],
+            std=CIFAR10_STATS[1],
+            backbone=_R18_SMALL,
+            loss=Loss(alpha=250.0),
+            epochs=1000,
+        ),
+        "the paper's ResNet-18 on CIFAR-10",
+        data="cifar10",
+        paper=93.18,
+    ),
+    "cifar100": Entry(
+        Recipe(
+            mean=CIFAR100_STATS[0],
+            std=CIFAR100_STATS[1],
+            backbone=_R18_SMALL,
+            projector=Projector(widths=(4096, 4096, 128)),
+            loss=Loss(alpha=1000.0),
+            epochs=1000,
+        ),
+        "the paper's ResNet-18 on CIFAR-100",
+        data="cifar100",
+        paper=71.61,
+    ),
+    "tiny-imagenet": Entry(
+        Recipe(
+            size=64,
+            cache_side=64,
+            backbone=Backbone(name="resnet50"),
+            projector=Projector(widths=(4096, 4096, 128)),
+            loss=Loss(alpha=500.0, cov_decay=0.1, mean_decay=0.1),
+            epochs=800,
+            batch=1024,
+        ),
+        "the paper's ResNet-50 on Tiny ImageNet at 64 px",
+        data="tiny-imagenet",
+        paper=54.86,
+    ),
+    "imagenet100-r18": Entry(
+        replace(_IMAGENET, backbone=Backbone(name="resnet18"), epochs=400),
+        "the paper's ResNet-18 on ImageNet-100 (CMC's list)",
+        data="imagenet100",
+        paper=80.48,
+    ),
+    "imagenet100-r50": Entry(
+        replace(
+            _IMAGENET, backbone=Backbone(name="resnet50"), epochs=200, optim=replace(_IMAGENET.optim, warmup_epochs=5)
+        ),
+        "the paper's ResNet-50 on ImageNet-100 (CMC's list)",
+        data="imagenet100",
+        paper=82.64,
+    ),
+    "imagenet1k": Entry(
+        replace(
+            _IMAGENET,
+            backbone=Backbone(name="resnet50"),
+            projector=Projector(widths=(8192, 8192, 512), batch_norm=True),
+            loss=Loss(alpha=2000.0, cov_decay=0.1, mean_decay=0.1),
+            optim=Optim(lr=0.2),
+            probe=Probe(lr=25.0, decay_epochs=20),
+            epochs=100,
+            batch=1536,
+        ),
+        "the paper's ResNet-50 on ImageNet-1K",
+        data="imagenet1k",
+        paper=69.08,
+    ),
+    "mnist5k": Entry(
+        Recipe(
+            size=28,
+            cache_side=28,
+            mean=(0.1307, 0.1307, 0.1307),
+            std=(0.3081, 0.3081, 0.3081),
+            views=(_DIGIT, _DIGIT),
+            backbone=Backbone(
+                name="resnet18", small_stem=True, stem_stride=2, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256)
+            ),
+            projector=Projector(widths=(1024, 1024, 64)),
+            loss=Loss(alpha=500.0),
+            optim=Optim(lr=0.3, warmup_epochs=2, schedule="step"),
+            epochs=40,
+            batch=256,
+        ),
+        "5,000 digits that come with the demo extra: a whole run in minutes on two cores",
+        data="mnist5k",
+    ),
+    "cpu-small": Entry(
+        Recipe(
+            backbone=Backbone(
+                name="resnet18", small_stem=True, stem_stride=2, layers=(1, 1, 1, 1), channels=(64, 64, 128, 256)
+            ),
+            projector=Projector(widths=(1024, 1024, 128)),
+            optim=Optim(lr=0.3, warmup_epochs=1, schedule="step"),
+            epochs=10,
+            batch=256,
+        ),
+        "small images on two cores: a compact ResNet, ten minutes for 50,000 images of 32 px",
+        data="any folder of small images",
+    ),
+}
+
+
+def named(name: str) -> Recipe:
+    """The recipe of that name; ValueError that lists the names when there is none."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"unknown recipe {name!r}{hint}; choose from {', '.join(RECIPES)}")
+    return RECIPES[name].recipe
+
+
+def choose(data: str, count: int, short_side: int, *, cuda: bool) -> tuple[str, Recipe, str]:
+    """Name, recipe and reason: a sensible choice for `count` images of that median short side in pixels.
+
+    A named set with a recipe of its own gets it, if the hardware can run it in reasonable time. Other images get the
+    published recipe for their size, or cpu-small without a GPU, with as many epochs as give about the same number of
+    images in all.
+    """
+    for name, entry in RECIPES.items():
+        if entry.data == data and (cuda or name == "mnist5k"):
+            return name, entry.recipe, f"{name}: {entry.about}"
+    if not cuda:
+        name, size = "cpu-small", min(max(short_side // 8 * 8, 24), 64)
+    elif short_side <= 48:
+        name, size = "cifar10", 32
+    elif short_side <= 96:
+        name, size = "tiny-imagenet", 64
+    else:
+        name, size = "imagenet100-r18", 224
+    base = RECIPES[name].recipe
+    seen = IMAGES_SEEN[name]
+    if not cuda:
+        seen = seen * 32**2 // size**2  # the same minutes
+    epochs = min(max(seen // max(count, 1), 1), 1000)
+    recipe = replace(
+        base,
+        size=size,
+        cache_side=min(short_side, 2 * size) if size < 224 else base.cache_side,
+        epochs=epochs,
+        optim=replace(base.optim, warmup_epochs=min(base.optim.warmup_epochs, epochs / 10)),
+    )
+    hardware = "a GPU" if cuda else "no GPU"
+    return name, recipe, f"{name} at {size} px, {epochs} epochs, for {count:,} images of {short_side} px and {hardware}"
+
+
+IMAGES_SEEN = {"cpu-small": 500_000, "cifar10": 50_000_000, "tiny-imagenet": 80_000_000, "imagenet100-r18": 50_000_000}
+"""Images in all, epochs times images, that `choose` plans for."""
+
+
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON's types; `from_json` gives it back equal."""
+    return dataclasses.asdict(recipe)
+
+
+def from_json(content: Any) -> Recipe:
+    """The recipe that `to_json` wrote. ValueError with the field's name for a missing, unknown or ill-typed one."""
+    recipe = _from_json(Recipe, content, "recipe")
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def _from_json(kind: Any, content: Any, where: str) -> Any:
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if not isinstance(content, dict) or set(content) != set(hints):
+            odd = sorted(set(content) ^ set(hints)) if isinstance(content, dict) else content
+            raise ValueError(f"{where} must have the fields {', '.join(hints)}; missing or unknown: {odd}")
+        return kind(**{name: _from_json(hint, content[name], f"{where}.{name}") for name, hint in hints.items()})
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(content, (list, tuple)):
+        kinds = arguments[:1] * len(content) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(content):
+            return tuple(
+                _from_json(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, content, strict=True))
+            )
+    elif origin is UnionType:
+        if content is None and NoneType in arguments:
+            return None
+        return _from_json(arguments[0], content, where)
+    elif origin is Literal:
+        if content in arguments:
+            return content
+    elif kind is float and type(content) in (int, float):
+        return float(content)
+    elif isinstance(kind, type) and type(content) is kind:
+        return content
+    raise ValueError(f"{where} must be {kind}, got {content!r}")

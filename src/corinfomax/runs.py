@@ -1,0 +1,92 @@
+"""The run folder: recipe.json, metrics.jsonl, results.json, checkpoints; whatever is written is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """`write(temporary)` into a sibling file, synced to the disk, then renamed onto `path`: never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp's files are private
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`content` as an indented JSON file, whole or not at all."""
+    write_whole(path, lambda temporary: _write_text(temporary, json.dumps(content, indent=2) + "\n"))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says; ValueError with its name when it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no readable JSON: {error}") from error
+
+
+def append_metrics(run: Path, row: dict[str, Any]) -> None:
+    """One more line of metrics.jsonl."""
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Every whole line of metrics.jsonl; a last line that a crash cut short is left out."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def forget_metrics_after(run: Path, step: int) -> None:
+    """Leave out the rows after `step`: the resumed run writes them again."""
+    rows = [row for row in read_metrics(run) if row["step"] <= step]
+    write_whole(
+        run / "metrics.jsonl", lambda temporary: _write_text(temporary, "".join(json.dumps(row) + "\n" for row in rows))
+    )
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps belongs."""
+    return run / "checkpoints" / f"step-{step:08d}.safetensors"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*.safetensors") if CHECKPOINT.fullmatch(path.name))
+
+
+def fresh_folder(parent: Path, name: str) -> Path:
+    """A new folder `parent/name`, or name-2, name-3, … when that is taken."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 10_000):
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise FileExistsError(f"{parent} holds 9,999 runs called {name}; name another folder")

@@ -1,0 +1,262 @@
+"""The one training loop, readable from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from corinfomax import checkpoint, embed, optim, probes, runs, views
+from corinfomax.checkpoint import Checkpoint
+from corinfomax.images import Images, Splits
+from corinfomax.networks import Network
+from corinfomax.objective import CorInfoMaxLoss
+from corinfomax.recipes import Recipe
+from corinfomax.seeds import generator, key
+
+
+class Interrupted(Exception):  # noqa: N818 (no error)
+    """The run was asked to stop; `checkpoint` is where it goes on from."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(f"stopped; {checkpoint} has all that was done")
+        self.checkpoint = checkpoint
+
+
+class Pace(NamedTuple):
+    """How often a run does what does not change its result."""
+
+    log_steps: int = 10
+    checkpoint_minutes: float = 5.0
+    scores: int = 10
+    """kNN scores over the whole run, where there are labels; 0 is none."""
+
+
+def pretrain(
+    recipe: Recipe,
+    splits: Splits,
+    run: Path,
+    *,
+    device: torch.device,
+    pace: Pace,
+    facts: dict[str, Any],
+    resume: Checkpoint | None = None,
+) -> Network:
+    """Train a network on `splits.train` without its labels; metrics and checkpoints go into the folder `run`.
+
+    Everything random is keyed on (recipe.seed, step), so a resumed run goes on as if it had never stopped.
+
+    Raises FloatingPointError when the loss is no number any more, and Interrupted after Ctrl-C or SIGTERM, with a
+    checkpoint of the last whole step.
+    """
+    images = splits.train
+    steps_per_epoch = len(images) // recipe.batch
+    steps = recipe.epochs * steps_per_epoch
+    dtype = precision(recipe, device)
+
+    torch.manual_seed(key(recipe.seed, "weights"))
+    network = Network(recipe.backbone, recipe.projector).to(device).to(memory_format=torch.channels_last)
+    criterion = CorInfoMaxLoss(recipe.projector.widths[-1], **vars(recipe.loss)).to(device)
+    optimizer = optim.build(network, recipe.optim)
+    first = 0
+    if resume is not None:
+        network.load_state_dict(resume.network)
+        criterion.load_state_dict(resume.criterion)
+        checkpoint.restore_optimizer(optimizer, resume.optimizer, network)
+        first = resume.step
+
+    def save(done: int) -> Path:
+        path = runs.checkpoint_path(run, done)
+        checkpoint.save(
+            path, network=network, criterion=criterion, optimizer=optimizer, step=done, recipe=recipe, facts=facts
+        )
+        return path
+
+    pending: list[Tensor] = []
+    score_at = {round(steps * (i + 1) / pace.scores) for i in range(pace.scores)}
+    saved_at = time.monotonic()
+    with Progress(first, steps, recipe.batch) as progress, stop_signals() as stop:
+        for step in range(first, steps):
+            pixels, sizes = images.batch(batch_indices(recipe, step, len(images)))
+            x1, x2 = make_views(recipe, pixels, sizes, step, device)
+
+            optim.set_learning_rate(
+                optimizer,
+                optim.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs),
+            )
+            torch.manual_seed(
+                key(recipe.seed, "network", step)
+            )  # dropout and stochastic depth, where a backbone has them
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                z1, z2 = network(x1), network(x2)  # two forwards: each view has its own BatchNorm statistics
+            terms = criterion(z1, z2)
+            optimizer.zero_grad(set_to_none=True)
+            terms.loss.backward()
+            optimizer.step()
+
+            pending.append(torch.stack([term.detach() for term in terms]))
+            done = step + 1
+            asked_to_stop = stop.is_set() and done < steps
+            time_to_save = time.monotonic() - saved_at > 60 * pace.checkpoint_minutes
+            if done % pace.log_steps == 0 or done == steps or done in score_at or asked_to_stop or time_to_save:
+                row = log_row(pending, done, optimizer, criterion, progress)
+                pending.clear()
+                if done in score_at and splits.test is not None and splits.test.labels is not None:
+                    row["knn"] = quick_knn(network, splits, recipe, device=device, dtype=dtype)
+                runs.append_metrics(run, row)
+                progress.show(row)
+            if asked_to_stop:
+                raise Interrupted(save(done))
+            if time_to_save or done == steps:
+                save(done)
+                saved_at = time.monotonic()
+    return network
+
+
+def batch_indices(recipe: Recipe, step: int, count: int) -> Int[Tensor, " b"]:
+    """Which images make the global batch of a step: a slice of the epoch's permutation, the short last one dropped."""
+    epoch, place = divmod(step, count // recipe.batch)
+    order = torch.randperm(count, generator=generator(recipe.seed, "order", epoch))
+    return order[place * recipe.batch : (place + 1) * recipe.batch]
+
+
+def make_views(
+    recipe: Recipe, pixels: UInt8[Tensor, "n 3 h w"], sizes: Int[Tensor, "n 2"], step: int, device: torch.device
+) -> list[Float[Tensor, "n 3 s s"]]:
+    """The views of one step's global batch, each drawn from its own generator keyed on the step."""
+    pixels = pixels.to(device, non_blocking=True)
+    drawn = [views.draw(view, sizes, generator(recipe.seed, f"view {v}", step)) for v, view in enumerate(recipe.views)]
+    return [views.apply(pixels, sizes, p, size=recipe.size, mean=recipe.mean, std=recipe.std) for p in drawn]
+
+
+def log_row(
+    pending: list[Tensor], done: int, optimizer: torch.optim.Optimizer, criterion: CorInfoMaxLoss, progress: Progress
+) -> dict[str, Any]:
+    """The means of the steps since the last row. The one place where numbers leave the device."""
+    terms = torch.stack(pending).cpu()
+    bad = (~terms.isfinite().all(1)).nonzero()[:, 0]
+    if len(bad):
+        before, at = done - len(terms), done - len(terms) + int(bad[0])
+        eigenvalues = [float(torch.linalg.eigvalsh(R).min()) for R in (criterion.R1, criterion.R2)]
+        loss, attraction, big_bang = terms[bad[0]].tolist()
+        raise FloatingPointError(
+            f"the loss became {loss:.3g} in step {at} (attraction {attraction:.3g}, big bang {big_bang:.3g}, smallest "
+            f"eigenvalue of the covariances {min(eigenvalues):.3g}; looked at every {len(terms)} steps, last good "
+            f"look after step {before}); a lower learning rate or a larger batch is the usual cure"
+        )
+    loss, attraction, big_bang = terms.mean(0).tolist()
+    return {
+        "step": done,
+        "loss": loss,
+        "attraction": attraction,
+        "big_bang": big_bang,
+        "gap": big_bang - criterion.floor,
+        "lr": optimizer.param_groups[0]["lr"],
+        "seconds": round(progress.seconds, 3),
+    }
+
+
+def quick_knn(network: Network, splits: Splits, recipe: Recipe, *, device: torch.device, dtype: torch.dtype) -> float:
+    """kNN top-1 in percent on at most 5,000 training and 2,000 test images: a look, not a result."""
+    assert splits.test is not None
+    some = [_at_most(split, most) for split, most in ((splits.train, 5000), (splits.test, 2000))]
+    train, test = (embed.features(network.backbone, part, recipe, device=device, dtype=dtype) for part in some)
+    assert some[0].labels is not None and some[1].labels is not None
+    return probes.accuracy(probes.knn(train, some[0].labels, test), some[1].labels)
+
+
+def _at_most(images: Images, count: int) -> Images:
+    if len(images) <= count:
+        return images
+    return images.select(torch.randperm(len(images), generator=generator(0, "quick kNN"))[:count])
+
+
+def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The network's arithmetic: the recipe's, or for "auto" bfloat16 where the hardware multiplies it natively."""
+    if recipe.precision != "auto":
+        return torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that a step is never cut in half; a second Ctrl-C stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals reach the main thread alone
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, first: int, steps: int, batch: int) -> None:
+        self.steps, self.batch = steps, batch
+        self.started = self.told = time.monotonic()
+        self.first = first
+        self.bar = tqdm(
+            initial=first * batch,
+            total=steps * batch,
+            unit="img",
+            unit_scale=True,
+            desc="pretraining",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since training began (or went on)."""
+        return time.monotonic() - self.started
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Tell where the run is: speed, time left, the loss and how far the spread is from its bound."""
+        text = f"loss {row['loss']:.3f} · attraction {row['attraction']:.5f} · {row['gap']:.3f} above 2·ln D"
+        if "knn" in row:
+            text += f" · kNN {row['knn']:.1f} %"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(row["step"] * self.batch - self.bar.n)
+        now = time.monotonic()
+        if self.bar.disable and (now - self.told > 20 or "knn" in row or row["step"] == self.steps):
+            self.told = now
+            speed = (row["step"] - self.first) / self.seconds
+            left = (self.steps - row["step"]) / speed
+            print(
+                f"step {row['step']}/{self.steps} · {speed * self.batch:.0f} images/s · "
+                f"{left / 60:.1f} min left · {text}",
+                file=sys.stderr,
+            )

@@ -1,0 +1,316 @@
+"""Random views of a whole batch at once: parameters drawn per image from a Generator, then applied by pure functions.
+
+Images are planar: uint8 (n, 3, h, w) in, float32 in [0, 1] between the operations, normalised and channels_last out.
+A batch of mixed sizes comes zero-padded, each image at the top left, with its own (height, width) beside it.
+Each operation gives what torchvision gives for the same parameters on a float image.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from corinfomax.recipes import View
+
+CROP_TRIES = 10  # torchvision's: draw a box up to ten times, then fall back to a centre crop
+BLUR_RADIUS = 6  # three times the largest published sigma, 2 px; 0.3 % of that kernel's weight lies beyond
+GREY = (0.2989, 0.587, 0.114)
+
+
+class Parameters(NamedTuple):
+    """What was drawn for each of n images; all on the CPU, so that choosing images by them never waits for a device."""
+
+    angle: Float[Tensor, " n"]
+    """Rotation, degrees counter-clockwise."""
+    box: Int[Tensor, "n 4"]
+    """Crop: top, left, height, width in pixels."""
+    flip: Bool[Tensor, " n"]
+    jitter: Bool[Tensor, " n"]
+    order: Int[Tensor, "n 4"]
+    """Which part of the jitter comes first, second, …: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    factors: Float[Tensor, "n 4"]
+    """Brightness, contrast and saturation factors, and the hue's shift in turns."""
+    grey: Bool[Tensor, " n"]
+    blur: Bool[Tensor, " n"]
+    sigma: Float[Tensor, " n"]
+    """Blur's standard deviation, pixels of the view."""
+    solarize: Bool[Tensor, " n"]
+
+    def take(self, indices: Int[Tensor, " m"] | slice) -> Parameters:
+        """The parameters of some of the images, such as one process's slice of the global batch."""
+        return Parameters(*(field[indices] for field in self))
+
+
+def draw(view: View, sizes: Int[Tensor, "n 2"], generator: torch.Generator) -> Parameters:
+    """One view's parameters for n images of the given (height, width); everything random about a view is here."""
+    n = len(sizes)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(n, *shape).uniform_(low, high, generator=generator)
+
+    def chance(p: float) -> Tensor:
+        return torch.rand(n, generator=generator) < p
+
+    around_one = [(max(0.0, 1 - spread), 1 + spread) for spread in (view.brightness, view.contrast, view.saturation)]
+    return Parameters(
+        angle=uniform(-view.rotate, view.rotate),
+        box=_draw_boxes(view, sizes, generator),
+        flip=chance(view.flip),
+        jitter=chance(view.jitter),
+        order=torch.rand(n, 4, generator=generator).argsort(1),
+        factors=torch.stack([uniform(low, high) for low, high in (*around_one, (-view.hue, view.hue))], 1),
+        grey=chance(view.grey),
+        blur=chance(view.blur),
+        sigma=uniform(*view.blur_sigma),
+        solarize=chance(view.solarize),
+    )
+
+
+def _draw_boxes(view: View, sizes: Int[Tensor, "n 2"], generator: torch.Generator) -> Int[Tensor, "n 4"]:
+    """Random resized crop as torchvision draws it: the first of ten boxes that fits, else the largest centre crop."""
+    n = len(sizes)
+    height, width = sizes[:, :1], sizes[:, 1:]
+    low, high = view.crop_ratio
+    area = height * width * torch.empty(n, CROP_TRIES).uniform_(*view.crop_area, generator=generator)
+    ratio = torch.empty(n, CROP_TRIES).uniform_(math.log(low), math.log(high), generator=generator).exp()
+    w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    h, w = h.gather(1, first), w.gather(1, first)
+    shift = torch.rand(n, 2, generator=generator)
+    top, left = ((room + 1) * share for room, share in zip((height - h, width - w), shift.split(1, 1), strict=True))
+
+    whole_ratio = width / height
+    h_centre = torch.where(whole_ratio < low, (width / low).round(), height).long()
+    w_centre = torch.where(whole_ratio > high, (height * high).round(), width).long()
+    drawn = torch.cat((top.floor().long(), left.floor().long(), h, w), 1)
+    centre = torch.cat(((height - h_centre) // 2, (width - w_centre) // 2, h_centre, w_centre), 1)
+    return torch.where(fits.any(1, keepdim=True), drawn, centre)
+
+
+def apply(
+    images: UInt8[Tensor, "n 3 h w"],
+    sizes: Int[Tensor, "n 2"],
+    p: Parameters,
+    *,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Float[Tensor, "n 3 {size} {size}"]:
+    """The views that `p` describes, `size`×`size`, on the images' device, normalised, channels_last."""
+    x = rotate(images.float() / 255, sizes, p.angle) if (p.angle != 0).any() else images
+    x = resized_crop(x, p.box, p.flip, size=size)
+    x = jitter(x, p)
+    x = _on(p.grey, x, lambda x, _: grey(x).expand_as(x))
+    x = _on(p.blur, x, lambda x, chosen: blur(x, p.sigma[chosen]))
+    x = _on(p.solarize, x, lambda x, _: solarize(x))
+    return normalize(x, mean=mean, std=std)
+
+
+def rotate(
+    x: Float[Tensor, "n 3 h w"], sizes: Int[Tensor, "n 2"], angle: Float[Tensor, " n"]
+) -> Float[Tensor, "n 3 h w"]:
+    """Each image turned by `angle` degrees counter-clockwise about its own centre, bilinear, black outside."""
+    n, _, h, w = x.shape
+    radians = angle.deg2rad()
+    cos, sin = radians.cos(), radians.sin()
+    centre_y, centre_x = ((sizes - 1) / 2).unbind(1)
+    to_output = torch.tensor([2 / w, 2 / h])  # pixels to grid_sample's −1 … 1
+    # Where output pixel (column i, row j) comes from: turn (i − cx, j − cy) back, about the centre.
+    turn = torch.stack((torch.stack((cos, -sin), 1), torch.stack((sin, cos), 1)), 1)
+    centre = torch.stack((centre_x, centre_y), 1)
+    turn, centre, to_output = (tensor.to(x.device, non_blocking=True) for tensor in (turn, centre, to_output))
+    rows, columns = torch.meshgrid(torch.arange(h, device=x.device), torch.arange(w, device=x.device), indexing="ij")
+    pixels = torch.stack((columns, rows), -1).reshape(1, h * w, 2) - centre[:, None]
+    source = pixels @ turn.mT + centre[:, None]
+    grid = ((source + 0.5) * to_output - 1).reshape(n, h, w, 2)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def resized_crop(
+    x: UInt8[Tensor, "n 3 h w"] | Float[Tensor, "n 3 h w"],
+    box: Int[Tensor, "n 4"],
+    flip: Bool[Tensor, " n"],
+    *,
+    size: int,
+) -> Float[Tensor, "n 3 {size} {size}"]:
+    """Each image's box (top, left, height, width) as a square of `size`, antialiased bicubic, some flipped; in [0, 1].
+
+    uint8 is 0 … 255, float is 0 … 1. Nothing outside the box is read.
+    """
+    start, extent = box[:, :2].float(), box[:, 2:].float()
+    return _resample(x, start, extent, box[:, :2], box[:, :2] + box[:, 2:], flip, size=size)
+
+
+def centre_view(
+    images: UInt8[Tensor, "n 3 h w"],
+    sizes: Int[Tensor, "n 2"],
+    *,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Float[Tensor, "n 3 {size} {size}"]:
+    """The test view: short side resized to ⌊8/7·size⌋, antialiased bicubic, then the centre square; normalised."""
+    # Resize and crop are one linear map, so the resized image is never made.
+    resized = (size * 8 // 7) * sizes // sizes.min(1, keepdim=True).values
+    scale = sizes / resized
+    start = ((resized - size) / 2).round() * scale
+    never = torch.zeros(len(sizes), dtype=torch.bool)
+    x = _resample(images, start, size * scale, torch.zeros_like(sizes), sizes, never, size=size)
+    return normalize(x, mean=mean, std=std)
+
+
+def _resample(
+    x: Tensor, start: Tensor, extent: Tensor, low: Tensor, high: Tensor, flip: Tensor, *, size: int
+) -> Tensor:
+    """The window (start, extent) of each image as a square of `size`; only pixels in [low, high) are read; in [0, 1].
+
+    Arguments are (n, 2): vertical, horizontal. Cubic resampling is separable: two batched matrix products.
+    """
+    n, _, h, w = x.shape
+    scale = 255.0 if x.dtype == torch.uint8 else 1.0
+    windows = torch.stack((start, extent, low, high)).to(x.device, torch.float32, non_blocking=True)
+    vertical = cubic_weights(*windows[:, :, 0], length=h, size=size) / scale
+    horizontal = cubic_weights(*windows[:, :, 1], length=w, size=size)
+    flip = flip.to(x.device, non_blocking=True)
+    horizontal = torch.where(flip[:, None, None], horizontal.flip(1), horizontal)
+    # Rows outermost, then channels: then both products are plain bmm and nothing is copied between them.
+    rows = x.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).reshape(n, h * 3, w)
+    rows = torch.bmm(rows, horizontal.mT).reshape(n, h, 3 * size)
+    return torch.bmm(vertical, rows).reshape(n, size, 3, size).transpose(1, 2).contiguous().clamp_(0, 1)
+
+
+def cubic_weights(
+    start: Float[Tensor, " n"],
+    extent: Float[Tensor, " n"],
+    low: Float[Tensor, " n"],
+    high: Float[Tensor, " n"],
+    *,
+    length: int,
+    size: int,
+) -> Float[Tensor, "n {size} {length}"]:
+    """Antialiased bicubic resampling of pixels [start, start+extent) of a line to `size` pixels, as matrices.
+
+    Keys' cubic with a = −1/2, widened by the scale when it shrinks, cut off at [low, high) and normalised: the filter
+    of Pillow and of torch's `interpolate(antialias=True)`.
+    """
+    scale = (extent / size)[:, None]
+    centre = start[:, None] + scale * (torch.arange(size, device=start.device) + 0.5)
+    pixels = torch.arange(length, device=start.device) + 0.5
+    t = ((pixels - centre[:, :, None]) / scale.clamp(min=1)[:, :, None]).abs()
+    near = (1.5 * t - 2.5) * t * t + 1
+    far = ((-0.5 * t + 2.5) * t - 4) * t + 2
+    weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
+    inside = (pixels > low[:, None]) & (pixels < high[:, None])
+    weights = weights * inside[:, None]
+    return weights / weights.sum(2, keepdim=True)
+
+
+def jitter(x: Float[Tensor, "n 3 h w"], p: Parameters) -> Float[Tensor, "n 3 h w"]:
+    """Brightness, contrast, saturation and hue of the images in `p.jitter`, in each one's own order."""
+    x = x.clone()
+    # Images that share one of the 24 orders go through together: each image is gathered and put back once.
+    for order in itertools.permutations(range(4)):
+        chosen = (p.jitter & (p.order == torch.tensor(order)).all(1)).nonzero()[:, 0]
+        if len(chosen):
+            on_device = chosen.to(x.device, non_blocking=True)
+            some = x[on_device]
+            for part in order:
+                some = (brightness, contrast, saturation, hue)[part](some, p.factors[chosen, part])
+            x.index_copy_(0, on_device, some)
+    return x
+
+
+def brightness(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, " n"]) -> Float[Tensor, "n 3 h w"]:
+    """Each image times its factor, clamped to [0, 1]."""
+    return (x * _per_image(factor, x)).clamp_(0, 1)
+
+
+def contrast(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, " n"]) -> Float[Tensor, "n 3 h w"]:
+    """Each image blended with its mean grey, clamped to [0, 1]."""
+    return torch.lerp(grey(x).mean((1, 2, 3), keepdim=True), x, _per_image(factor, x)).clamp_(0, 1)
+
+
+def saturation(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, " n"]) -> Float[Tensor, "n 3 h w"]:
+    """Each image blended with its grey version, clamped to [0, 1]."""
+    return torch.lerp(grey(x), x, _per_image(factor, x)).clamp_(0, 1)
+
+
+def hue(x: Float[Tensor, "n 3 h w"], shift: Float[Tensor, " n"]) -> Float[Tensor, "n 3 h w"]:
+    """Each image's hue turned by `shift` turns.
+
+    With V the largest channel, C the chroma and H the hue in sixths of a turn, HSV back to RGB is
+    V − C · clamp(min(k, 4−k), 0, 1) with k = (H + 5, 3, 1) mod 6 for red, green, blue.
+    """
+    red, green, blue = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    safe = torch.where(chroma == 0, 1, chroma)
+    sixths = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    sixths = sixths + 6 * _per_image(shift, x)[:, 0]
+    k = (sixths[:, None] + torch.arange(5, 0, -2, device=x.device)[:, None, None]).remainder(6)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def grey(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:
+    """Luma of each image, ITU-R BT.601."""
+    red, green, blue = x.split(1, 1)
+    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
+
+
+def blur(x: Float[Tensor, "n 3 s s"], sigma: Float[Tensor, " n"]) -> Float[Tensor, "n 3 s s"]:
+    """Gaussian blur of each square image with its own sigma in pixels, reflected at the border.
+
+    The kernel's radius is 3 times the largest sigma of the published views whatever is drawn, so that an image's
+    result does not depend on the others in its batch.
+    """
+    n, _, size, _ = x.shape
+    radius = min(BLUR_RADIUS, size - 1)
+    taps = torch.arange(-radius, radius + 1)
+    kernel = torch.softmax(-0.5 * (taps / sigma[:, None]).square(), 1).to(x.device, non_blocking=True)
+    # One linear map a line with the border folded in: pixel i takes its tap k from pixel reflect(i + k).
+    source = (torch.arange(size)[:, None] + taps).abs()
+    source = torch.where(source >= size, 2 * (size - 1) - source, source)
+    spread = F.one_hot(source, size).transpose(0, 1).reshape(len(taps), size * size).float()
+    lines = (kernel @ spread.to(x.device, non_blocking=True)).reshape(n, size, size)
+    rows = torch.bmm(x.transpose(1, 2).reshape(n, size * 3, size), lines.mT).reshape(n, size, 3 * size)
+    return torch.bmm(lines, rows).reshape(n, size, 3, size).transpose(1, 2).contiguous()
+
+
+def solarize(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+    """Every value at or above 128 of 255 inverted."""
+    return torch.where(x >= 128 / 255, 1 - x, x)
+
+
+def normalize(
+    x: Float[Tensor, "n 3 h w"], *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Tensor, "n 3 h w"]:
+    """(x − mean) / std for each channel, channels_last, as convolutions like it best."""
+    shift, scale = torch.tensor((mean, std)).to(x.device, non_blocking=True)[:, :, None, None]
+    return ((x - shift) / scale).contiguous(memory_format=torch.channels_last)
+
+
+def _per_image(values: Float[Tensor, " n"], x: Tensor) -> Float[Tensor, "n 1 1 1"]:
+    return values.to(x.device, non_blocking=True)[:, None, None, None]
+
+
+def _on(chosen: Bool[Tensor, " n"], x: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`operation(images, indices)` on the chosen images, the others untouched."""
+    indices = chosen.nonzero()[:, 0]
+    if len(indices) == 0:
+        return x
+    if len(indices) == len(x):
+        return operation(x, indices)
+    on_device = indices.to(x.device, non_blocking=True)
+    return x.index_copy(0, on_device, operation(x[on_device], indices))
