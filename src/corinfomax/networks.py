@@ -17,7 +17,7 @@ class Network(nn.Module):
     def __init__(self, backbone: Backbone, projector: Projector) -> None:
         super().__init__()
         self.backbone = build_backbone(backbone)
-        self.projector = build_projector(int(self.backbone.num_features), projector)  # type: ignore[arg-type]
+        self.projector = build_projector(feature_width(self.backbone), projector)
 
     def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Projections of one view. Each view needs a forward of its own: BatchNorm's statistics are a view's own."""
@@ -25,7 +25,7 @@ class Network(nn.Module):
 
 
 def build_backbone(backbone: Backbone) -> nn.Module:
-    """An untrained timm network without classifier: (n, 3, h, w) images to (n, num_features) pooled features.
+    """An untrained timm network without classifier: (n, 3, h, w) images to (n, feature_width) pooled features.
 
     Raises ValueError for a name that timm does not know, and for ResNet options on another network.
     """
@@ -47,6 +47,13 @@ def build_backbone(backbone: Backbone) -> nn.Module:
         model.register_module("conv1", stem)
         model.register_module("maxpool", nn.Identity())
     return model
+
+
+def feature_width(backbone: nn.Module) -> int:
+    """Length of the feature vectors that a timm network without classifier gives; some widen after pooling."""
+    width = backbone.head_hidden_size
+    assert isinstance(width, int)
+    return width
 
 
 def build_projector(features: int, projector: Projector) -> nn.Sequential:

@@ -1,0 +1,8 @@
+"""`python -m corinfomax`: the command line."""
+
+import sys
+
+from corinfomax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

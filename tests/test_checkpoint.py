@@ -1,0 +1,154 @@
+"""The run folder and its checkpoints: whole or not there, read strictly, never unpickled."""
+
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from corinfomax import checkpoint, optim, runs
+from corinfomax.networks import Network
+from corinfomax.objective import CorInfoMaxLoss
+from corinfomax.recipes import Optim
+
+
+def state(name="sgd", steps=2):
+    torch.manual_seed(0)
+    network = Network(tiny.RECIPE.backbone, tiny.RECIPE.projector).to(memory_format=torch.channels_last)
+    criterion = CorInfoMaxLoss(8)
+    optimizer = optim.build(network, Optim(name=name, lr=0.01))
+    for _ in range(steps):
+        x = torch.randn(2, 6, 3, 16, 16)
+        loss = criterion(network(x[0]), network(x[1])).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network, criterion, optimizer
+
+
+def save(path, name="sgd", **changes):
+    network, criterion, optimizer = state(name)
+    knobs = {"step": 2, "recipe": tiny.RECIPE, "facts": {"data": "é"}} | changes
+    checkpoint.save(path, network=network, criterion=criterion, optimizer=optimizer, **knobs)
+    return network, criterion, optimizer
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_everything_comes_back(tmp_path, name):
+    network, criterion, optimizer = save(tmp_path / "a.safetensors", name)
+    loaded = checkpoint.load(tmp_path / "a.safetensors")
+    assert (loaded.step, loaded.recipe, loaded.facts) == (2, tiny.RECIPE, {"data": "é"})
+    assert tiny.equal_states(loaded.network, network.state_dict())
+    assert tiny.equal_states(loaded.criterion, criterion.state_dict())
+    other, _, fresh = state(name, steps=0)
+    checkpoint.restore_optimizer(fresh, loaded.optimizer, other)
+    ours, theirs = optimizer.state_dict()["state"], fresh.state_dict()["state"]
+    assert ours.keys() == theirs.keys()
+    assert ours
+    assert all(tiny.equal_states(ours[i], theirs[i]) for i in ours)
+    for p in other.parameters():
+        for key, value in fresh.state[p].items():
+            assert key == "step" or value.stride() == p.stride()
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    runs.write_whole(path, lambda temporary: temporary.write_text("good"))
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        runs.write_whole(path, fail)
+    assert path.read_text() == "good"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_a_torn_checkpoint_is_an_error_with_its_name(tmp_path, length):
+    path = tmp_path / "a.safetensors"
+    save(path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"a\.safetensors is no whole safetensors file"):
+        checkpoint.load(path)
+
+
+def test_other_files_are_errors_and_pickles_are_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (tmp_path.joinpath("exploded").touch, ())
+
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"bomb\.pt is no whole safetensors file"):
+        checkpoint.load_network(tmp_path / "bomb.pt")
+    assert not (tmp_path / "exploded").exists()
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="no checkpoint of this package"):
+        checkpoint.load_network(tmp_path / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        checkpoint.load_network(tmp_path / "nothing.safetensors")
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        checkpoint.load_network(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
+def test_weights_load_wholly_or_not_at_all(tmp_path, damage):
+    path = tmp_path / "a.safetensors"
+    save(path)
+    with checkpoint.safe_open(path, framework="pt") as file:
+        about = file.metadata()
+    tensors = load_file(path)
+    name = "network/backbone.conv1.weight"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "extra":
+        tensors["network/extra.weight"] = torch.zeros(1)
+    else:
+        tensors[name] = tensors[name][:4].clone()
+    save_file(tensors, path, metadata=about)
+    with pytest.raises(ValueError, match=r"a\.safetensors does not fit its own recipe"):
+        checkpoint.load_network(path)
+
+
+def test_optimiser_state_of_another_network_is_an_error(tmp_path):
+    save(tmp_path / "a.safetensors")
+    loaded = checkpoint.load(tmp_path / "a.safetensors")
+    other = Network(replace(tiny.RECIPE.backbone, channels=(8, 8, 8, 8)), tiny.RECIPE.projector)
+    with pytest.raises(ValueError, match="fits no parameter"):
+        checkpoint.restore_optimizer(optim.build(other, Optim()), loaded.optimizer, other)
+
+
+def test_the_last_checkpoint_of_a_run_is_the_one_with_most_steps(tmp_path):
+    for step in (9, 10, 2):
+        save(runs.checkpoint_path(tmp_path, step), step=step)
+    (tmp_path / "checkpoints" / ".step-00000099.safetensors.x1").write_text("left over by a crash")
+    assert checkpoint.load_network(tmp_path)[1].step == 10
+
+
+def test_metrics_survive_a_torn_last_line(tmp_path):
+    for step in (1, 2, 3):
+        runs.append_metrics(tmp_path, {"step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1, 2, 3]
+    runs.forget_metrics_after(tmp_path, 2)
+    runs.append_metrics(tmp_path, {"step": 3})
+    assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1, 2, 3]
+    assert runs.read_metrics(tmp_path / "none") == []
+
+
+def test_fresh_folders_have_names_of_their_own(tmp_path):
+    assert [runs.fresh_folder(tmp_path / "runs", "a").name for _ in range(3)] == ["a", "a-2", "a-3"]
+
+
+def test_json_is_read_back_or_named(tmp_path):
+    runs.write_json(tmp_path / "a.json", {"x": [1, "é"]})
+    assert runs.read_json(tmp_path / "a.json") == {"x": [1, "é"]}
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, "é"]}
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(ValueError, match=r"b\.json is no readable JSON"):
+        runs.read_json(tmp_path / "b.json")

@@ -1,0 +1,190 @@
+"""The command line as a person meets it: help at once, one sentence for a mistake, the whole job in one command."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import tiny
+from corinfomax import cli, recipes, runs
+from corinfomax.recipes import RECIPES
+
+KNOBS = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "2"]
+KNOBS += ["--backbone.channels", "8", "8", "8", "16", "--projector.widths", "32", "8"]
+
+
+def test_help_answers_in_a_second():
+    def once(words):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "corinfomax", *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0
+        return time.perf_counter() - started, done.stdout
+
+    for words, expected in ((["--help"], "pretrain"), (["pretrain", "--help"], "--optim.lr"), (["recipes"], "93.18")):
+        # the best of three: the machine may be busy with something else
+        runs_of_it = [once(words) for _ in range(3)]
+        assert expected in runs_of_it[0][1]
+        assert min(seconds for seconds, _ in runs_of_it) < 1.0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_shows_every_knob_with_its_value(name, capsys):
+    assert cli.main(["recipes", name]) == 0
+    out = capsys.readouterr().out
+    shown = dict(line.strip().split(maxsplit=1) for line in out.splitlines() if line.startswith("  --"))
+    r = RECIPES[name].recipe
+    assert shown["--loss.alpha"] == str(r.loss.alpha)
+    assert shown["--projector.widths"].split() == [str(w) for w in r.projector.widths]
+    assert shown["--views.1.solarize"] == str(r.views[1].solarize)
+    assert shown["--optim.lr"] == str(r.optim.lr)
+    # What is shown is what sets it: every flag typed back gives the recipe again.
+    words = [word for flag, value in shown.items() for word in typed(flag, value)]
+    command = cli.parse(["pretrain", "x", *words], recipes.Recipe())
+    assert command.knobs == r
+
+
+def typed(flag, value):
+    if value in ("True", "False"):
+        head, _, last = flag.rpartition(".")
+        return [flag if value == "True" else f"{head}.no-{last}" if head else f"--no-{last.removeprefix('--')}"]
+    return [flag, *value.split()]
+
+
+def test_the_recipe_is_the_default_and_flags_override_it():
+    command = cli.parse(["pretrain", "x", "--recipe", "cifar100", "--optim.lr", "0.25", "--views.0.blur", "0.5"])
+    assert command.knobs.loss.alpha == 1000
+    assert command.knobs.optim.lr == 0.25
+    assert command.knobs.views[0].blur == 0.5
+    assert command.knobs.views[1] == RECIPES["cifar100"].recipe.views[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretrain"], "name the images"),
+        (["pretrain", "nowhere"], "no folder or file 'nowhere'"),
+        (["pretrain", "minst5k"], "did you mean 'mnist5k'"),
+        (["pretrain", "x", "--recipe", "cifar11"], "did you mean cifar10"),
+        (["pretrain", "DATA", "--device", "abacus", *KNOBS], "cannot compute on device 'abacus'"),
+        (["pretrain", "DATA", "--batch", "1"], "batch is 1"),
+        (["pretrain", "DATA", "--backbone.name", "resnet19", *KNOBS], "timm knows no network 'resnet19'"),
+        (["pretrain", "DATA", "--holdout", "1.5", *KNOBS], "holdout is 1.5"),
+        (["pretrain", "DATA", "--test-split", "tset", *KNOBS], "no split 'tset'"),
+        (["pretrain", "--resume", "nowhere"], "holds no checkpoint"),
+        (["pretrain", "--resume", "nowhere", "--epochs", "3"], "a resumed run keeps its data and its recipe"),
+        (["evaluate", "nowhere", "DATA"], "no weights at nowhere"),
+        (["embed", "nowhere", "DATA", "--out", "x.csv"], "x.csv must end in"),
+        (["recipes", "cifar"], "unknown recipe 'cifar'"),
+        (["pretrain", "EMPTY"], "no image"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(words, message, tmp_path, capsys, monkeypatch):
+    data = tiny.folder(tmp_path / "data", {"train": 16, "test": 4})
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    places = {"DATA": str(data), "EMPTY": str(tmp_path / "empty")}
+    assert cli.main([places.get(word, word) for word in words]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("corinfomax: ")
+
+
+@pytest.mark.parametrize(
+    "words", [["pretrain", "x", "--epohcs", "3"], ["pretrain", "x", "--epochs", "three"], ["train"], []]
+)
+def test_a_wrong_word_exits_with_2_and_no_traceback(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def whole_job(tmp_path_factory):
+    root = tmp_path_factory.mktemp("job")
+    data = tiny.folder(root / "data", {"train": 40, "test": 12})
+    words = ["pretrain", str(data), "--out", str(root / "run"), *KNOBS]
+    done = subprocess.run([sys.executable, "-m", "corinfomax", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return data, root / "run", done
+
+
+def test_one_command_does_the_whole_job(whole_job):
+    _, run, done = whole_job
+    for expected in (
+        "recipe cpu-small",
+        "40 images to train on, 12 to score on, 2 classes",
+        "raw pixels",
+        "untrained",
+        "corinfomax embed",
+    ):
+        assert expected in done.stdout
+    assert {path.name for path in run.iterdir()} == {"recipe.json", "metrics.jsonl", "results.json", "checkpoints"}
+    about = runs.read_json(run / "recipe.json")
+    assert recipes.from_json(about["recipe"]).projector.widths == (32, 8)
+    assert about["command"][0] == "pretrain"
+    assert set(runs.read_json(run / "results.json")["scores"]) == {"pretrained", "untrained", "raw pixels"}
+
+
+def test_evaluate_gives_the_runs_scores_again(whole_job, tmp_path, capsys):
+    data, run, _ = whole_job
+    assert cli.main(["evaluate", str(run), str(data), "--out", str(tmp_path / "again.json")]) == 0
+    assert "pretrained" in capsys.readouterr().out
+    assert runs.read_json(tmp_path / "again.json") == runs.read_json(run / "results.json")
+
+
+def test_embed_writes_every_image(whole_job, tmp_path):
+    data, run, _ = whole_job
+    assert cli.main(["embed", str(run), str(data), "--out", str(tmp_path / "a.npz")]) == 0
+    table = np.load(tmp_path / "a.npz", allow_pickle=False)
+    assert table["features"].shape == (52, 16)
+    assert np.isfinite(table["features"]).all()
+
+
+def test_a_run_folder_in_use_is_not_written_over(whole_job, capsys):
+    data, run, _ = whole_job
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert cli.main(["pretrain", str(data), "--out", str(run), *KNOBS]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_other_images_do_not_resume_a_run(whole_job, tmp_path, capsys):
+    data, run, _ = whole_job
+    extra = data / "train" / "red" / "999.png"
+    extra.write_bytes((data / "train" / "red" / "000.png").read_bytes())
+    try:
+        assert cli.main(["pretrain", "--resume", str(run)]) == 2
+    finally:
+        extra.unlink()
+    assert "not those that" in capsys.readouterr().err
+
+
+def test_a_folder_without_labels_needs_not_one_word_about_them(tmp_path, capsys, monkeypatch):
+    data = tiny.folder(tmp_path / "flat", {"": 24}, labelled=False)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["pretrain", str(data), *KNOBS]) == 0
+    said = capsys.readouterr()
+    assert "label" not in (said.out + said.err).lower()
+    assert "class" not in (said.out + said.err).lower()
+    assert (tmp_path / "runs" / "flat-cpu-small").is_dir()
+
+
+def test_a_folder_smaller_than_the_batch_still_trains(tmp_path, capsys):
+    data = tiny.folder(tmp_path / "few", {"": 5}, labelled=False)
+    assert cli.main(["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS]) == 0
+    assert "batch 8 is more than the 5 images: batch 5" in capsys.readouterr().out
+    one = tiny.folder(tmp_path / "one", {"": 1}, labelled=False)
+    assert cli.main(["pretrain", str(one), "--out", str(tmp_path / "run1"), *KNOBS]) == 2
+    assert "1 image is not enough" in capsys.readouterr().err
+
+
+def test_an_unreadable_image_is_named_and_left_out(tmp_path, capsys):
+    data = tiny.folder(tmp_path / "data", {"": 30}, labelled=False)
+    (data / "bad.png").write_bytes(b"no image")
+    assert cli.main(["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS]) == 0
+    assert "1 unreadable image" in (out := capsys.readouterr().out)
+    assert "bad.png" in out

@@ -1,0 +1,102 @@
+"""Backbones as timm builds them, the small stem, and the paper's projector."""
+
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from corinfomax import networks
+from corinfomax.recipes import RECIPES, Backbone, Projector
+
+
+def test_a_backbone_is_timms_own():
+    torch.manual_seed(0)
+    ours = networks.build_backbone(Backbone(name="resnet18"))
+    torch.manual_seed(0)
+    theirs = timm.create_model("resnet18", num_classes=0)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(a.equal(b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_small_stem_keeps_small_images_large(stride):
+    model = networks.build_backbone(Backbone(small_stem=True, stem_stride=stride, layers=(1, 1, 1, 1)))
+    assert model.conv1.kernel_size == (3, 3)
+    seen = []
+    model.layer1.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    features = model(torch.zeros(2, 3, 32, 32))
+    assert seen == [(2, 64, 32 // stride, 32 // stride)]
+    assert features.shape == (2, 512)
+
+
+def test_residual_branches_start_at_zero():
+    model = networks.build_backbone(Backbone(name="resnet18"))
+    assert all((block.bn2.weight == 0).all() for block in model.layer1)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224", "mobilenetv3_small_050", "resnet26"])
+def test_any_timm_network_will_do(name):
+    network = networks.Network(Backbone(name=name), Projector(widths=(32, 8)))
+    assert network.backbone(torch.zeros(2, 3, 224, 224)).shape == (2, networks.feature_width(network.backbone))
+    assert network(torch.randn(2, 3, 224, 224)).shape == (2, 8)
+
+
+def test_the_projector_is_the_papers():
+    layers = networks.build_projector(512, Projector(widths=(2048, 2048, 64)))
+    assert [type(layer) for layer in layers] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    assert [layer.bias is not None for layer in layers if isinstance(layer, nn.Linear)] == [True, True, False]
+    with_norm = networks.build_projector(512, Projector(widths=(8192, 8192, 512), batch_norm=True))
+    norm = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
+    assert [type(layer) for layer in with_norm] == [*norm, *norm, nn.Linear]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipes_network_gives_projections(name):
+    recipe = RECIPES[name].recipe
+    network = networks.Network(recipe.backbone, recipe.projector)
+    assert network(torch.randn(2, 3, 64, 64)).shape == (2, recipe.projector.widths[-1])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (Backbone(name="resnet19"), "timm knows no network 'resnet19'"),
+        (Backbone(name="vit_tiny_patch16_224", small_stem=True), "small_stem replaces"),
+        (Backbone(name="vit_tiny_patch16_224", layers=(1, 1)), "does not take layers"),
+    ],
+)
+def test_impossible_backbones_are_errors(backbone, message):
+    with pytest.raises(ValueError, match=message):
+        networks.build_backbone(backbone)
+
+
+@pytest.mark.parametrize("name", ["imagenet100-r50", "cpu-small"])
+def test_weights_load_strictly_into_timm_in_a_fresh_process(tmp_path, name):
+    """With timm and torch alone: the same features."""
+    backbone = RECIPES[name].recipe.backbone
+    torch.manual_seed(1)
+    model = networks.build_backbone(backbone).eval()
+    x = torch.randn(2, 3, 64, 64)
+    torch.save({"weights": model.state_dict(), "x": x, "y": model(x).detach()}, tmp_path / "model.pt")
+    code = f"""
+import timm, torch
+from torch import nn
+knobs = {asdict(backbone)!r}
+saved = torch.load({str(tmp_path / "model.pt")!r}, weights_only=True)
+options = {{key: knobs[key] for key in ("layers", "channels") if knobs[key] is not None}}
+model = timm.create_model(knobs["name"], num_classes=0, **options)
+if knobs["small_stem"]:
+    model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, stride=knobs["stem_stride"], padding=1, bias=False)
+    model.maxpool = nn.Identity()
+print(model.load_state_dict(saved["weights"], strict=True))
+assert torch.equal(model.eval()(saved["x"]), saved["y"])
+import sys
+assert not any(name.startswith("corinfomax") for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "All keys matched" in done.stdout

@@ -1,0 +1,70 @@
+"""The schedule against its definition, and which parameters decay."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from corinfomax import optim
+from corinfomax.recipes import Optim
+
+PAPER = Optim(lr=0.5, start_lr=3e-3, min_lr=1e-6, warmup_epochs=10)
+
+
+def epoch_lr(epoch: int, epochs: int = 1000) -> float:
+    return optim.learning_rate(PAPER, epoch * 97, steps_per_epoch=97, epochs=epochs)
+
+
+def test_the_papers_schedule():
+    assert epoch_lr(0) == pytest.approx(3e-3)
+    assert epoch_lr(1) == pytest.approx(3e-3 + (0.5 - 3e-3) / 9)
+    assert epoch_lr(9) == epoch_lr(10) == pytest.approx(0.5)
+    assert epoch_lr(505) == pytest.approx((0.5 + 1e-6) / 2)
+    assert epoch_lr(999) == pytest.approx(1e-6 + 0.25 * (math.pi / 990) ** 2 / 2, rel=1e-2)
+    falling = [epoch_lr(e) for e in range(10, 1000)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_the_papers_schedule_is_constant_within_an_epoch():
+    for epoch in (0, 5, 10, 500):
+        rates = {optim.learning_rate(PAPER, epoch * 97 + s, steps_per_epoch=97, epochs=1000) for s in range(97)}
+        assert len(rates) == 1
+
+
+def test_the_smooth_schedule_moves_every_step():
+    smooth = Optim(lr=0.3, start_lr=0.01, min_lr=0.001, warmup_epochs=1.5, schedule="step")
+    rates = [optim.learning_rate(smooth, s, steps_per_epoch=10, epochs=6) for s in range(60)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[15] == max(rates) == pytest.approx(0.3)
+    assert rates[:16] == sorted(set(rates[:16]))
+    assert rates[15:] == sorted(set(rates[15:]), reverse=True)
+    assert rates[-1] == pytest.approx(0.001, abs=0.001)
+
+
+@pytest.mark.parametrize("schedule", ["epoch", "step"])
+@pytest.mark.parametrize(("warmup", "epochs"), [(0, 1), (0, 3), (1, 1), (10, 2), (0.1, 1)])
+def test_short_runs_have_finite_rates_within_bounds(schedule, warmup, epochs):
+    knobs = Optim(lr=0.5, start_lr=3e-3, min_lr=1e-6, warmup_epochs=warmup, schedule=schedule)
+    rates = [optim.learning_rate(knobs, s, steps_per_epoch=4, epochs=epochs) for s in range(4 * epochs)]
+    assert all(1e-6 <= rate <= 0.5 for rate in rates)
+
+
+@pytest.mark.parametrize("decay_norms", [True, False])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weight_decay_reaches_norms_and_biases_only_when_asked(name, decay_norms):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    optimizer = optim.build(model, Optim(name=name, lr=0.1, weight_decay=0.5, decay_norms=decay_norms))
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for old, p in zip(before, model.parameters(), strict=True):
+        shrinks = p.ndim > 1 or decay_norms
+        torch.testing.assert_close(p.detach(), old * (1 - 0.1 * 0.5) if shrinks else old)
+
+
+def test_set_learning_rate_reaches_every_group():
+    optimizer = optim.build(nn.Sequential(nn.Linear(2, 2)), Optim())
+    optim.set_learning_rate(optimizer, 0.123)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.123, 0.123]

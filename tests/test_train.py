@@ -1,0 +1,250 @@
+"""The loop: what it optimises, that it stops and goes on, and that nothing but the recipe decides the result."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from corinfomax import checkpoint, images, runs, train
+from corinfomax.networks import Network
+from corinfomax.objective import CorInfoMaxLoss
+from corinfomax.recipes import RECIPES, Loss, View
+from corinfomax.seeds import key
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    return images.load(tiny.folder(root, {"train": 40, "test": 12}), side=16, progress=False)
+
+
+def run_tiny(splits, folder, recipe=tiny.RECIPE, *, resume=None, **pace):
+    folder.mkdir(exist_ok=True)
+    pace = train.Pace(**{"log_steps": 1, "scores": 2, **pace})
+    return train.pretrain(recipe, splits, folder, device=CPU, pace=pace, facts={"data": "tiny"}, resume=resume)
+
+
+def test_a_run_writes_metrics_and_a_checkpoint(splits, tmp_path):
+    network = run_tiny(splits, tmp_path)
+    rows = runs.read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["step"] for row in rows if "knn" in row] == [5, 10]
+    for row in rows:
+        alpha = 3.906 * 8
+        assert row["loss"] == pytest.approx(alpha * row["attraction"] + row["big_bang"])
+        assert row["gap"] == pytest.approx(row["big_bang"] - 2 * math.log(8))
+    loaded, saved = checkpoint.load_network(tmp_path)
+    assert saved.step == 10
+    assert saved.recipe == tiny.RECIPE
+    assert tiny.equal_states(loaded.state_dict(), network.state_dict())
+    assert runs.checkpoints(tmp_path) == [runs.checkpoint_path(tmp_path, 10)]
+
+
+def test_metrics_are_the_loss_of_the_step_by_hand(splits, tmp_path):
+    """The first two steps again, from the parts: order, views, forwards, loss, update."""
+    run_tiny(splits, tmp_path)
+    recipe = tiny.RECIPE
+    torch.manual_seed(key(recipe.seed, "weights"))
+    network = Network(recipe.backbone, recipe.projector).to(memory_format=torch.channels_last)
+    criterion = CorInfoMaxLoss(8)
+    optimizer = torch.optim.SGD(network.parameters(), lr=recipe.optim.start_lr, momentum=0.9, weight_decay=1e-4)
+    losses = []
+    for step in range(2):
+        pixels, sizes = splits.train.batch(train.batch_indices(recipe, step, 40))
+        x1, x2 = train.make_views(recipe, pixels, sizes, step, CPU)
+        for group in optimizer.param_groups:
+            # five steps an epoch, half an epoch of warm-up: the second step is at 1/2.5 of the rise
+            group["lr"] = 3e-3 + (0.05 - 3e-3) * step / 2.5
+        loss = criterion(network(x1), network(x2)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses == pytest.approx([row["loss"] for row in runs.read_metrics(tmp_path)[:2]], rel=1e-5)
+
+
+def test_every_image_is_seen_once_an_epoch_and_in_a_new_order(splits):
+    recipe = tiny.RECIPE
+    epochs = [torch.cat([train.batch_indices(recipe, 5 * e + s, 40) for s in range(5)]) for e in range(3)]
+    for order in epochs:
+        assert order.sort().values.equal(torch.arange(40))
+    assert not epochs[0].equal(epochs[1])
+    assert len(train.batch_indices(replace(recipe, batch=16), 1, 40)) == 16  # two batches of 16; the last 8 dropped
+    assert not train.batch_indices(replace(recipe, seed=1), 0, 40).equal(train.batch_indices(recipe, 0, 40))
+
+
+def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(splits, tmp_path):
+    first, again, other = (
+        run_tiny(splits, tmp_path / name, replace(tiny.RECIPE, seed=seed)).state_dict()
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert tiny.equal_states(first, again)
+    assert not tiny.equal_states(first, other)
+
+
+def test_labels_never_reach_training(splits, tmp_path):
+    shuffled = images.Splits(
+        replace(splits.train, labels=splits.train.labels.flip(0)), replace(splits.test, labels=splits.test.labels * 0)
+    )
+    unlabelled = images.Splits(replace(splits.train, labels=None, classes=()), None)
+    states = [
+        run_tiny(data, tmp_path / name).state_dict()
+        for name, data in (("a", splits), ("b", shuffled), ("c", unlabelled))
+    ]
+    assert tiny.equal_states(states[0], states[1])
+    assert tiny.equal_states(states[0], states[2])
+    assert not any("knn" in row for row in runs.read_metrics(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_resumed_run_ends_as_if_it_had_never_stopped(splits, tmp_path, monkeypatch, name):
+    recipe = replace(tiny.RECIPE, optim=replace(tiny.RECIPE.optim, name=name))
+    whole = run_tiny(splits, tmp_path / "whole", recipe)
+    stopped = tmp_path / "stopped"
+    real = train.batch_indices
+
+    def stop_in_step_6(recipe, step, count):
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return real(recipe, step, count)
+
+    monkeypatch.setattr(train, "batch_indices", stop_in_step_6)
+    with pytest.raises(train.Interrupted) as interrupted:
+        run_tiny(splits, stopped, recipe)
+    monkeypatch.undo()
+    saved = checkpoint.load(interrupted.value.checkpoint)
+    assert saved.step == 7
+    runs.forget_metrics_after(stopped, saved.step)
+    resumed = run_tiny(splits, stopped, recipe, resume=saved)
+    assert tiny.equal_states(whole.state_dict(), resumed.state_dict())
+    drop = ("seconds",)
+    rows = [
+        [{k: v for k, v in row.items() if k not in drop} for row in runs.read_metrics(tmp_path / f)]
+        for f in ("whole", "stopped")
+    ]
+    assert rows[0] == rows[1]
+    ends = [checkpoint.load(runs.checkpoint_path(tmp_path / f, 10)) for f in ("whole", "stopped")]
+    assert tiny.equal_states(ends[0].criterion, ends[1].criterion)
+    assert tiny.equal_states(ends[0].optimizer, ends[1].optimizer)
+    assert ends[0].optimizer
+
+
+def test_signal_handlers_are_put_back(splits, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run_tiny(splits, tmp_path)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_its_parts(splits, tmp_path, monkeypatch):
+    forward = CorInfoMaxLoss.forward
+
+    def poisoned(self, z1, z2):
+        terms = forward(self, z1, z2)
+        return terms if self.training and z1.grad_fn is None else terms._replace(loss=terms.loss * math.nan)
+
+    monkeypatch.setattr(CorInfoMaxLoss, "forward", poisoned)
+    with pytest.raises(FloatingPointError, match=r"became nan in step 0 .*attraction .*smallest eigenvalue"):
+        run_tiny(splits, tmp_path)
+    assert not runs.checkpoints(tmp_path)
+
+
+def test_training_raises_the_spread_of_the_features(splits, tmp_path):
+    recipe = replace(tiny.RECIPE, epochs=12)
+    run_tiny(splits, tmp_path, recipe, scores=0)
+    gaps = [row["gap"] for row in runs.read_metrics(tmp_path)]
+    # The moments start at the identity, far from anything: compare once they have forgotten it.
+    assert sum(gaps[-5:]) < sum(gaps[5:10])
+
+
+def test_precision_is_the_recipes():
+    assert train.precision(replace(tiny.RECIPE, precision="bfloat16"), CPU) == torch.bfloat16
+    assert train.precision(replace(tiny.RECIPE, precision="float32"), CPU) == torch.float32
+    assert train.precision(replace(tiny.RECIPE, precision="auto"), CPU) in (torch.bfloat16, torch.float32)
+
+
+def test_bfloat16_trains_too(splits, tmp_path):
+    run_tiny(splits, tmp_path, replace(tiny.RECIPE, precision="bfloat16"))
+    assert all(math.isfinite(row["loss"]) for row in runs.read_metrics(tmp_path))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_takes_a_step(splits, tmp_path, name):
+    """The recipe as it is, but for a small batch, a small image and the one step."""
+    recipe = replace(RECIPES[name].recipe, batch=8, epochs=1, size=32)
+    one_step = images.Splits(splits.train.select(torch.arange(8)), None)
+    network = run_tiny(one_step, tmp_path, recipe, scores=0)
+    before = Network(recipe.backbone, recipe.projector).state_dict()
+    assert network.state_dict().keys() == before.keys()
+    (row,) = runs.read_metrics(tmp_path)
+    assert row["lr"] == pytest.approx(recipe.optim.start_lr)
+    assert math.isfinite(row["loss"])
+
+
+def test_mixed_sizes_train(tmp_path):
+    root = tmp_path / "mixed"
+    for i, side in enumerate((16, 20, 33)):
+        tiny.folder(root / str(i), {"": 8}, labelled=False, side=side)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted(root.rglob("*.png"))):
+        path.rename(flat / f"{number}.png")
+    splits = images.load(flat, side=16, progress=False)
+    run_tiny(splits, tmp_path / "run", replace(tiny.RECIPE, views=(View(blur=1.0), View(rotate=10.0))))
+
+
+def test_loss_knobs_reach_the_loss(splits, tmp_path):
+    recipe = replace(tiny.RECIPE, loss=Loss(alpha=7.0, cov_decay=0.3, mean_decay=0.2, eps=1e-3, cov_init=2.0))
+    run_tiny(splits, tmp_path, recipe)
+    row = runs.read_metrics(tmp_path)[0]
+    assert row["loss"] == pytest.approx(7 * row["attraction"] + row["big_bang"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_command_leaves_a_run_that_goes_on(tmp_path, how):
+    data = tiny.folder(tmp_path / "data", {"train": 64, "test": 16})
+    knobs = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "400", "--scores", "0"]
+    small = ["--backbone.channels", "8", "8", "8", "8", "--projector.widths", "16", "8"]
+    command = [sys.executable, "-m", "corinfomax", "pretrain"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CORINFOMAX_CACHE": str(tmp_path / "cache")}
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command, str(data), "--out", str(run), *knobs, *small],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline, "the run never began"
+        time.sleep(0.05)
+    process.send_signal(how)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err
+    assert f"--resume {run}" in out
+    (saved,) = runs.checkpoints(run)
+    step = checkpoint.load(saved).step
+    assert 0 < step < 3200
+    process = subprocess.Popen(
+        [*command, "--resume", str(run)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while json.loads(metrics.read_text().splitlines()[-1])["step"] <= step + 10:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(how)
+    out, err = process.communicate(timeout=20)
+    assert f"going on with {run} after step {step}" in out
+    steps = [row["step"] for row in runs.read_metrics(run)]
+    assert steps == sorted(set(steps))

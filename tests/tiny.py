@@ -1,0 +1,47 @@
+"""Small made-up images and recipes that train in a second."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from corinfomax.recipes import RECIPES, Backbone, Optim, Projector, Recipe
+
+RECIPE: Recipe = replace(
+    RECIPES["cpu-small"].recipe,
+    size=16,
+    cache_side=16,
+    backbone=Backbone(small_stem=True, stem_stride=2, layers=(1, 1, 1, 1), channels=(8, 8, 8, 16)),
+    projector=Projector(widths=(32, 8)),
+    optim=Optim(lr=0.05, warmup_epochs=0.5, schedule="step"),
+    epochs=2,
+    batch=8,
+    precision="float32",
+)
+
+
+def pictures(count: int, side: int = 16, seed: int = 0) -> np.ndarray:
+    """Coloured shapes whose hue is their class of two, (count, side, side, 3), uint8."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 60, (count, side, side, 3), dtype=np.uint8)
+    for i, image in enumerate(images):
+        y, x = rng.integers(0, side // 2, 2)
+        image[y : y + side // 2, x : x + side // 2, i % 2] = 220
+    return images
+
+
+def folder(root: Path, splits: dict[str, int], *, labelled: bool = True, side: int = 16) -> Path:
+    """An image folder: <split>/<class>/<n>.png, or <n>.png alone for the split ""."""
+    for seed, (split, count) in enumerate(splits.items()):
+        for i, image in enumerate(pictures(count, side, seed)):
+            place = root / split / (("red", "green")[i % 2] if labelled else "")
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{i:03}.png")
+    return root
+
+
+def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts are bitwise the same."""
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
