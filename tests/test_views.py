@@ -80,20 +80,21 @@ def test_centre_view(h, w, size):
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "values"),
+    ("part", "theirs", "values"),
     [
-        (views.brightness, T.adjust_brightness, [0.0, 0.6, 1.0, 1.4]),
-        (views.contrast, T.adjust_contrast, [0.0, 0.6, 1.0, 1.4]),
-        (views.saturation, T.adjust_saturation, [0.0, 0.8, 1.0, 1.7]),
-        (views.hue, T.adjust_hue, [-0.5, -0.1, 0.0, 0.03, 0.1, 0.5]),
+        (views.BRIGHTNESS, T.adjust_brightness, [0.0, 0.6, 1.0, 1.4]),
+        (views.CONTRAST, T.adjust_contrast, [0.0, 0.6, 1.0, 1.4]),
+        (views.SATURATION, T.adjust_saturation, [0.0, 0.8, 1.0, 1.7]),
+        (views.HUE, T.adjust_hue, [-0.5, -0.1, 0.0, 0.03, 0.1, 0.5]),
     ],
 )
-def test_colour(ours, theirs, values):
+def test_colour(part, theirs, values):
     x = floats(len(values), 32)
     x[:, :, :4, :4] = 0.5  # grey: no hue
     x[:, :, 4:8, :4] = 0.0
     x[:, :2, 8:12, :4] = 0.7  # two channels share the maximum
-    got = ours(x, torch.tensor(values))
+    factors = torch.tensor(values)
+    got = views.hue(x, factors) if part == views.HUE else views.blend(x, torch.full((len(x),), part), factors)
     for image, value, result in zip(x, values, got, strict=True):
         torch.testing.assert_close(result, theirs(image, value), **CLOSE)
 

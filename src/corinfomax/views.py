@@ -7,7 +7,6 @@ Each operation gives what torchvision gives for the same parameters on a float i
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from corinfomax.recipes import View
 
 CROP_TRIES = 10  # torchvision's: draw a box up to ten times, then fall back to a centre crop
 BLUR_RADIUS = 6  # three times the largest published sigma, 2 px; 0.3 % of that kernel's weight lies beyond
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 GREY = (0.2989, 0.587, 0.114)
 
 
@@ -34,7 +34,7 @@ class Parameters(NamedTuple):
     flip: Bool[Tensor, " n"]
     jitter: Bool[Tensor, " n"]
     order: Int[Tensor, "n 4"]
-    """Which part of the jitter comes first, second, …: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    """Which part of the jitter comes first, second, …: BRIGHTNESS, CONTRAST, SATURATION or HUE."""
     factors: Float[Tensor, "n 4"]
     """Brightness, contrast and saturation factors, and the hue's shift in turns."""
     grey: Bool[Tensor, " n"]
@@ -108,9 +108,9 @@ def apply(
     x = rotate(images.float() / 255, sizes, p.angle) if (p.angle != 0).any() else images
     x = resized_crop(x, p.box, p.flip, size=size)
     x = jitter(x, p)
-    x = _on(p.grey, x, lambda x, _: grey(x).expand_as(x))
-    x = _on(p.blur, x, lambda x, chosen: blur(x, p.sigma[chosen]))
-    x = _on(p.solarize, x, lambda x, _: solarize(x))
+    x = _on(p.grey, x, lambda x: grey(x).expand_as(x))
+    x = _on(p.blur, x, blur, p.sigma)
+    x = _on(p.solarize, x, solarize)
     return normalize(x, mean=mean, std=std)
 
 
@@ -215,58 +215,56 @@ def cubic_weights(
 
 def jitter(x: Float[Tensor, "n 3 h w"], p: Parameters) -> Float[Tensor, "n 3 h w"]:
     """Brightness, contrast, saturation and hue of the images in `p.jitter`, in each one's own order."""
-    x = x.clone()
-    # Images that share one of the 24 orders go through together: each image is gathered and put back once.
-    for order in itertools.permutations(range(4)):
-        chosen = (p.jitter & (p.order == torch.tensor(order)).all(1)).nonzero()[:, 0]
-        if len(chosen):
-            on_device = chosen.to(x.device, non_blocking=True)
-            some = x[on_device]
-            for part in order:
-                some = (brightness, contrast, saturation, hue)[part](some, p.factors[chosen, part])
-            x.index_copy_(0, on_device, some)
+    for place in range(4):
+        part = torch.where(p.jitter, p.order[:, place], -1)
+        factor = p.factors.gather(1, p.order[:, place : place + 1])[:, 0]
+        x = blend(x, part, factor)
+        x = _on(part == HUE, x, hue, factor)
     return x
 
 
-def brightness(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, " n"]) -> Float[Tensor, "n 3 h w"]:
-    """Each image times its factor, clamped to [0, 1]."""
-    return (x * _per_image(factor, x)).clamp_(0, 1)
+def blend(
+    x: Float[Tensor, "n 3 h w"], part: Int[Tensor, " n"], factor: Float[Tensor, " n"]
+) -> Float[Tensor, "n 3 h w"]:
+    """Brightness, contrast or saturation of each image by its factor, clamped to [0, 1]; other parts leave it alone.
 
-
-def contrast(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, " n"]) -> Float[Tensor, "n 3 h w"]:
-    """Each image blended with its mean grey, clamped to [0, 1]."""
-    return torch.lerp(grey(x).mean((1, 2, 3), keepdim=True), x, _per_image(factor, x)).clamp_(0, 1)
-
-
-def saturation(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, " n"]) -> Float[Tensor, "n 3 h w"]:
-    """Each image blended with its grey version, clamped to [0, 1]."""
-    return torch.lerp(grey(x), x, _per_image(factor, x)).clamp_(0, 1)
+    Each is `factor` times the image plus the rest of black, of the mean grey or of the grey image: one pass does all.
+    """
+    factor = torch.where((part == BRIGHTNESS) | (part == CONTRAST) | (part == SATURATION), factor, 1)
+    keep, of_mean, of_grey = (
+        _per_image(share, x)
+        for share in (factor, (1 - factor) * (part == CONTRAST), (1 - factor) * (part == SATURATION))
+    )
+    luma = grey(x)
+    rest = torch.addcmul(of_mean * luma.mean((2, 3), keepdim=True), luma, of_grey)
+    return torch.addcmul(rest, x, keep).clamp_(0, 1)
 
 
 def hue(x: Float[Tensor, "n 3 h w"], shift: Float[Tensor, " n"]) -> Float[Tensor, "n 3 h w"]:
     """Each image's hue turned by `shift` turns.
 
     With V the largest channel, C the chroma and H the hue in sixths of a turn, HSV back to RGB is
-    V − C · clamp(min(k, 4−k), 0, 1) with k = (H + 5, 3, 1) mod 6 for red, green, blue.
+    V − C + C · clamp(|H−3|−1, 2−|H−2|, 2−|H−4|) for red, green, blue.
     """
     red, green, blue = x.unbind(1)
     value = x.amax(1)
     chroma = value - x.amin(1)
-    safe = torch.where(chroma == 0, 1, chroma)
-    sixths = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
-    )
-    sixths = sixths + 6 * _per_image(shift, x)[:, 0]
-    k = (sixths[:, None] + torch.arange(5, 0, -2, device=x.device)[:, None, None]).remainder(6)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    numerator = torch.where(value == red, green - blue, torch.where(value == green, blue - red, red - green))
+    sector = torch.where(value == red, 0.0, torch.where(value == green, 2.0, 4.0))
+    # Grey has no hue: 0 times a large number.
+    sixths = torch.addcmul(sector, numerator, chroma.clamp_min(1e-30).reciprocal_()) + 6 * _per_image(shift, x)[:, 0]
+    sixths.sub_(6 * (sixths / 6).floor_())
+    out = torch.empty_like(x)
+    torch.sub(sixths, 3, out=out[:, 0]).abs_().sub_(1)
+    torch.sub(sixths, 2, out=out[:, 1]).abs_().neg_().add_(2)
+    torch.sub(sixths, 4, out=out[:, 2]).abs_().neg_().add_(2)
+    return out.clamp_(0, 1).mul_(chroma[:, None]).add_((value - chroma)[:, None])
 
 
 def grey(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:
     """Luma of each image, ITU-R BT.601."""
     red, green, blue = x.split(1, 1)
-    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
+    return (GREY[0] * red).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
 
 
 def blur(x: Float[Tensor, "n 3 s s"], sigma: Float[Tensor, " n"]) -> Float[Tensor, "n 3 s s"]:
@@ -305,12 +303,12 @@ def _per_image(values: Float[Tensor, " n"], x: Tensor) -> Float[Tensor, "n 1 1 1
     return values.to(x.device, non_blocking=True)[:, None, None, None]
 
 
-def _on(chosen: Bool[Tensor, " n"], x: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`operation(images, indices)` on the chosen images, the others untouched."""
+def _on(chosen: Bool[Tensor, " n"], x: Tensor, operation: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """`operation(images, *values)` on the chosen images with their own values, the others untouched."""
     indices = chosen.nonzero()[:, 0]
     if len(indices) == 0:
         return x
     if len(indices) == len(x):
-        return operation(x, indices)
+        return operation(x, *values)
     on_device = indices.to(x.device, non_blocking=True)
-    return x.index_copy(0, on_device, operation(x[on_device], indices))
+    return x.index_copy(0, on_device, operation(x[on_device], *(value[indices] for value in values)))
