@@ -1,8 +1,8 @@
 """The command line as a person meets it: help at once, one sentence for a mistake, the whole job in one command."""
 
+import resource
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,17 +16,14 @@ KNOBS += ["--backbone.channels", "8", "8", "8", "16", "--projector.widths", "32"
 
 
 def test_help_answers_in_a_second():
-    def once(words):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "corinfomax", *words], capture_output=True, text=True, check=False)
-        assert done.returncode == 0
-        return time.perf_counter() - started, done.stdout
-
     for words, expected in ((["--help"], "pretrain"), (["pretrain", "--help"], "--optim.lr"), (["recipes"], "93.18")):
-        # the best of three: the machine may be busy with something else
-        runs_of_it = [once(words) for _ in range(3)]
-        assert expected in runs_of_it[0][1]
-        assert min(seconds for seconds, _ in runs_of_it) < 1.0
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-m", "corinfomax", *words], capture_output=True, text=True, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0
+        assert expected in done.stdout
+        # processor time: on an idle machine wall time is the same, on a busy one it says nothing of the program
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -168,8 +165,9 @@ def test_a_folder_without_labels_needs_not_one_word_about_them(tmp_path, capsys,
     monkeypatch.chdir(tmp_path)
     assert cli.main(["pretrain", str(data), *KNOBS]) == 0
     said = capsys.readouterr()
-    assert "label" not in (said.out + said.err).lower()
-    assert "class" not in (said.out + said.err).lower()
+    text = (said.out + said.err).replace(str(tmp_path), "").lower()
+    assert "label" not in text
+    assert "class" not in text
     assert (tmp_path / "runs" / "flat-cpu-small").is_dir()
 
 

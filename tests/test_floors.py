@@ -12,7 +12,9 @@ FLOORS = (
     ("__init__",),  # names only: it imports when asked
     ("recipes", "runs"),
     ("seeds",),
-    ("objective", "views", "sources", "networks", "optim", "probes"),
+    ("objective", "views", "files", "networks", "optim", "probes"),
+    ("named", "decode"),
+    ("sources",),
     ("images", "checkpoint"),
     ("embed",),
     ("train", "evaluate"),

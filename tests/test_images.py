@@ -16,8 +16,9 @@ import torch
 from PIL import Image, ImageColor, ImageOps
 
 from corinfomax import images as module
-from corinfomax.images import Images, decode, default_cache, load
-from corinfomax.sources import DataError
+from corinfomax.decode import decode
+from corinfomax.files import DataError
+from corinfomax.images import Images, default_cache, load
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -38,7 +39,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         calls.append(image.size)
         return decode(image, side)
 
-    monkeypatch.setattr(module, "decode", counted)
+    monkeypatch.setattr("corinfomax.decode.decode", counted)
     return calls
 
 
@@ -376,7 +377,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, cache: Path, monkey
     def interrupted(image: Image.Image, side: int) -> Pixels:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "decode", interrupted)
+    monkeypatch.setattr("corinfomax.decode.decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(folder_of(tmp_path, 2), side=8, progress=False)
     assert not any(cache.iterdir())

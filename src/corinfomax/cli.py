@@ -150,9 +150,9 @@ def parse(argv: list[str], base: Recipe | None = None) -> Pretrain | Evaluate | 
 
 
 def _typed(argv: list[str], flag: str) -> str | None:
-    for word, after in zip(argv, [*argv[1:], None], strict=True):
+    for place, word in enumerate(argv):
         if word == flag:
-            return after
+            return argv[place + 1] if place + 1 < len(argv) else None
         if word.startswith(f"{flag}="):
             return word.removeprefix(f"{flag}=")
     return None

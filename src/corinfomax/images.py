@@ -8,9 +8,6 @@ import os
 import shutil
 import time
 import warnings
-from collections import deque
-from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,34 +18,16 @@ from uuid import uuid4
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
+from corinfomax.decode import check_skipped, decode_all
+from corinfomax.files import DataError, Source
 from corinfomax.seeds import generator
-from corinfomax.sources import DataError, Source, find
+from corinfomax.sources import find
 
 FORMAT = 1  # raise it with every change to the bytes that decoding gives or to their layout
-# Never EPS: Pillow would hand it to Ghostscript. AVIF last: before Pillow 11.3 asking for it raises.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-LONGEST = 4
-"""Longest side of a cached image, in short sides: it bounds the padding of a batch."""
 DEFAULT_HOLDOUT = 0.1
-CHUNK = 32  # images a task: handing over one 32×32 image costs as much as decoding it
 ABANDONED = 24 * 3600.0  # seconds without a byte written, after which a half-built cache has no living builder
-UPRIGHT: dict[object, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What undoes each value of EXIF's Orientation (tag 0x0112)."""
-
-Decoded = UInt8[np.ndarray, "3 _ _"] | str
-"""An image, or why it cannot be read."""
 Opened = tuple[np.ndarray, Tensor, list[tuple[int, str]]]
 """Rows, heights and widths of a cache's images; their bytes; rows and reasons of the skipped ones."""
 
@@ -261,7 +240,7 @@ def _build(source: Source, side: int, folder: Path, progress: bool) -> None:
         _sweep(folder.parent)
         part.mkdir(parents=True)
         with (part / "pixels.bin").open("wb", buffering=1 << 20) as stream:
-            with closing(_decoded(source, side, progress)) as results:
+            with closing(decode_all(source, side, progress)) as results:
                 for row, result in enumerate(results):
                     if isinstance(result, str):
                         skipped.append((row, result))
@@ -269,7 +248,7 @@ def _build(source: Source, side: int, folder: Path, progress: bool) -> None:
                         index.append((row, *result.shape[1:]))
                         written += stream.write(result.data)
             _sync(stream)
-        _complain(source, skipped)
+        check_skipped(source, skipped)
         with (part / "index.npy").open("wb") as stream:
             np.save(stream, np.array(index, np.int64), allow_pickle=False)
             _sync(stream)
@@ -309,99 +288,6 @@ def _sweep(cache: Path) -> None:
                 shutil.rmtree(part)
 
 
-def _complain(source: Source, skipped: list[tuple[int, str]]) -> None:
-    """Raise where too many images were unreadable to call the rest the data: over 1 % and over one, or all."""
-    count = len(source.paths)
-    if len(skipped) <= max(1, 0.01 * count) and len(skipped) < count:
-        return
-    named = ", ".join(f"{source.paths[row]} ({reason})" for row, reason in skipped[:5])
-    raise DataError(
-        f"{len(skipped):,} of {count:,} images in {source.root} cannot be read, and no more than 1 % is skipped: "
-        f"{named}{', …' if len(skipped) > 5 else ''}; remove or replace them"
-    )
-
-
 def _sync(stream: IO[bytes]) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _decoded(source: Source, side: int, progress: bool) -> Generator[Decoded, None, None]:
-    """Each image of `source` in order, or why it cannot be read; a few chunks a core are in memory at any time."""
-    count, workers = len(source.paths), os.cpu_count() or 1
-    array = source.array() if source.array else None
-
-    def open_image(row: int) -> Image.Image:
-        if array is not None:
-            return Image.fromarray(array[row])
-        return Image.open(Path(source.root, source.paths[row]), formats=FORMATS)
-
-    def decode_chunk(rows: range) -> list[Decoded]:
-        results: list[Decoded] = []
-        for row in rows:
-            try:
-                with open_image(row) as image:
-                    results.append(decode(image, side))
-            except UnidentifiedImageError:
-                results.append("not an image" if source.stamps[row, 0] else "empty file")
-            except Exception as error:  # a malformed file makes Pillow's parsers raise nearly anything
-                results.append(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-        return results
-
-    chunks = (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
-    pending: deque[Future[list[Decoded]]] = deque()
-    with (
-        warnings.catch_warnings(),
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=count, desc="decoding", unit=" images", disable=not progress) as bar,
-    ):
-        # What Pillow warns of (broken EXIF, many pixels) does not keep the pixels from being read.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        for rows in chunks:
-            pending.append(pool.submit(decode_chunk, rows))
-            while len(pending) > 2 * workers or (pending and rows.stop == count):
-                results = pending.popleft().result()
-                yield from results
-                bar.update(len(results))
-
-
-def decode(image: Image.Image, side: int) -> UInt8[np.ndarray, "3 h w"]:
-    """An opened image as RGB bytes, upright, its short side reduced to `side` where it is longer.
-
-    The first frame of an animation; transparency over white; 16-bit levels divided by 257 (mode I is taken as 16-bit),
-    floats taken as 0 to 1, or as 0 to 255 if any is above 1. Of a side longer than LONGEST short ones only the middle
-    is kept. Raises what Pillow raises on a file that it cannot read whole.
-    """
-    short = min(image.size)
-    # A JPEG then decodes at 1/2, 1/4 or 1/8 of its size, in less time; twice the side is left to resample from.
-    drafted = image.draft(None, (2 * side * image.width // short, 2 * side * image.height // short))
-    image.load()
-    upright = UPRIGHT.get(image.getexif().get(0x0112))
-    rgb = _rgb(image)
-    width, height = drafted[1][2:] if drafted else rgb.size  # of the drafted image in fractions of a pixel
-    shorter = min(width, height)
-    longest = LONGEST * max(shorter, side)
-    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
-    width, height = min(width, longest), min(height, longest)
-    if shorter > side:
-        size = max(side, round(width * side / shorter)), max(side, round(height * side / shorter))
-    else:
-        size = round(width), round(height)
-    box = (left, top, left + width, top + height)
-    rgb = rgb.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0)
-    if upright is not None:
-        rgb = rgb.transpose(upright)
-    return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-    elif image.mode == "F":
-        levels = np.nan_to_num(np.asarray(image))
-        levels = levels * 255 if levels.max() <= 1 else levels
-        image = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
-    elif image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")

@@ -189,7 +189,9 @@ def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        native = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        # AVX-512's bfloat16 alone is no faster than float32 in training (docs/log.md); AMX is, about three times.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.12
+        native = device.type == "cpu" and bool(capabilities.get("amx_bf16"))
     return torch.bfloat16 if native else torch.float32
 
 
