@@ -2,7 +2,9 @@
 
 import json
 import pickle
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import tiny
 from corinfomax import checkpoint, optim, runs
 from corinfomax.networks import Network
 from corinfomax.objective import CorInfoMaxLoss
-from corinfomax.recipes import Optim
+from corinfomax.recipes import RECIPES, Optim
 
 
 def state(name="sgd", steps=2):
@@ -152,3 +154,39 @@ def test_json_is_read_back_or_named(tmp_path):
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(ValueError, match=r"b\.json is no readable JSON"):
         runs.read_json(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("name", ["imagenet100-r50", "cpu-small"])
+def test_a_checkpoints_backbone_loads_strictly_into_timm_in_a_fresh_process(tmp_path, name):
+    """With timm, torch and safetensors alone: every tensor, and the same features."""
+    recipe = RECIPES[name].recipe
+    torch.manual_seed(1)
+    network = Network(recipe.backbone, recipe.projector).eval()
+    criterion = CorInfoMaxLoss(recipe.projector.widths[-1])
+    optimizer = optim.build(network, recipe.optim)
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, network=network, criterion=criterion, optimizer=optimizer, step=0, recipe=recipe, facts={})
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        save_file({"x": x, "y": network.backbone(x)}, tmp_path / "features.safetensors")
+    code = f"""
+import sys, timm, torch
+from safetensors.torch import load_file
+knobs = {asdict(recipe.backbone)!r}
+prefix = "network/backbone."
+weights = {{k.removeprefix(prefix): v for k, v in load_file({str(path)!r}).items() if k.startswith(prefix)}}
+options = {{key: knobs[key] for key in ("layers", "channels") if knobs[key] is not None}}
+model = timm.create_model(knobs["name"], num_classes=0, **options)
+if knobs["small_stem"]:
+    width = model.conv1.out_channels
+    model.conv1 = torch.nn.Conv2d(3, width, 3, stride=knobs["stem_stride"], padding=1, bias=False)
+    model.maxpool = torch.nn.Identity()
+print(model.load_state_dict(weights, strict=True))
+saved = load_file({str(tmp_path / "features.safetensors")!r})
+with torch.no_grad():
+    assert torch.equal(model.eval()(saved["x"]), saved["y"])
+assert not any(name.startswith("corinfomax") for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "All keys matched" in done.stdout

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tiny
-from corinfomax import cli, recipes, runs
+from corinfomax import cli, named, recipes, runs
 from corinfomax.recipes import RECIPES
 
 KNOBS = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "2"]
@@ -186,3 +186,18 @@ def test_an_unreadable_image_is_named_and_left_out(tmp_path, capsys):
     assert cli.main(["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS]) == 0
     assert "1 unreadable image" in (out := capsys.readouterr().out)
     assert "bad.png" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["imagenet100", "imagenet100-temi"])
+def test_a_published_recipe_starts_on_a_folder_in_imagenets_layout(tmp_path, capsys, name):
+    for wnid in {*named.class_list("imagenet100"), *named.class_list("imagenet100-temi")}:
+        for split in ("train", "val"):
+            tiny.folder(tmp_path / "imagenet" / split / wnid, {"": 1}, labelled=False, side=40)
+    words = ["--recipe", "imagenet100-r50", "--root", str(tmp_path), "--out", str(tmp_path / "run")]
+    small = ["--batch", "50", "--epochs", "1", "--size", "32", "--cache-side", "32", "--no-evaluate", "--scores", "0"]
+    assert cli.main(["pretrain", name, *words, *small]) == 0
+    assert "100 images to train on, 100 to score on, 100 classes" in capsys.readouterr().out
+    about = runs.read_json(tmp_path / "run" / "recipe.json")
+    assert recipes.from_json(about["recipe"]).backbone == RECIPES["imagenet100-r50"].recipe.backbone
+    assert [row["step"] for row in runs.read_metrics(tmp_path / "run")][-1] == 2

@@ -138,6 +138,11 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(splits, tmp_path, monkeyp
     assert ends[0].optimizer
 
 
+def test_only_the_last_checkpoints_stay(splits, tmp_path):
+    run_tiny(splits, tmp_path, checkpoint_minutes=0.0, keep=2)
+    assert [checkpoint.load(path).step for path in runs.checkpoints(tmp_path)] == [9, 10]
+
+
 def test_signal_handlers_are_put_back(splits, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     run_tiny(splits, tmp_path)

@@ -68,6 +68,8 @@ class Pretrain:
     """Steps between rows of metrics.jsonl."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints."""
+    keep: int = 3
+    """How many checkpoints stay; older ones are removed."""
     scores: int = 10
     """Quick kNN scores during the run, where there are labels."""
     where: Annotated[Where, tyro.conf.arg(name="")] = Where()
@@ -198,7 +200,7 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
         runs.forget_metrics_after(run, resumed.step)
         print(f"going on with {run} after step {resumed.step}")
 
-    pace = train.Pace(command.log_steps, command.checkpoint_minutes, command.scores)
+    pace = train.Pace(command.log_steps, command.checkpoint_minutes, command.keep, command.scores)
     started = time.monotonic()
     try:
         network = train.pretrain(recipe, splits, run, device=device, pace=pace, facts=facts, resume=resumed)

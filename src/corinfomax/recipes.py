@@ -26,8 +26,11 @@ class View:
     jitter: float = 0.8
     """Probability of colour jitter; its four parts come in random order."""
     brightness: float = 0.4
+    """The factor is U(1 - brightness, 1 + brightness)."""
     contrast: float = 0.4
+    """The factor is U(1 - contrast, 1 + contrast)."""
     saturation: float = 0.2
+    """The factor is U(1 - saturation, 1 + saturation)."""
     hue: float = 0.1
     """Largest shift of the hue, in turns (at most 0.5)."""
     grey: float = 0.2
@@ -133,7 +136,9 @@ class Recipe:
     cache_side: int = 32
     """Short side of the cached images, in pixels; larger ones are reduced to it, smaller ones kept."""
     mean: tuple[float, float, float] = IMAGENET_STATS[0]
+    """Subtracted from red, green and blue in [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STATS[1]
+    """What red, green and blue are divided by."""
     views: tuple[View, View] = PAPER_VIEWS
     backbone: Backbone = field(default_factory=Backbone)
     projector: Projector = field(default_factory=Projector)
@@ -141,11 +146,13 @@ class Recipe:
     optim: Optim = field(default_factory=Optim)
     probe: Probe = field(default_factory=Probe)
     epochs: int = 100
+    """Times every image is seen."""
     batch: int = 512
     """Images a step; the last short batch of an epoch is dropped."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the network: auto is bfloat16 where the hardware has it. The loss is always float64."""
     seed: int = 0
+    """Every random number follows from it."""
 
     def __post_init__(self) -> None:
         if min(self.size, self.cache_side, self.epochs) < 1:

@@ -39,6 +39,8 @@ class Pace(NamedTuple):
 
     log_steps: int = 10
     checkpoint_minutes: float = 5.0
+    keep: int = 3
+    """How many checkpoints stay; older ones are removed."""
     scores: int = 10
     """kNN scores over the whole run, where there are labels; 0 is none."""
 
@@ -81,6 +83,8 @@ def pretrain(
         checkpoint.save(
             path, network=network, criterion=criterion, optimizer=optimizer, step=done, recipe=recipe, facts=facts
         )
+        for old in runs.checkpoints(run)[: -pace.keep]:
+            old.unlink()
         return path
 
     pending: list[Tensor] = []
@@ -190,7 +194,7 @@ def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         # AVX-512's bfloat16 alone is no faster than float32 in training (docs/log.md); AMX is, about three times.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.12
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older versions
         native = device.type == "cpu" and bool(capabilities.get("amx_bf16"))
     return torch.bfloat16 if native else torch.float32
 
