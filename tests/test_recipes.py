@@ -122,7 +122,7 @@ def test_recipes_are_frozen():
 @pytest.mark.parametrize(
     ("side", "count", "cuda", "name", "size"),
     [
-        (32, 50_000, False, "cpu-small", 32),
+        (32, 50_000, False, "cpu-small", 24),
         (500, 3_000, False, "cpu-small", 64),
         (10, 3_000, False, "cpu-small", 24),
         (32, 50_000, True, "cifar10", 32),
