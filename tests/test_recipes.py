@@ -153,3 +153,31 @@ def test_views_for_digits_keep_what_a_digit_means():
         assert view.rotate > 0
         assert view.flip == view.jitter == view.grey == 0
     assert replace(View(), flip=0.1) != View()
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"flip": 1.1},
+        {"blur": -0.1},
+        {"rotate": -5.0},
+        {"brightness": -0.5},
+        {"hue": 0.6},
+        {"crop_area": (1.0, 0.08)},
+        {"crop_area": (0.5, 1.5)},
+        {"crop_ratio": (0.0, 1.0)},
+        {"blur_sigma": (0.0, 0.0)},
+        {"blur_sigma": (0.1, 5.0)},
+    ],
+)
+def test_impossible_views_are_errors_that_name_the_knob(knobs):
+    with pytest.raises(ValueError, match=next(iter(knobs))):
+        View(**knobs)
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"std": (0.0, 1.0, 1.0)}, {"epochs": 0}, {"batch": 1}, {"projector": recipes.Projector(widths=())}]
+)
+def test_impossible_recipes_are_errors(knobs):
+    with pytest.raises(ValueError, match=next(iter(knobs))):
+        Recipe(**knobs)

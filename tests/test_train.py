@@ -162,6 +162,17 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_parts(splits, tmp_path,
     assert not runs.checkpoints(tmp_path)
 
 
+def test_a_run_that_diverges_says_where_and_what_to_do(splits, tmp_path):
+    recipe = replace(tiny.RECIPE, optim=replace(tiny.RECIPE.optim, lr=1e30, start_lr=1e30))
+    with pytest.raises(FloatingPointError, match=r"step \d+.* a lower learning rate"):
+        run_tiny(splits, tmp_path, recipe)
+
+
+def test_labels_on_one_split_alone_are_no_reason_to_stop(splits, tmp_path):
+    run_tiny(images.Splits(replace(splits.train, labels=None, classes=()), splits.test), tmp_path)
+    assert len(runs.read_metrics(tmp_path)) == 10
+
+
 def test_training_raises_the_spread_of_the_features(splits, tmp_path):
     recipe = replace(tiny.RECIPE, epochs=12)
     run_tiny(splits, tmp_path, recipe, scores=0)

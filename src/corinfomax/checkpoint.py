@@ -50,7 +50,13 @@ def save(
                 tensors[f"optimizer/{key}/{names[id(parameter)]}"] = torch.as_tensor(value)
     about = {"format": FORMAT, "step": step, "recipe": recipes.to_json(recipe), "facts": facts}
     dense = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    runs.write_whole(path, lambda temporary: save_file(dense, temporary, metadata={"corinfomax": json.dumps(about)}))
+    try:
+        runs.write_whole(
+            path, lambda temporary: save_file(dense, temporary, metadata={"corinfomax": json.dumps(about)})
+        )
+    except SafetensorError as error:
+        size = sum(tensor.nbytes for tensor in dense.values())
+        raise OSError(f"cannot write {path}, {size / 1e6:,.0f} MB: {error}") from error
 
 
 def load(path: Path) -> Checkpoint:

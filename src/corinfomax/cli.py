@@ -93,7 +93,7 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
-    """Write the feature vector of every image to a file."""
+    """Write the feature vectors of the images to train on and of those to score on to a file."""
 
     weights: Annotated[Path, tyro.conf.Positional]
     """A run folder or one of its checkpoints."""
@@ -171,16 +171,20 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
         knobs, name = resumed.recipe, resumed.facts["recipe_name"]
     if data is None:
         raise ValueError("name the images: corinfomax pretrain DATA, or --resume RUN to go on with a run")
+    device = _device(where.device)
+    if command.log_steps < 1 or command.keep < 1 or command.scores < 0:
+        raise ValueError("--log-steps and --keep must be at least 1, --scores at least 0")
     if name is None:
         survey = sources.survey(data, root=where.root, download=where.download)
-        name, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=_device("auto").type == "cuda")
+        name, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
         again = parse(argv, base)  # the same words, now over the chosen recipe
         assert isinstance(again, Pretrain)
         knobs = again.knobs
         print(f"recipe {why}; --recipe names another")
-    device = _device(where.device)
     splits = _load(data, where, knobs.cache_side)
     recipe = _fit_batch(knobs, len(splits.train))
+    if recipe.optim.warmup_epochs >= recipe.epochs > 1:
+        print(f"the warm-up, {recipe.optim.warmup_epochs:g} epochs, is as long as the run: --optim.warmup-epochs 1")
     facts = {
         "data": data,
         "where": {key: str(value) for key, value in vars(where).items() if value is not None},
@@ -208,7 +212,7 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
         print(f"stopped; {stop.checkpoint} has all that was done\nto go on: corinfomax pretrain --resume {run}")
         return 130
     print(f"trained in {(time.monotonic() - started) / 60:.1f} min: {runs.checkpoints(run)[-1]}")
-    if command.evaluate and splits.test is not None and splits.train.labels is not None:
+    if command.evaluate and train.scorable(splits):
         from corinfomax import evaluate
 
         dtype = train.precision(recipe, device)
@@ -253,7 +257,7 @@ def run_evaluate(command: Evaluate) -> int:
 
 
 def run_embed(command: Embed) -> int:
-    """Write every image's features, the training images first."""
+    """Write the features of both splits, the training images first."""
     import torch
 
     from corinfomax import checkpoint, embed, train

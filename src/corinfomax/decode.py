@@ -63,7 +63,7 @@ def decode_all(source: Source, side: int, progress: bool) -> Generator[Decoded, 
     with (
         warnings.catch_warnings(),
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=count, desc="decoding", unit=" images", disable=not progress) as bar,
+        tqdm(total=count, desc="decoding", unit=" images", disable=None if progress else True) as bar,
     ):
         # What Pillow warns of (broken EXIF, many pixels) does not keep the pixels from being read.
         warnings.filterwarnings("ignore", module=r"PIL\.")

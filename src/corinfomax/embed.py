@@ -36,7 +36,13 @@ def features(
     was_training = model.training
     model.eval()
     rows = []
-    starts = tqdm(range(0, len(images), batch), desc=progress, unit="batch", leave=False, disable=progress is None)
+    starts = tqdm(
+        range(0, len(images), batch),
+        desc=progress,
+        unit="batch",
+        leave=False,
+        disable=True if progress is None else None,
+    )
     try:
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             for start in starts:

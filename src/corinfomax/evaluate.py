@@ -122,7 +122,13 @@ def linear_probe(
     per_epoch = len(images) // batch
     model.eval()
     head: nn.Linear | None = None
-    bar = tqdm(range(probe.epochs * per_epoch), desc="linear probe", unit="step", leave=False, disable=not progress)
+    bar = tqdm(
+        range(probe.epochs * per_epoch),
+        desc="linear probe",
+        unit="step",
+        leave=False,
+        disable=None if progress else True,
+    )
     for step in bar:
         epoch, place = divmod(step, per_epoch)
         order = torch.randperm(len(images), generator=generator(recipe.seed, "probe order", epoch))

@@ -25,6 +25,8 @@ from corinfomax.objective import CorInfoMaxLoss
 from corinfomax.recipes import Recipe
 from corinfomax.seeds import generator, key
 
+CURE = "a lower learning rate or a larger batch is the usual cure"
+
 
 class Interrupted(Exception):  # noqa: N818 (no error)
     """The run was asked to stop; `checkpoint` is where it goes on from."""
@@ -95,16 +97,16 @@ def pretrain(
             pixels, sizes = images.batch(batch_indices(recipe, step, len(images)))
             x1, x2 = make_views(recipe, pixels, sizes, step, device)
 
-            optim.set_learning_rate(
-                optimizer,
-                optim.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs),
-            )
-            torch.manual_seed(
-                key(recipe.seed, "network", step)
-            )  # dropout and stochastic depth, where a backbone has them
+            lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
+            optim.set_learning_rate(optimizer, lr)
+            # For dropout and stochastic depth, where a backbone has them.
+            torch.manual_seed(key(recipe.seed, "network", step))
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 z1, z2 = network(x1), network(x2)  # two forwards: each view has its own BatchNorm statistics
-            terms = criterion(z1, z2)
+            try:
+                terms = criterion(z1, z2)
+            except ValueError as error:  # on the CPU the loss looks at its input
+                raise FloatingPointError(f"in step {step}, at learning rate {lr:.3g}: {error}; {CURE}") from error
             optimizer.zero_grad(set_to_none=True)
             terms.loss.backward()
             optimizer.step()
@@ -116,7 +118,7 @@ def pretrain(
             if done % pace.log_steps == 0 or done == steps or done in score_at or asked_to_stop or time_to_save:
                 row = log_row(pending, done, optimizer, criterion, progress)
                 pending.clear()
-                if done in score_at and splits.test is not None and splits.test.labels is not None:
+                if done in score_at and scorable(splits):
                     row["knn"] = quick_knn(network, splits, recipe, device=device, dtype=dtype)
                 runs.append_metrics(run, row)
                 progress.show(row)
@@ -126,6 +128,11 @@ def pretrain(
                 save(done)
                 saved_at = time.monotonic()
     return network
+
+
+def scorable(splits: Splits) -> bool:
+    """Whether both splits have labels."""
+    return splits.train.labels is not None and splits.test is not None and splits.test.labels is not None
 
 
 def batch_indices(recipe: Recipe, step: int, count: int) -> Int[Tensor, " b"]:
@@ -152,12 +159,12 @@ def log_row(
     bad = (~terms.isfinite().all(1)).nonzero()[:, 0]
     if len(bad):
         before, at = done - len(terms), done - len(terms) + int(bad[0])
-        eigenvalues = [float(torch.linalg.eigvalsh(R).min()) for R in (criterion.R1, criterion.R2)]
+        eigenvalues = [float(torch.linalg.eigvalsh(R.cpu()).min()) for R in (criterion.R1, criterion.R2)]
         loss, attraction, big_bang = terms[bad[0]].tolist()
         raise FloatingPointError(
             f"the loss became {loss:.3g} in step {at} (attraction {attraction:.3g}, big bang {big_bang:.3g}, smallest "
             f"eigenvalue of the covariances {min(eigenvalues):.3g}; looked at every {len(terms)} steps, last good "
-            f"look after step {before}); a lower learning rate or a larger batch is the usual cure"
+            f"look after step {before}); {CURE}"
         )
     loss, attraction, big_bang = terms.mean(0).tolist()
     return {
