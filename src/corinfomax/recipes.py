@@ -326,6 +326,9 @@ RECIPES: dict[str, Entry] = {
         ),
         "small images on two cores: a compact ResNet, ten minutes for 50,000 images of 32 px",
         data="any folder of small images",
+        measured=(
+            Measured("linear", 57.4, None, 1, "CIFAR-10 (JPEG copy)", "2 cores, AVX-512 without AMX", 10.8, "50e79e2"),
+        ),
     ),
 }
 
