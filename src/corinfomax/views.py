@@ -18,6 +18,7 @@ from torch import Tensor
 
 from corinfomax.recipes import View
 
+CHUNK = 2**21  # pixel values resampled at once: 8 MiB of float32
 CROP_TRIES = 10  # torchvision's: draw a box up to ten times, then fall back to a centre crop
 BLUR_RADIUS = 6  # three times the largest published sigma, 2 px; 0.3 % of that kernel's weight lies beyond
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -175,6 +176,10 @@ def _resample(
     Arguments are (n, 2): vertical, horizontal. Cubic resampling is separable: two batched matrix products.
     """
     n, _, h, w = x.shape
+    most = max(1, CHUNK // (3 * h * w))
+    if n > most:  # large images: float copies of the whole batch would go through memory, again and again
+        parts = (tensor.split(most) for tensor in (x, start, extent, low, high, flip))
+        return torch.cat([_resample(*some, size=size) for some in zip(*parts, strict=True)])
     scale = 255.0 if x.dtype == torch.uint8 else 1.0
     windows = torch.stack((start, extent, low, high)).to(x.device, torch.float32, non_blocking=True)
     vertical = cubic_weights(*windows[:, :, 0], length=h, size=size) / scale
