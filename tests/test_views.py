@@ -274,3 +274,11 @@ def test_cuda_gives_the_same_views_and_never_waits():
         torch.cuda.set_sync_debug_mode("default")
     want = views.apply(images, sizes_of(images), p, size=32, **PLAIN)
     assert ((got.cpu() - want).abs() > 1e-3).sum() <= 3  # solarize's threshold, as above
+
+
+def test_large_batches_are_resampled_in_chunks_to_the_same_views(monkeypatch):
+    images = photos(7, 40, 36)
+    p = views.draw(PAPER_VIEWS[0], sizes_of(images), generator(0, "chunks"))
+    whole = views.resized_crop(images, p.box, p.flip, size=24)
+    monkeypatch.setattr(views, "CHUNK", 2 * 3 * 40 * 36)  # chunks of 2, 2, 2 and 1
+    torch.testing.assert_close(views.resized_crop(images, p.box, p.flip, size=24), whole, rtol=0, atol=1e-6)
