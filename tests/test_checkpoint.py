@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from corinfomax import checkpoint, optim, runs
+from corinfomax.knobs import Optim
 from corinfomax.networks import Network
 from corinfomax.objective import CorInfoMaxLoss
-from corinfomax.recipes import RECIPES, Optim
+from corinfomax.recipes import RECIPES
 
 
 def state(name="sgd", steps=2):
@@ -59,6 +60,9 @@ def test_everything_comes_back(tmp_path, name):
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "file"
     runs.write_whole(path, lambda temporary: temporary.write_text("good"))
+    path.with_name(f".{path.name}.123.part").write_text("what a killed process left")
+    runs.write_whole(path, lambda temporary: temporary.write_text("good"))
+    assert list(path.parent.iterdir()) == [path]
 
     def fail(temporary):
         temporary.write_text("half")

@@ -1,6 +1,7 @@
 """The command line as a person meets it: help at once, one sentence for a mistake, the whole job in one command."""
 
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import tiny
-from corinfomax import cli, named, recipes, runs
+from corinfomax import checkpoint, cli, knobs, named, runs
 from corinfomax.recipes import RECIPES
 
 KNOBS = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "2"]
@@ -38,7 +39,7 @@ def test_recipes_shows_every_knob_with_its_value(name, capsys):
     assert shown["--optim.lr"] == str(r.optim.lr)
     # What is shown is what sets it: every flag typed back gives the recipe again.
     words = [word for flag, value in shown.items() for word in typed(flag, value)]
-    command = cli.parse(["pretrain", "x", *words], recipes.Recipe())
+    command = cli.parse(["pretrain", "x", *words], knobs.Recipe())
     assert command.knobs == r
 
 
@@ -70,7 +71,7 @@ def test_the_recipe_is_the_default_and_flags_override_it():
         (["pretrain", "DATA", "--holdout", "1.5", *KNOBS], "holdout is 1.5"),
         (["pretrain", "DATA", "--test-split", "tset", *KNOBS], "no split 'tset'"),
         (["pretrain", "--resume", "nowhere"], "holds no checkpoint"),
-        (["pretrain", "--resume", "nowhere", "--epochs", "3"], "a resumed run keeps its data and its recipe"),
+        (["pretrain", "--resume", "nowhere", "--epochs", "3"], "a resumed run keeps its recipe and its splits"),
         (["evaluate", "nowhere", "DATA"], "no weights at nowhere"),
         (["embed", "nowhere", "DATA", "--out", "x.csv"], "x.csv must end in"),
         (["recipes", "cifar"], "unknown recipe 'cifar'"),
@@ -121,7 +122,7 @@ def test_one_command_does_the_whole_job(whole_job):
         assert expected in done.stdout
     assert {path.name for path in run.iterdir()} == {"recipe.json", "metrics.jsonl", "results.json", "checkpoints"}
     about = runs.read_json(run / "recipe.json")
-    assert recipes.from_json(about["recipe"]).projector.widths == (32, 8)
+    assert knobs.from_json(about["recipe"]).projector.widths == (32, 8)
     assert about["command"][0] == "pretrain"
     assert set(runs.read_json(run / "results.json")["scores"]) == {"pretrained", "untrained", "raw pixels"}
 
@@ -147,6 +148,25 @@ def test_a_run_folder_in_use_is_not_written_over(whole_job, capsys):
     assert cli.main(["pretrain", str(data), "--out", str(run), *KNOBS]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_a_run_goes_on_where_its_images_moved_to(tmp_path, capsys, monkeypatch):
+    data = tiny.folder(tmp_path / "data", {"train": 16, "test": 4})
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["pretrain", "data", "--out", "run", "--cache", "cache", *KNOBS]) == 0
+    before = runs.read_metrics(tmp_path / "run")
+    saved = checkpoint.load(checkpoint.last(tmp_path / "run"))
+    assert saved.recipe.precision in ("float32", "bfloat16")  # what "auto" came to is what goes on elsewhere
+    assert saved.facts["data"] == str(data)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cli.main(["pretrain", "--resume", "../run"]) == 0
+    assert runs.read_metrics(tmp_path / "run") == before
+    shutil.move(data, tmp_path / "moved")
+    assert cli.main(["pretrain", "--resume", "../run"]) == 2
+    assert str(data) in capsys.readouterr().err
+    assert cli.main(["pretrain", "../moved", "--resume", "../run", "--cache", "other"]) == 0
+    assert (tmp_path / "elsewhere" / "other").is_dir()
 
 
 def test_other_images_do_not_resume_a_run(whole_job, tmp_path, capsys):
@@ -199,5 +219,5 @@ def test_a_published_recipe_starts_on_a_folder_in_imagenets_layout(tmp_path, cap
     assert cli.main(["pretrain", name, *words, *small]) == 0
     assert "100 images to train on, 100 to score on, 100 classes" in capsys.readouterr().out
     about = runs.read_json(tmp_path / "run" / "recipe.json")
-    assert recipes.from_json(about["recipe"]).backbone == RECIPES["imagenet100-r50"].recipe.backbone
+    assert knobs.from_json(about["recipe"]).backbone == RECIPES["imagenet100-r50"].recipe.backbone
     assert [row["step"] for row in runs.read_metrics(tmp_path / "run")][-1] == 2

@@ -9,10 +9,10 @@ from torch import nn
 
 import tiny
 from corinfomax import embed, evaluate, images, networks, probes, views
-from corinfomax.recipes import Probe
+from corinfomax.knobs import Probe
 from corinfomax.seeds import key
 
-CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
+CPU = {"device": torch.device("cpu")}
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,10 @@ def test_features_are_the_networks_in_eval_mode_and_order(splits, backbone):
 def test_embeddings_are_kept_with_paths_and_labels(splits, backbone, tmp_path, ending):
     if ending == ".parquet":
         parquet = pytest.importorskip("pyarrow.parquet")
-    vectors = [embed.features(backbone, part, tiny.RECIPE) for part in splits]
+    parts = splits._asdict()
+    vectors = {name: embed.features(backbone, part, tiny.RECIPE) for name, part in parts.items()}
     path = tmp_path / f"out{ending}"
-    embed.write(path, vectors, list(splits))
+    embed.write(path, vectors, parts)
     if ending == ".npz":
         table = dict(np.load(path, allow_pickle=False))
         features = table["features"]
@@ -52,7 +53,8 @@ def test_embeddings_are_kept_with_paths_and_labels(splits, backbone, tmp_path, e
         table = parquet.read_table(path).to_pydict()
         features = np.array(table["features"], np.float32)
     assert features.shape == (80, 16)
-    np.testing.assert_array_equal(features, torch.cat(vectors).numpy())
+    np.testing.assert_array_equal(features, torch.cat(list(vectors.values())).numpy())
+    assert list(table["split"]) == ["train"] * 60 + ["test"] * 20
     assert list(table["path"]) == [*splits.train.paths, *splits.test.paths]
     assert all(label in path for path, label in zip(table["path"], table["label"], strict=True))
     assert list(tmp_path.iterdir()) == [path]
@@ -60,10 +62,10 @@ def test_embeddings_are_kept_with_paths_and_labels(splits, backbone, tmp_path, e
 
 def test_embeddings_without_labels_have_no_label_column(splits, backbone, tmp_path):
     unlabelled = replace(splits.train, labels=None, classes=())
-    embed.write(tmp_path / "a.npz", [torch.zeros(60, 4)], [unlabelled])
-    assert set(np.load(tmp_path / "a.npz").keys()) == {"path", "features"}
+    embed.write(tmp_path / "a.npz", {"train": torch.zeros(60, 4)}, {"train": unlabelled})
+    assert set(np.load(tmp_path / "a.npz").keys()) == {"split", "path", "features"}
     with pytest.raises(ValueError, match=r"a\.csv must end in \.npz or \.parquet"):
-        embed.write(tmp_path / "a.csv", [torch.zeros(60, 4)], [unlabelled])
+        embed.write(tmp_path / "a.csv", {"train": torch.zeros(60, 4)}, {"train": unlabelled})
 
 
 def test_the_table_has_every_probe_for_three_kinds_of_features(splits, backbone):
@@ -81,14 +83,35 @@ def test_the_table_has_every_probe_for_three_kinds_of_features(splits, backbone)
     assert evaluate.as_json(table)["untrained"]["kNN"] == {"mean": table["untrained"]["kNN"].mean}
 
 
-def test_baselines_are_the_starting_weights_and_the_pixels(splits, backbone):
+def test_baselines_are_a_random_network_and_the_pixels(splits, backbone):
     table = evaluate.evaluate(backbone, splits, tiny.RECIPE, **CPU, progress=False)
-    torch.manual_seed(key(tiny.RECIPE.seed, "weights"))
-    start = networks.Network(tiny.RECIPE.backbone, tiny.RECIPE.projector).backbone
+    start = evaluate.random_backbone(splits.train, tiny.RECIPE, **CPU)
     for name, model in (("untrained", start), ("raw pixels", nn.Flatten()), ("pretrained", backbone)):
         train, test = (embed.features(model, part, tiny.RECIPE) for part in splits)
         predicted = probes.knn(train, splits.train.labels, test)
         assert table[name]["kNN"].mean == probes.accuracy(predicted, splits.test.labels)
+
+
+def test_the_random_network_is_no_straw_man(splits):
+    model = evaluate.random_backbone(splits.train, tiny.RECIPE, **CPU, looks=60)
+    assert not model.training
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all((norm.weight == 1).all() for norm in norms)  # timm starts each block's last one at 0
+    seen = []
+    model.bn1.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+    embed.features(model, splits.train, tiny.RECIPE)
+    variance, mean = torch.var_mean(torch.cat(seen), (0, 2, 3))  # the 60 images were one batch
+    torch.testing.assert_close(model.bn1.running_mean, mean)
+    torch.testing.assert_close(model.bn1.running_var, variance)
+    torch.manual_seed(key(tiny.RECIPE.seed, "weights"))
+    start = networks.Network(tiny.RECIPE.backbone, tiny.RECIPE.projector).backbone
+    assert model.conv1.weight.equal(start.conv1.weight)
+
+
+def test_a_linear_probe_that_diverges_is_an_error(splits, backbone):
+    recipe = replace(tiny.RECIPE, probe=Probe(epochs=1, batch=16, lr=1e38))
+    with pytest.raises(FloatingPointError, match="linear probe diverged"):
+        evaluate.linear_probe(backbone, splits, recipe, **CPU, progress=False)
 
 
 def test_the_published_probe_learns_and_leaves_the_backbone_alone(splits, backbone):

@@ -10,7 +10,8 @@ import pytest
 HOUSE = Path(__file__).parents[1] / "src" / "corinfomax"
 FLOORS = (
     ("__init__",),  # names only: it imports when asked
-    ("recipes", "runs"),
+    ("knobs", "runs"),
+    ("recipes",),
     ("seeds",),
     ("objective", "views", "files", "networks", "optim", "probes"),
     ("named", "decode"),
@@ -18,6 +19,7 @@ FLOORS = (
     ("images", "checkpoint"),
     ("embed",),
     ("train", "evaluate"),
+    ("options",),
     ("cli",),
     ("__main__",),
 )
@@ -56,7 +58,7 @@ def test_imports_point_down(room):
             assert FLOOR[below] < FLOOR[room], f"{room} imports {below}"
 
 
-@pytest.mark.parametrize("room", ["recipes", "runs"])
+@pytest.mark.parametrize("room", ["knobs", "recipes", "runs"])
 def test_the_ground_floor_needs_the_standard_library_alone(room):
     for name in imports(room):
         assert name.partition(".")[0] in {*sys.stdlib_module_names, "corinfomax"}, name

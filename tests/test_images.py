@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -323,15 +324,22 @@ def test_a_changed_file_another_side_and_another_folder_are_other_caches(
     root = folder_of(tmp_path / "a", 4)
     first = load(root, side=8, holdout=0.0, progress=False).train.fingerprint
     os.utime(root / "ant/000.png", ns=(1, 1))
-    second = load(root, side=8, holdout=0.0, progress=False).train.fingerprint
+    touched = load(root, side=8, holdout=0.0, progress=False).train.fingerprint
     assert len(decoded) == 8
-    third = load(root, side=4, holdout=0.0, progress=False).train.fingerprint
+    smaller = load(root, side=4, holdout=0.0, progress=False).train.fingerprint
     assert len(decoded) == 12
-    assert len({first, second, third}) == 3
     root.rename(tmp_path / "b")
-    assert load(tmp_path / "b", side=4, holdout=0.0, progress=False).train.fingerprint == third
+    moved = load(tmp_path / "b", side=4, holdout=0.0, progress=False).train.fingerprint
     assert len(decoded) == 16
-    assert len(list(cache.iterdir())) == 4
+    first_file, *_, last_file = sorted((tmp_path / "b").rglob("*.png"))
+    shutil.copy(first_file, last_file)
+    other = load(tmp_path / "b", side=4, holdout=0.0, progress=False).train.fingerprint
+    assert len(decoded) == 20
+    assert len(list(cache.iterdir())) == 5
+    # What the network will see decides, not where it lies nor when it was written.
+    assert touched == first
+    assert moved == smaller
+    assert len({first, smaller, other}) == 3
 
 
 @pytest.mark.parametrize("file", ["pixels.bin", "index.npy", "index.json"])

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from corinfomax import networks
-from corinfomax.recipes import RECIPES, Backbone, Projector
+from corinfomax.knobs import Backbone, Projector
+from corinfomax.recipes import RECIPES
 
 
 def test_a_backbone_is_timms_own():
@@ -68,3 +69,8 @@ def test_every_recipes_network_gives_projections(name):
 def test_impossible_backbones_are_errors(backbone, message):
     with pytest.raises(ValueError, match=message):
         networks.build_backbone(backbone)
+
+
+def test_a_network_of_fixed_input_size_gets_the_views_size():
+    model = networks.build_backbone(Backbone(name="vit_tiny_patch16_224"), size=32)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 192)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from corinfomax import optim
-from corinfomax.recipes import Optim
+from corinfomax.knobs import Optim
 
 PAPER = Optim(lr=0.5, start_lr=3e-3, min_lr=1e-6, warmup_epochs=10)
 

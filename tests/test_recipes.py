@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from corinfomax import recipes
-from corinfomax.recipes import PAPER_VIEWS, RECIPES, Recipe, View
+from corinfomax import knobs, recipes
+from corinfomax.knobs import PAPER_VIEWS, Recipe, View
+from corinfomax.recipes import RECIPES
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # From the paper's tables: size, backbone, small stem, epochs, batch, lr, least lr, warm-up, widths, alpha, λ, top-1.
@@ -83,7 +84,7 @@ def test_published_rows_obey_the_rule_for_alpha():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_survives_json(name):
     recipe = RECIPES[name].recipe
-    assert recipes.from_json(json.loads(json.dumps(recipes.to_json(recipe)))) == recipe
+    assert knobs.from_json(json.loads(json.dumps(knobs.to_json(recipe)))) == recipe
 
 
 @pytest.mark.parametrize(
@@ -101,12 +102,12 @@ def test_a_recipe_survives_json(name):
     ],
 )
 def test_a_damaged_recipe_is_an_error_that_names_the_field(damage, message):
-    content = json.loads(json.dumps(recipes.to_json(Recipe())))
+    content = json.loads(json.dumps(knobs.to_json(Recipe())))
     damage(content)
     with pytest.raises(ValueError, match=message):
-        recipes.from_json(content)
+        knobs.from_json(content)
     with pytest.raises(ValueError, match="recipe must have"):
-        recipes.from_json(None)
+        knobs.from_json(None)
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_names():

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import tiny
-from corinfomax import checkpoint, images, runs, train
+from corinfomax import checkpoint, images, networks, runs, train
+from corinfomax.knobs import Loss, View
 from corinfomax.networks import Network
 from corinfomax.objective import CorInfoMaxLoss
-from corinfomax.recipes import RECIPES, Loss, View
+from corinfomax.recipes import RECIPES
 from corinfomax.seeds import key
 
 CPU = torch.device("cpu")
@@ -182,9 +183,9 @@ def test_training_raises_the_spread_of_the_features(splits, tmp_path):
 
 
 def test_precision_is_the_recipes():
-    assert train.precision(replace(tiny.RECIPE, precision="bfloat16"), CPU) == torch.bfloat16
-    assert train.precision(replace(tiny.RECIPE, precision="float32"), CPU) == torch.float32
-    assert train.precision(replace(tiny.RECIPE, precision="auto"), CPU) in (torch.bfloat16, torch.float32)
+    assert networks.precision(replace(tiny.RECIPE, precision="bfloat16"), CPU) == "bfloat16"
+    assert networks.precision(replace(tiny.RECIPE, precision="float32"), CPU) == "float32"
+    assert networks.precision(replace(tiny.RECIPE, precision="auto"), CPU) in ("bfloat16", "float32")
 
 
 def test_bfloat16_trains_too(splits, tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from corinfomax import views
-from corinfomax.recipes import PAPER_VIEWS, View
+from corinfomax.knobs import PAPER_VIEWS, View
 from corinfomax.seeds import generator
 
 NOTHING = View(flip=0, jitter=0, grey=0, blur=0, solarize=0)

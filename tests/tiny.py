@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from corinfomax.recipes import RECIPES, Backbone, Optim, Projector, Recipe
+from corinfomax.knobs import Backbone, Optim, Projector, Recipe
+from corinfomax.recipes import RECIPES
 
 RECIPE: Recipe = replace(
     RECIPES["cpu-small"].recipe,

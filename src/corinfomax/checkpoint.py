@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from corinfomax import recipes, runs
+from corinfomax import knobs, runs
 from corinfomax.networks import Network
 
 FORMAT = "corinfomax-1"
@@ -20,7 +20,7 @@ FORMAT = "corinfomax-1"
 class Checkpoint(NamedTuple):
     """What a checkpoint file holds."""
 
-    recipe: recipes.Recipe
+    recipe: knobs.Recipe
     step: int
     facts: dict[str, Any]
     """What else was known of the run: data, fingerprint, versions."""
@@ -37,7 +37,7 @@ def save(
     criterion: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
-    recipe: recipes.Recipe,
+    recipe: knobs.Recipe,
     facts: dict[str, Any],
 ) -> None:
     """Write the state after `step` steps to `path`, whole or not at all."""
@@ -48,7 +48,7 @@ def save(
         for key, value in state.items():
             if value is not None:  # SGD's momentum before its first step
                 tensors[f"optimizer/{key}/{names[id(parameter)]}"] = torch.as_tensor(value)
-    about = {"format": FORMAT, "step": step, "recipe": recipes.to_json(recipe), "facts": facts}
+    about = {"format": FORMAT, "step": step, "recipe": knobs.to_json(recipe), "facts": facts}
     dense = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         runs.write_whole(
@@ -75,7 +75,7 @@ def load(path: Path) -> Checkpoint:
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = tensor
-    return Checkpoint(recipes.from_json(about["recipe"]), about["step"], about["facts"], **parts)
+    return Checkpoint(knobs.from_json(about["recipe"]), about["step"], about["facts"], **parts)
 
 
 def load_network(weights: Path) -> tuple[Network, Checkpoint]:
@@ -86,7 +86,7 @@ def load_network(weights: Path) -> tuple[Network, Checkpoint]:
     if weights.is_dir():
         weights = last(weights)
     loaded = load(weights)
-    network = Network(loaded.recipe.backbone, loaded.recipe.projector)
+    network = Network(loaded.recipe.backbone, loaded.recipe.projector, size=loaded.recipe.size)
     try:
         network.load_state_dict(loaded.network)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The command line: `corinfomax pretrain · evaluate · embed · recipes`."""
+"""The command line: `corinfomax pretrain · evaluate · embed · recipes`; what each command does, in order."""
 
 from __future__ import annotations
 
@@ -7,109 +7,22 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from corinfomax import __version__, recipes, runs
-from corinfomax.recipes import RECIPES, Recipe
+from corinfomax import __version__, knobs, recipes, runs
+from corinfomax.knobs import Recipe
+from corinfomax.options import Embed, Evaluate, Pretrain, Recipes, Where, parse
+from corinfomax.recipes import RECIPES
 
 if TYPE_CHECKING:
     import torch
 
     from corinfomax.checkpoint import Checkpoint
-    from corinfomax.images import Splits
+    from corinfomax.images import Images, Splits
 
 # torch takes seconds to import; every command imports what needs it inside, so that --help and mistakes answer at once.
-
-ABOUT = "Self-supervised pretraining of image backbones that tells you what it gave."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Where:
-    """Which images, where they lie, and where to compute."""
-
-    root: Path | None = None
-    """Folder that holds the named sets; ./data unless given."""
-    download: bool = False
-    """Let torchvision fetch CIFAR if it is not in root."""
-    holdout: float | None = None
-    """Score on this share of the training images, set aside from training, instead of on the test split."""
-    test_split: str | None = None
-    """Score on this split; else test, else val, else a tenth of the labelled training images."""
-    cache: Path | None = None
-    """Folder of the decoded images; else $CORINFOMAX_CACHE, else ~/.cache/corinfomax."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pretrain:
-    """Pretrain a backbone on images without looking at labels; where there are labels, score it at the end.
-
-    DATA is a folder (flat, nested, or split/class/…), a list (.txt, .csv), or a named set: mnist5k, cifar10, cifar100,
-    tiny-imagenet, imagenet100, imagenet100-temi, imagenet1k. Without --recipe one is chosen from the images and the
-    hardware; every field of a recipe can be overridden, such as --epochs 20 --optim.lr 0.1.
-    """
-
-    data: Annotated[str | None, tyro.conf.Positional] = None
-    """Folder, list or name of the images."""
-    recipe: str | None = None
-    """A named recipe; `corinfomax recipes` lists them."""
-    out: Path | None = None
-    """The run's folder; a new one in ./runs unless given."""
-    resume: Path | None = None
-    """Go on with the run in this folder, from its last checkpoint."""
-    evaluate: bool = True
-    """Score the finished backbone where there are labels."""
-    log_steps: int = 10
-    """Steps between rows of metrics.jsonl."""
-    checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints."""
-    keep: int = 3
-    """How many checkpoints stay; older ones are removed."""
-    scores: int = 10
-    """Quick kNN scores during the run, where there are labels."""
-    where: Annotated[Where, tyro.conf.arg(name="")] = Where()
-    knobs: Annotated[Recipe, tyro.conf.arg(name="")] = RECIPES["cpu-small"].recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Score frozen features: kNN, ridge, logistic and few-label probes, beside an untrained network and raw pixels."""
-
-    weights: Annotated[Path, tyro.conf.Positional]
-    """A run folder or one of its checkpoints."""
-    data: Annotated[str, tyro.conf.Positional]
-    """Folder, list or name of the labelled images."""
-    published_probe: bool = False
-    """Also the paper's augmented linear probe, 100 epochs; hours without a GPU on large sets."""
-    out: Path | None = None
-    """Write the scores to this JSON file."""
-    where: Annotated[Where, tyro.conf.arg(name="")] = Where()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Embed:
-    """Write the feature vectors of the images to train on and of those to score on to a file."""
-
-    weights: Annotated[Path, tyro.conf.Positional]
-    """A run folder or one of its checkpoints."""
-    data: Annotated[str, tyro.conf.Positional]
-    """Folder, list or name of the images."""
-    out: Path = Path("embeddings.npz")
-    """Ends in .npz, or in .parquet with the parquet extra."""
-    where: Annotated[Where, tyro.conf.arg(name="")] = Where()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipes:
-    """List the named recipes with the paper's score and ours, or show every knob of one."""
-
-    name: Annotated[str | None, tyro.conf.Positional] = None
-    """The recipe to show."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,39 +49,15 @@ def main(argv: list[str] | None = None) -> int:
     raise AssertionError("every command is handled above")
 
 
-def parse(argv: list[str], base: Recipe | None = None) -> Pretrain | Evaluate | Embed | Recipes:
-    """The command that was typed; the knobs not typed are those of `base`, else of --recipe, else of cpu-small."""
-    if base is None:
-        name = _typed(argv, "--recipe")
-        base = recipes.named(name) if name is not None else RECIPES["cpu-small"].recipe
-    subcommand = tyro.conf.subcommand
-    commands = (
-        Annotated[Pretrain, subcommand("pretrain", default=Pretrain(knobs=base))]
-        | Annotated[Evaluate, subcommand("evaluate")]
-        | Annotated[Embed, subcommand("embed")]
-        | Annotated[Recipes, subcommand("recipes")]
-    )
-    return tyro.cli(commands, prog="corinfomax", description=ABOUT, args=argv)
-
-
-def _typed(argv: list[str], flag: str) -> str | None:
-    for place, word in enumerate(argv):
-        if word == flag:
-            return argv[place + 1] if place + 1 < len(argv) else None
-        if word.startswith(f"{flag}="):
-            return word.removeprefix(f"{flag}=")
-    return None
-
-
 def run_pretrain(command: Pretrain, argv: list[str]) -> int:
     """Images, recipe, run folder, training, score: the whole job."""
-    from corinfomax import checkpoint, sources, train
+    from corinfomax import checkpoint, networks, sources, train
 
     resumed: checkpoint.Checkpoint | None = None
-    data, where, knobs, name = command.data, command.where, command.knobs, command.recipe
+    data, where, recipe, name = command.data, command.where, command.knobs, command.recipe
     if command.resume is not None:
         data, where, resumed = _resumed(command)
-        knobs, name = resumed.recipe, resumed.facts["recipe_name"]
+        recipe, name = resumed.recipe, resumed.facts["recipe_name"]
     if data is None:
         raise ValueError("name the images: corinfomax pretrain DATA, or --resume RUN to go on with a run")
     device = _device(where.device)
@@ -179,15 +68,19 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
         name, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
         again = parse(argv, base)  # the same words, now over the chosen recipe
         assert isinstance(again, Pretrain)
-        knobs = again.knobs
+        recipe = again.knobs
         print(f"recipe {why}; --recipe names another")
-    splits = _load(data, where, knobs.cache_side)
-    recipe = _fit_batch(knobs, len(splits.train))
+    splits = _load(data, where, recipe.cache_side)
+    recipe = _fit_batch(recipe, len(splits.train))
+    recipe = replace(recipe, precision=networks.precision(recipe, device))  # a resumed run keeps it on other hardware
     if recipe.optim.warmup_epochs >= recipe.epochs > 1:
         print(f"the warm-up, {recipe.optim.warmup_epochs:g} epochs, is as long as the run: --optim.warmup-epochs 1")
     facts = {
-        "data": data,
-        "where": {key: str(value) for key, value in vars(where).items() if value is not None},
+        "data": sources.absolute(data),  # a run may be resumed from anywhere
+        "root": None if where.root is None else str(where.root.absolute()),
+        "cache": None if where.cache is None else str(where.cache.absolute()),
+        "holdout": where.holdout,
+        "test_split": where.test_split,
         "recipe_name": name,
         "images": len(splits.train),
         "fingerprint": splits.train.fingerprint,
@@ -195,12 +88,15 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
     }
     if resumed is None:
         run = _new_run(command.out, f"{Path(data).stem or 'images'}-{name}")
-        runs.write_json(run / "recipe.json", {"recipe": recipes.to_json(recipe), "facts": facts, "command": argv})
+        runs.write_json(run / "recipe.json", {"recipe": knobs.to_json(recipe), "facts": facts, "command": argv})
     else:
         assert command.resume is not None
         run = command.resume
         if resumed.facts["fingerprint"] != facts["fingerprint"]:
-            raise ValueError(f"the images of {data} are not those that {run} was trained on; put those back")
+            raise ValueError(
+                f"the images of {data} are not those that {run} was trained on; put those back, or name where they "
+                f"are now: corinfomax pretrain DATA --resume {run}"
+            )
         runs.forget_metrics_after(run, resumed.step)
         print(f"going on with {run} after step {resumed.step}")
 
@@ -215,12 +111,7 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
     if command.evaluate and train.scorable(splits):
         from corinfomax import evaluate
 
-        dtype = train.precision(recipe, device)
-        _tell(
-            evaluate.evaluate(network.backbone, splits, recipe, device=device, dtype=dtype),
-            splits,
-            run / "results.json",
-        )
+        _tell(evaluate.evaluate(network.backbone, splits, recipe, device=device), splits, run / "results.json")
     print(f"feature vectors: corinfomax embed {run} {data}")
     return 0
 
@@ -236,7 +127,7 @@ def _new_run(out: Path | None, name: str) -> Path:
 
 def run_evaluate(command: Evaluate) -> int:
     """Score a checkpoint's backbone on labelled images."""
-    from corinfomax import checkpoint, evaluate, train
+    from corinfomax import checkpoint, evaluate
 
     device = _device(command.where.device)
     network, saved = checkpoint.load_network(command.weights)
@@ -249,7 +140,6 @@ def run_evaluate(command: Evaluate) -> int:
         splits,
         saved.recipe,
         device=device,
-        dtype=train.precision(saved.recipe, device),
         published_probe=command.published_probe,
     )
     _tell(table, splits, command.out)
@@ -257,23 +147,31 @@ def run_evaluate(command: Evaluate) -> int:
 
 
 def run_embed(command: Embed) -> int:
-    """Write the features of both splits, the training images first."""
+    """Write the features of every image of every split."""
     import torch
 
-    from corinfomax import checkpoint, embed, train
+    from corinfomax import checkpoint, embed, images
 
     embed.check_ending(command.out)
     device = _device(command.where.device)
     network, saved = checkpoint.load_network(command.weights)
     backbone = network.backbone.to(device).to(memory_format=torch.channels_last)
-    splits = _load(command.data, command.where, saved.recipe.cache_side)
-    parts = [part for part in splits if part is not None]
-    dtype = train.precision(saved.recipe, device)
-    vectors = [
-        embed.features(backbone, part, saved.recipe, device=device, dtype=dtype, progress="embedding") for part in parts
-    ]
+    parts = images.load_every(
+        command.data,
+        side=saved.recipe.cache_side,
+        root=command.where.root,
+        download=command.where.download,
+        cache=command.where.cache,
+    )
+    for name, part in parts.items():
+        _tell_skipped(name, part)
+    vectors = {
+        name: embed.features(backbone, part, saved.recipe, device=device, progress=f"embedding {name}")
+        for name, part in parts.items()
+    }
     embed.write(command.out, vectors, parts)
-    print(f"{command.out}: {sum(map(len, parts)):,} images × {vectors[0].shape[1]} features")
+    count, width = sum(map(len, parts.values())), vectors["train"].shape[1]
+    print(f"{command.out}: {count:,} images × {width} features, splits {', '.join(parts)}")
     return 0
 
 
@@ -316,24 +214,23 @@ def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:
     """The data, where it lies, and the last checkpoint of the run to go on with."""
     from corinfomax import checkpoint
 
-    run = command.resume
+    run, where = command.resume, command.where
     assert run is not None
     fresh = Pretrain()
-    kept = {name: getattr(fresh, name) for name in ("data", "recipe", "out", "knobs")}
-    if command != replace(command, **kept, where=Where(device=command.where.device)):
+    kept = {name: getattr(fresh, name) for name in ("recipe", "out", "knobs")}
+    if command != replace(command, **kept, where=replace(where, holdout=None, test_split=None, download=False)):
         raise ValueError(
-            "a resumed run keeps its data and its recipe: beside --resume only how often it logs, and where"
+            "a resumed run keeps its recipe and its splits: beside --resume only how often it logs, where the images "
+            "are now, and the device"
         )
     loaded = checkpoint.load(checkpoint.last(run))
-    saved = loaded.facts["where"]
-    where = Where(
-        root=Path(saved["root"]) if "root" in saved else None,
-        cache=Path(saved["cache"]) if "cache" in saved else None,
-        holdout=float(saved["holdout"]) if "holdout" in saved else None,
-        test_split=saved.get("test_split"),
-        device=command.where.device,
+    facts = loaded.facts
+    root, cache = (
+        given or (None if facts[name] is None else Path(facts[name]))
+        for name, given in (("root", where.root), ("cache", where.cache))
     )
-    return loaded.facts["data"], where, loaded
+    where = replace(where, root=root, cache=cache, holdout=facts["holdout"], test_split=facts["test_split"])
+    return command.data or facts["data"], where, loaded
 
 
 def _load(data: str, where: Where, side: int) -> Splits:
@@ -349,12 +246,17 @@ def _load(data: str, where: Where, side: int) -> Splits:
         test_split=where.test_split,
     )
     for name, split in zip(("train", "test"), splits, strict=True):
-        if split is not None and split.skipped:
-            print(f"{len(split.skipped)} unreadable images left out of {name}, such as {': '.join(split.skipped[0])}")
+        if split is not None:
+            _tell_skipped(name, split)
     test = f", {len(splits.test):,} to score on" if splits.test is not None else ""
     classes = f", {len(splits.train.classes)} classes (for scoring only)" if splits.train.classes else ""
     print(f"{len(splits.train):,} images to train on{test}{classes}")
     return splits
+
+
+def _tell_skipped(name: str, split: Images) -> None:
+    if split.skipped:
+        print(f"{len(split.skipped)} unreadable images left out of {name}, such as {': '.join(split.skipped[0])}")
 
 
 def _fit_batch(recipe: Recipe, count: int) -> Recipe:

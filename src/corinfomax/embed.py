@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from corinfomax import runs, views
 from corinfomax.images import Images
-from corinfomax.recipes import Recipe
+from corinfomax.knobs import Recipe
+from corinfomax.networks import arithmetic
 
 
 def features(
@@ -23,14 +24,13 @@ def features(
     recipe: Recipe,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     batch: int = 512,
     progress: str | None = None,
 ) -> Float[Tensor, "n f"]:
     """What `model` makes of each image's centre view, in eval mode: float32 on the CPU, one row an image.
 
-    `recipe` gives size, mean and std; `dtype` is the network's arithmetic; `progress` names a progress bar. The
-    model's mode is put back afterwards.
+    `recipe` gives size, mean, std and precision; `progress` names a progress bar. The model's mode is put back
+    afterwards.
     """
     device = torch.device(device)
     was_training = model.training
@@ -44,7 +44,7 @@ def features(
         disable=True if progress is None else None,
     )
     try:
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.inference_mode(), arithmetic(recipe, device):
             for start in starts:
                 indices = torch.arange(start, min(start + batch, len(images)))
                 pixels, sizes = images.batch(indices)
@@ -66,18 +66,21 @@ def check_ending(path: Path) -> None:
         raise ValueError("Parquet needs pyarrow: pip install 'corinfomax[parquet]'")
 
 
-def write(path: Path, vectors: Sequence[Float[Tensor, "_ f"]], parts: Sequence[Images]) -> None:
-    """The vectors of one or more splits with their images' paths, and labels where all have them.
+def write(path: Path, vectors: Mapping[str, Float[Tensor, "_ f"]], parts: Mapping[str, Images]) -> None:
+    """The vectors of one or more splits, by name, with their images' paths, and labels where all have them.
 
-    Columns `path`, `features` and `label` (the class's name), as .npz without pickle, or as .parquet. Raises
+    Columns `split`, `path`, `features` and `label` (the class's name), as .npz without pickle, or as .parquet. Raises
     ValueError as `check_ending` does.
     """
     check_ending(path)
-    features = torch.cat(tuple(vectors)).numpy()
-    columns = {"path": np.array([name for part in parts for name in part.paths])}
-    if all(part.labels is not None for part in parts):
+    features = torch.cat([vectors[name] for name in parts]).numpy()
+    columns = {
+        "split": np.repeat(list(parts), [len(part) for part in parts.values()]),
+        "path": np.array([name for part in parts.values() for name in part.paths]),
+    }
+    if all(part.labels is not None for part in parts.values()):
         columns["label"] = np.concatenate(
-            [np.array(part.classes)[part.labels.numpy()] for part in parts if part.labels is not None]
+            [np.array(part.classes)[part.labels.numpy()] for part in parts.values() if part.labels is not None]
         )
     runs.write_whole(path, lambda temporary: WRITERS[path.suffix](temporary, columns, features))
 

@@ -12,8 +12,9 @@ from torch import nn
 from tqdm import tqdm
 
 from corinfomax import embed, networks, optim, probes, views
-from corinfomax.images import Splits
-from corinfomax.recipes import Recipe, View
+from corinfomax.images import Images, Splits
+from corinfomax.knobs import Recipe, View
+from corinfomax.networks import arithmetic
 from corinfomax.seeds import generator, key
 
 FEW = (10, 1)  # labels a class
@@ -36,18 +37,17 @@ def evaluate(
     recipe: Recipe,
     *,
     device: torch.device,
-    dtype: torch.dtype,
     published_probe: bool = False,
     progress: bool = True,
 ) -> Table:
     """Every probe on `backbone`, on the same network untrained, and on raw pixels.
 
     Probes are fitted on `splits.train` and scored on `splits.test`. `published_probe` adds the paper's augmented
-    linear probe: 100 epochs of forwards, hours without a GPU. Raises ValueError without labels on both.
+    linear probe on each of the three: 100 epochs of forwards, hours without a GPU. Raises ValueError unless both
+    have labels.
     """
     check_labels(splits)
-    torch.manual_seed(key(recipe.seed, "weights"))  # the very weights that training began with
-    untrained = networks.build_backbone(recipe.backbone).to(device).to(memory_format=torch.channels_last)
+    untrained = random_backbone(splits.train, recipe, device=device)
     small = replace(recipe, size=min(recipe.size, 32))  # raw pixels: more of them cost much and say no more
     table: Table = {}
     for name, model, sized in (
@@ -61,7 +61,6 @@ def evaluate(
                 split,
                 sized,
                 device=device,
-                dtype=dtype,
                 progress=f"features, {name}, {len(split)} images" if progress else None,
             )
             for split in splits
@@ -69,9 +68,32 @@ def evaluate(
         )
         table[name] = probe_features(train, test, splits, seed=recipe.seed)
         if published_probe:
-            score = linear_probe(model, splits, sized, device=device, dtype=dtype, progress=progress)
+            score = linear_probe(model, splits, sized, device=device, progress=progress)
             table[name]["published linear"] = Score(score)
     return table
+
+
+@torch.no_grad()
+def random_backbone(images: Images, recipe: Recipe, *, device: torch.device, looks: int = 1024) -> nn.Module:
+    """The recipe's backbone with random weights, as strong as such a network is.
+
+    BatchNorm has the statistics of `looks` of the images, and residual branches that start at zero, which suits
+    training but leaves an untrained network next to linear, are switched on.
+    """
+    torch.manual_seed(key(recipe.seed, "weights"))
+    model = networks.build_backbone(recipe.backbone, size=recipe.size).to(device).to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # the plain mean over batches
+            if module.weight is not None and not module.weight.any():
+                nn.init.ones_(module.weight)
+    order = torch.randperm(len(images), generator=generator(recipe.seed, "calibration"))[:looks]
+    model.train()
+    for indices in order.split(256):
+        if len(indices) > 1:
+            pixels, sizes = images.batch(indices)
+            model(views.centre_view(pixels.to(device), sizes, size=recipe.size, mean=recipe.mean, std=recipe.std))
+    return model.eval()
 
 
 def check_labels(splits: Splits) -> None:
@@ -106,7 +128,6 @@ def linear_probe(
     recipe: Recipe,
     *,
     device: torch.device,
-    dtype: torch.dtype,
     progress: bool = True,
 ) -> float:
     """Top-1 in percent of the published linear probe, `recipe.probe`, after its last epoch.
@@ -136,7 +157,7 @@ def linear_probe(
         pixels, sizes = images.batch(indices)
         drawn = views.draw(crop, sizes, generator(recipe.seed, "probe view", step))
         x = views.apply(pixels.to(device), sizes, drawn, size=recipe.size, mean=recipe.mean, std=recipe.std)
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad(), arithmetic(recipe, device):
             features = model(x).float()
         if head is None:
             torch.manual_seed(key(recipe.seed, "probe weights"))
@@ -151,7 +172,9 @@ def linear_probe(
         F.cross_entropy(head(features), labels[indices].to(device)).backward()
         optimizer.step()
     assert head is not None
-    test = embed.features(model, splits.test, recipe, device=device, dtype=dtype)
+    if not all(bool(p.isfinite().all()) for p in head.parameters()):
+        raise FloatingPointError(f"the linear probe diverged at learning rate {probe.lr:g}; a lower one is the cure")
+    test = embed.features(model, splits.test, recipe, device=device)
     return probes.accuracy(head.cpu()(test).argmax(1), splits.test.labels)
 
 

@@ -25,11 +25,21 @@ from corinfomax.files import DataError, Source
 from corinfomax.seeds import generator
 from corinfomax.sources import find
 
-FORMAT = 1  # raise it with every change to the bytes that decoding gives or to their layout
+FORMAT = 2  # raise it with every change to the bytes that decoding gives or to their layout
 DEFAULT_HOLDOUT = 0.1
 ABANDONED = 24 * 3600.0  # seconds without a byte written, after which a half-built cache has no living builder
-Opened = tuple[np.ndarray, Tensor, list[tuple[int, str]]]
-"""Rows, heights and widths of a cache's images; their bytes; rows and reasons of the skipped ones."""
+
+
+class Opened(NamedTuple):
+    """What is in a cache."""
+
+    table: np.ndarray
+    """Row in the source, height and width of each image."""
+    pixels: Tensor
+    skipped: list[tuple[int, str]]
+    """Row and reason."""
+    digest: str
+    """Of the pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,22 +61,20 @@ class Images:
     skipped: tuple[tuple[str, str], ...]
     """Path and reason of each image of the split that could not be read."""
     fingerprint: str
-    """Changes when a file's name, size or mtime, the side of the cache, or the selection does."""
+    """Changes when an image's path or decoded pixels do, or the selection; not when files are copied or touched."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def select(self, indices: Int[Tensor, " m"]) -> Images:
         """The images at `indices`, in that order; they share `pixels`, and `skipped` stays that of the whole split."""
-        digest = hashlib.blake2b(self.fingerprint.encode(), digest_size=16)
-        digest.update(indices.to("cpu", torch.int64).numpy().tobytes())
         return replace(
             self,
             offsets=self.offsets[indices],
             sizes=self.sizes[indices],
             paths=tuple(self.paths[index] for index in indices.tolist()),
             labels=None if self.labels is None else self.labels[indices],
-            fingerprint=digest.hexdigest(),
+            fingerprint=_digest(self.fingerprint.encode(), indices.to("cpu", torch.int64).numpy().tobytes()),
         )
 
     @cached_property
@@ -147,6 +155,26 @@ def load(
     return set_aside(train, share, seed) if share else Splits(train, None)
 
 
+def load_every(
+    data: str | Path,
+    *,
+    side: int,
+    root: Path | None = None,
+    download: bool = False,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Images]:
+    """Every split of `data` by name, whole and in the order of its paths; arguments and errors as of `load`.
+
+    Classes are those of all splits together.
+    """
+    sources = find(data, root=root, download=download)
+    classes = tuple(sorted({label for source in sources.values() for label in source.labels or ()}))
+    return {
+        name: _images(source, classes, side, cache or default_cache(), progress) for name, source in sources.items()
+    }
+
+
 def set_aside(images: Images, share: float, seed: int) -> Splits:
     """A `share` of the images, drawn from `seed`, to test on, and the others to train on, both in their old order."""
     if len(images) < 2:
@@ -186,29 +214,27 @@ def _images(source: Source, classes: tuple[str, ...], side: int, cache: Path, pr
             )
         places = {name: place for place, name in enumerate(classes)}
         labels = torch.tensor([places[label] for label in source.labels])
-    digest = hashlib.blake2b(f"{FORMAT} {side} ".encode() + source.stamps.tobytes(), digest_size=16)
-    digest.update(os.fsencode("\0".join(source.paths)))
-    fingerprint = digest.hexdigest()  # without the root: the same files elsewhere are the same data
-    digest.update(os.fsencode("\0" + source.root))
-    folder = cache.absolute() / digest.hexdigest()
+    names = os.fsencode("\0".join((*source.paths, source.root)))
+    folder = cache.absolute() / _digest(f"{FORMAT} {side} ".encode(), source.stamps.tobytes(), names)
     for _ in range(3):  # another process may take away a cache that it saw torn in the moment after we mend it
         if (opened := _open(folder, len(source.paths))) is not None:
             break
         _build(source, side, folder, progress)
     else:
         raise DataError(f"the image cache {folder} does not stay whole; delete it and start one process first")
-    index, pixels, skipped = opened
+    index, pixels, skipped, content = opened
     kept, sizes = torch.from_numpy(index[:, 0].copy()), torch.from_numpy(index[:, 1:].copy())
     ends = (3 * sizes.prod(1)).cumsum(0)
+    paths = tuple(source.paths[row] for row in kept.tolist())
     return Images(
         pixels=pixels,
         offsets=ends - 3 * sizes.prod(1),
         sizes=sizes,
-        paths=tuple(source.paths[row] for row in kept.tolist()),
+        paths=paths,
         labels=None if labels is None else labels[kept],
         classes=() if labels is None else classes,
         skipped=tuple((source.paths[row], reason) for row, reason in skipped),
-        fingerprint=fingerprint,
+        fingerprint=_digest(os.fsencode("\0".join((content, *paths))), index.tobytes()),
     )
 
 
@@ -218,16 +244,17 @@ def _open(folder: Path, count: int) -> Opened | None:
         index = np.load(folder / "index.npy", allow_pickle=False)
         notes = json.loads((folder / "index.json").read_text("utf-8"))
         skipped = [(row, reason) for row, reason in notes["skipped"]]
+        digest = str(notes["digest"])
         size = (folder / "pixels.bin").stat().st_size
         if size != 3 * index[:, 1:].prod(1).sum() or len(index) + len(skipped) != count:
             return None
         # Mode "r": a copy-on-write map counts as memory, and Linux refuses one larger than the machine has.
         mapped = np.memmap(folder / "pixels.bin", np.uint8, "r")
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError, KeyError):
         return None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor do we write to it
-        return index, torch.from_numpy(mapped), skipped
+        return Opened(index, torch.from_numpy(mapped), skipped, digest)
 
 
 def _build(source: Source, side: int, folder: Path, progress: bool) -> None:
@@ -235,6 +262,7 @@ def _build(source: Source, side: int, folder: Path, progress: bool) -> None:
     count, written = len(source.paths), 0
     index: list[tuple[int, int, int]] = []
     skipped: list[tuple[int, str]] = []
+    digest = hashlib.blake2b(digest_size=16)
     part = folder.with_name(f"{folder.name}.{uuid4().hex}.part")
     try:
         _sweep(folder.parent)
@@ -247,6 +275,7 @@ def _build(source: Source, side: int, folder: Path, progress: bool) -> None:
                     else:
                         index.append((row, *result.shape[1:]))
                         written += stream.write(result.data)
+                        digest.update(result.data)
             _sync(stream)
         check_skipped(source, skipped)
         with (part / "index.npy").open("wb") as stream:
@@ -254,7 +283,8 @@ def _build(source: Source, side: int, folder: Path, progress: bool) -> None:
             _sync(stream)
         with (part / "index.json").open("wb") as stream:
             # root and side are for the person who tidies up the cache
-            stream.write(json.dumps({"root": source.root, "side": side, "skipped": skipped}).encode())
+            notes = {"root": source.root, "side": side, "skipped": skipped, "digest": digest.hexdigest()}
+            stream.write(json.dumps(notes).encode())
             _sync(stream)
         _publish(part, folder, count)
     except OSError as error:
@@ -286,6 +316,10 @@ def _sweep(cache: Path) -> None:
         with suppress(FileNotFoundError):  # its builder is alive and just published it
             if time.time() - max(path.stat().st_mtime for path in (part, *part.iterdir())) > ABANDONED:
                 shutil.rmtree(part)
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
 def _sync(stream: IO[bytes]) -> None:

@@ -1,22 +1,23 @@
-"""The network that is trained: a timm backbone with pooled features and the projector on top."""
+"""The network that is trained, a timm backbone with pooled features and the projector on top, and its arithmetic."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import timm
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from corinfomax.recipes import Backbone, Projector
+from corinfomax.knobs import Backbone, Projector, Recipe
 
 
 class Network(nn.Module):
     """Backbone and projector; `network(x)` gives projections, `network.backbone(x)` the features that are kept."""
 
-    def __init__(self, backbone: Backbone, projector: Projector) -> None:
+    def __init__(self, backbone: Backbone, projector: Projector, *, size: int = 224) -> None:
         super().__init__()
-        self.backbone = build_backbone(backbone)
+        self.backbone = build_backbone(backbone, size=size)
         self.projector = build_projector(feature_width(self.backbone), projector)
 
     def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
@@ -24,9 +25,10 @@ class Network(nn.Module):
         return self.projector(self.backbone(x))
 
 
-def build_backbone(backbone: Backbone) -> nn.Module:
-    """An untrained timm network without classifier: (n, 3, h, w) images to (n, feature_width) pooled features.
+def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
+    """An untrained timm network without classifier: (n, 3, size, size) images to (n, feature_width) pooled features.
 
+    `size` matters to networks of a fixed input size alone, such as ViTs, whose position embeddings it decides.
     Raises ValueError for a name that timm does not know, and for ResNet options on another network.
     """
     options: dict[str, Any] = {
@@ -35,6 +37,8 @@ def build_backbone(backbone: Backbone) -> nn.Module:
     if not timm.is_model(backbone.name):
         near = ", ".join(timm.list_models(f"*{backbone.name}*")[:6]) or "see timm.list_models()"
         raise ValueError(f"timm knows no network {backbone.name!r}; near it: {near}")
+    if (cfg := timm.get_pretrained_cfg(backbone.name)) is not None and cfg.fixed_input_size:
+        options["img_size"] = size
     try:
         model = timm.create_model(backbone.name, pretrained=False, num_classes=0, **options)
     except TypeError as error:
@@ -67,3 +71,21 @@ def build_projector(features: int, projector: Projector) -> nn.Sequential:
         layers.append(nn.ReLU(inplace=True))
         features = width
     return nn.Sequential(*layers, nn.Linear(features, dim, bias=False))
+
+
+def precision(recipe: Recipe, device: torch.device) -> Literal["float32", "bfloat16"]:
+    """The network's arithmetic: the recipe's, or for "auto" bfloat16 where the hardware multiplies it natively."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        # AVX-512's bfloat16 alone is no faster than float32 in training (docs/log.md); AMX is, about three times.
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older versions
+        native = device.type == "cpu" and bool(capabilities.get("amx_bf16"))
+    return "bfloat16" if native else "float32"
+
+
+def arithmetic(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """The context in which the network runs: autocast to the recipe's precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(recipe, device) == "bfloat16")

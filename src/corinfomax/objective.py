@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from corinfomax.recipes import ALPHA_PER_DIM
+from corinfomax.knobs import ALPHA_PER_DIM
 
 
 class Moments(NamedTuple):

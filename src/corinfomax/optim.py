@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from corinfomax.recipes import Optim
+from corinfomax.knobs import Optim
 
 
 def build(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:

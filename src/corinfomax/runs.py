@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,32 @@ CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """`write(temporary)` into a sibling file, synced to the disk, then renamed onto `path`: never half a file."""
+    """`write(temporary)` into a sibling file, synced to the disk, then renamed onto `path`: never half a file.
+
+    What a killed process left of an earlier try is removed: a file of the run has one writer at a time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's files are private
+        _sync(temporary)
         temporary.replace(path)
+        _sync(path.parent)  # the new name too is on the disk
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -39,6 +39,11 @@ def find(data: str | Path, *, root: Path | None = None, download: bool = False) 
     )
 
 
+def absolute(data: str) -> str:
+    """`data` as it can be named from any folder: a named set as it is, a path from the root."""
+    return data if data in NAMED else str(Path(data).expanduser().absolute())
+
+
 class Survey(NamedTuple):
     """What can be said of training images without decoding them."""
 

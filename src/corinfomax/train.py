@@ -20,9 +20,9 @@ from tqdm import tqdm
 from corinfomax import checkpoint, embed, optim, probes, runs, views
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.images import Images, Splits
-from corinfomax.networks import Network
+from corinfomax.knobs import Recipe
+from corinfomax.networks import Network, arithmetic
 from corinfomax.objective import CorInfoMaxLoss
-from corinfomax.recipes import Recipe
 from corinfomax.seeds import generator, key
 
 CURE = "a lower learning rate or a larger batch is the usual cure"
@@ -67,18 +67,19 @@ def pretrain(
     images = splits.train
     steps_per_epoch = len(images) // recipe.batch
     steps = recipe.epochs * steps_per_epoch
-    dtype = precision(recipe, device)
 
     torch.manual_seed(key(recipe.seed, "weights"))
-    network = Network(recipe.backbone, recipe.projector).to(device).to(memory_format=torch.channels_last)
+    network = Network(recipe.backbone, recipe.projector, size=recipe.size)
+    network = network.to(device).to(memory_format=torch.channels_last)
     criterion = CorInfoMaxLoss(recipe.projector.widths[-1], **vars(recipe.loss)).to(device)
     optimizer = optim.build(network, recipe.optim)
-    first = 0
+    first, seconds = 0, 0.0
     if resume is not None:
         network.load_state_dict(resume.network)
         criterion.load_state_dict(resume.criterion)
         checkpoint.restore_optimizer(optimizer, resume.optimizer, network)
         first = resume.step
+        seconds = max((row["seconds"] for row in runs.read_metrics(run)), default=0.0)
 
     def save(done: int) -> Path:
         path = runs.checkpoint_path(run, done)
@@ -92,7 +93,7 @@ def pretrain(
     pending: list[Tensor] = []
     score_at = {round(steps * (i + 1) / pace.scores) for i in range(pace.scores)}
     saved_at = time.monotonic()
-    with Progress(first, steps, recipe.batch) as progress, stop_signals() as stop:
+    with Progress(first, steps, recipe.batch, seconds=seconds) as progress, stop_signals() as stop:
         for step in range(first, steps):
             pixels, sizes = images.batch(batch_indices(recipe, step, len(images)))
             x1, x2 = make_views(recipe, pixels, sizes, step, device)
@@ -101,7 +102,7 @@ def pretrain(
             optim.set_learning_rate(optimizer, lr)
             # For dropout and stochastic depth, where a backbone has them.
             torch.manual_seed(key(recipe.seed, "network", step))
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with arithmetic(recipe, device):
                 z1, z2 = network(x1), network(x2)  # two forwards: each view has its own BatchNorm statistics
             try:
                 terms = criterion(z1, z2)
@@ -119,7 +120,7 @@ def pretrain(
                 row = log_row(pending, done, optimizer, criterion, progress)
                 pending.clear()
                 if done in score_at and scorable(splits):
-                    row["knn"] = quick_knn(network, splits, recipe, device=device, dtype=dtype)
+                    row["knn"] = quick_knn(network, splits, recipe, device=device)
                 runs.append_metrics(run, row)
                 progress.show(row)
             if asked_to_stop:
@@ -178,11 +179,11 @@ def log_row(
     }
 
 
-def quick_knn(network: Network, splits: Splits, recipe: Recipe, *, device: torch.device, dtype: torch.dtype) -> float:
+def quick_knn(network: Network, splits: Splits, recipe: Recipe, *, device: torch.device) -> float:
     """kNN top-1 in percent on at most 5,000 training and 2,000 test images: a look, not a result."""
     assert splits.test is not None
     some = [_at_most(split, most) for split, most in ((splits.train, 5000), (splits.test, 2000))]
-    train, test = (embed.features(network.backbone, part, recipe, device=device, dtype=dtype) for part in some)
+    train, test = (embed.features(network.backbone, part, recipe, device=device) for part in some)
     assert some[0].labels is not None and some[1].labels is not None
     return probes.accuracy(probes.knn(train, some[0].labels, test), some[1].labels)
 
@@ -191,19 +192,6 @@ def _at_most(images: Images, count: int) -> Images:
     if len(images) <= count:
         return images
     return images.select(torch.randperm(len(images), generator=generator(0, "quick kNN"))[:count])
-
-
-def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """The network's arithmetic: the recipe's, or for "auto" bfloat16 where the hardware multiplies it natively."""
-    if recipe.precision != "auto":
-        return torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        # AVX-512's bfloat16 alone is no faster than float32 in training (docs/log.md); AMX is, about three times.
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older versions
-        native = device.type == "cpu" and bool(capabilities.get("amx_bf16"))
-    return torch.bfloat16 if native else torch.float32
 
 
 @contextlib.contextmanager
@@ -231,10 +219,10 @@ def stop_signals() -> Iterator[threading.Event]:
 class Progress:
     """A bar on a terminal; elsewhere a plain line now and then."""
 
-    def __init__(self, first: int, steps: int, batch: int) -> None:
-        self.steps, self.batch = steps, batch
+    def __init__(self, first: int, steps: int, batch: int, *, seconds: float) -> None:
+        self.first, self.steps, self.batch = first, steps, batch
+        self.before = seconds
         self.started = self.told = time.monotonic()
-        self.first = first
         self.bar = tqdm(
             initial=first * batch,
             total=steps * batch,
@@ -253,8 +241,8 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Wall time since training began (or went on)."""
-        return time.monotonic() - self.started
+        """Time spent on training, that before a resume with it."""
+        return self.before + time.monotonic() - self.started
 
     def show(self, row: dict[str, Any]) -> None:
         """Tell where the run is: speed, time left, the loss and how far the spread is from its bound."""
@@ -266,7 +254,7 @@ class Progress:
         now = time.monotonic()
         if self.bar.disable and (now - self.told > 20 or "knn" in row or row["step"] == self.steps):
             self.told = now
-            speed = (row["step"] - self.first) / self.seconds
+            speed = (row["step"] - self.first) / (now - self.started)
             left = (self.steps - row["step"]) / speed
             print(
                 f"step {row['step']}/{self.steps} · {speed * self.batch:.0f} images/s · "

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from corinfomax.recipes import View
+from corinfomax.knobs import View
 
 CHUNK = 2**21  # pixel values resampled at once: 8 MiB of float32
 CROP_TRIES = 10  # torchvision's: draw a box up to ten times, then fall back to a centre crop

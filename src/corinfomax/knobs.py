@@ -1,0 +1,218 @@
+"""Every knob as frozen data, checked where it is made, and its way to JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from math import inf
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+ALPHA_PER_DIM = 3.906  # attraction = 2(1−cos)/D, so alpha ∝ D keeps the pull on the cosine: 250 at D = 64 in the paper
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One random augmentation of an image; operations are applied in the order of the fields."""
+
+    rotate: float = 0.0
+    """Largest rotation in degrees; the angle is U(-rotate, rotate). 0 is off."""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Range of the crop's share of the image's area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width over height, drawn log-uniformly."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.8
+    """Probability of colour jitter; its four parts come in random order."""
+    brightness: float = 0.4
+    """The factor is U(1 - brightness, 1 + brightness)."""
+    contrast: float = 0.4
+    """The factor is U(1 - contrast, 1 + contrast)."""
+    saturation: float = 0.2
+    """The factor is U(1 - saturation, 1 + saturation)."""
+    hue: float = 0.1
+    """Largest shift of the hue, in turns (at most 0.5)."""
+    grey: float = 0.2
+    """Probability of dropping the colour."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation in pixels of the view."""
+    solarize: float = 0.0
+    """Probability of inverting every value at or above 128."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "grey", "blur", "solarize"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a probability is from 0 to 1")
+        for name, most in (("rotate", 180), ("brightness", inf), ("contrast", inf), ("saturation", inf), ("hue", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to {most:g}")
+        # The blur's kernel reaches 6 px, three times a sigma of 2.
+        for name, most in (("crop_area", 1.0), ("crop_ratio", inf), ("blur_sigma", 2.0)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= most:
+                raise ValueError(f"{name} is {low} {high}; it must be two rising numbers above 0, at most {most:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A timm network without its classifier."""
+
+    name: str = "resnet18"
+    """Any name timm knows."""
+    small_stem: bool = False
+    """ResNets only: a 3×3 first convolution and no max-pool, for small images."""
+    stem_stride: int = 1
+    """Stride of the small stem's convolution; 2 costs a quarter."""
+    layers: tuple[int, ...] | None = None
+    """ResNets only: blocks in each stage; None is timm's own."""
+    channels: tuple[int, ...] | None = None
+    """ResNets only: width of each stage; None is timm's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projector:
+    """Linear layers with ReLU between them; the last one has no bias."""
+
+    widths: tuple[int, ...] = (2048, 2048, 64)
+    """Width of each layer; the last is D, the dimension of the loss."""
+    batch_norm: bool = False
+    """BatchNorm after every hidden layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """alpha · attraction + big_bang (arXiv 2209.07999)."""
+
+    alpha: float | None = None
+    """Weight of the attraction; None is 3.906·D, the rule the published rows obey."""
+    cov_decay: float = 0.01
+    """Weight of the past covariance: 0.01 keeps 1 % of it."""
+    mean_decay: float = 0.01
+    """Weight of the past mean."""
+    eps: float = 1e-8
+    """Added to the covariance's diagonal inside log det."""
+    cov_init: float = 1.0
+    """The covariance starts at cov_init times the identity."""
+    normalize: bool = True
+    """L2-normalise each projection first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimiser and its learning-rate schedule: linear warm-up, then cosine."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.5
+    """Peak learning rate."""
+    start_lr: float = 3e-3
+    """Learning rate of the first epoch."""
+    min_lr: float = 1e-6
+    """Learning rate at the end."""
+    warmup_epochs: float = 10
+    schedule: Literal["epoch", "step"] = "epoch"
+    """How often the learning rate changes: the paper's once an epoch, or smoothly at every step."""
+    momentum: float = 0.9
+    """SGD's momentum, AdamW's first beta."""
+    weight_decay: float = 1e-4
+    decay_norms: bool = True
+    """Apply weight decay to norms and biases too, as the paper does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The published linear probe: one linear layer on frozen features, SGD with momentum 0.9 and no decay."""
+
+    epochs: int = 100
+    batch: int = 256
+    lr: float = 0.2
+    min_lr: float = 0.002
+    """Learning rate at the end of the cosine."""
+    decay_epochs: int | None = None
+    """Divide the learning rate by ten every so many epochs, instead of the cosine."""
+
+
+IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+PAPER_VIEWS = (View(blur=1.0), View(blur=0.1, solarize=0.2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides the result of a run, data apart."""
+
+    size: int = 32
+    """Side S of the square the network sees, in pixels."""
+    cache_side: int = 32
+    """Short side of the cached images, in pixels; larger ones are reduced to it, smaller ones kept."""
+    mean: tuple[float, float, float] = IMAGENET_STATS[0]
+    """Subtracted from red, green and blue in [0, 1]."""
+    std: tuple[float, float, float] = IMAGENET_STATS[1]
+    """What red, green and blue are divided by."""
+    views: tuple[View, View] = PAPER_VIEWS
+    backbone: Backbone = field(default_factory=Backbone)
+    projector: Projector = field(default_factory=Projector)
+    loss: Loss = field(default_factory=Loss)
+    optim: Optim = field(default_factory=Optim)
+    probe: Probe = field(default_factory=Probe)
+    epochs: int = 100
+    """Times every image is seen."""
+    batch: int = 512
+    """Images a step; the last short batch of an epoch is dropped."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the network: auto is bfloat16 where the hardware multiplies it. The loss is always float64."""
+    seed: int = 0
+    """Every random number follows from it."""
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.cache_side, self.epochs) < 1:
+            raise ValueError(
+                f"size, cache_side and epochs must be at least 1, got {self.size}, {self.cache_side}, {self.epochs}"
+            )
+        if self.batch < 2:
+            raise ValueError(f"batch is {self.batch}; BatchNorm and the covariance need at least 2 images")
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {self.std}; each must be above 0")
+        if not self.projector.widths or min(self.projector.widths) < 1:
+            raise ValueError(f"projector widths must be one or more numbers above 0, got {self.projector.widths}")
+
+
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON's types; `from_json` gives it back equal."""
+    return dataclasses.asdict(recipe)
+
+
+def from_json(content: Any) -> Recipe:
+    """The recipe that `to_json` wrote. ValueError with the field's name for a missing, unknown or ill-typed one."""
+    recipe = _from_json(Recipe, content, "recipe")
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def _from_json(kind: Any, content: Any, where: str) -> Any:
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if not isinstance(content, dict) or set(content) != set(hints):
+            odd = sorted(set(content) ^ set(hints)) if isinstance(content, dict) else content
+            raise ValueError(f"{where} must have the fields {', '.join(hints)}; missing or unknown: {odd}")
+        return kind(**{name: _from_json(hint, content[name], f"{where}.{name}") for name, hint in hints.items()})
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(content, (list, tuple)):
+        kinds = arguments[:1] * len(content) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(content):
+            return tuple(
+                _from_json(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, content, strict=True))
+            )
+    elif origin is UnionType:
+        if content is None and NoneType in arguments:
+            return None
+        return _from_json(arguments[0], content, where)
+    elif origin is Literal:
+        if content in arguments:
+            return content
+    elif kind is float and type(content) in (int, float):
+        return float(content)
+    elif isinstance(kind, type) and type(content) is kind:
+        return content
+    raise ValueError(f"{where} must be {kind}, got {content!r}")

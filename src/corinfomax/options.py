@@ -1,0 +1,124 @@
+"""The words of the command line as frozen data: each command with its options, and the reading of what was typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from corinfomax import recipes
+from corinfomax.knobs import Recipe
+from corinfomax.recipes import RECIPES
+
+ABOUT = "Self-supervised pretraining of image backbones that tells you what it gave."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Which images, where they lie, and where to compute."""
+
+    root: Path | None = None
+    """Folder that holds the named sets; ./data unless given."""
+    download: bool = False
+    """Let torchvision fetch CIFAR if it is not in root."""
+    holdout: float | None = None
+    """Score on this share of the training images, set aside from training, instead of on the test split."""
+    test_split: str | None = None
+    """Score on this split; else test, else val, else a tenth of the labelled training images."""
+    cache: Path | None = None
+    """Folder of the decoded images; else $CORINFOMAX_CACHE, else ~/.cache/corinfomax."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Pretrain a backbone on images without looking at labels; where there are labels, score it at the end.
+
+    DATA is a folder (flat, nested, or split/class/…), a list (.txt, .csv), or a named set: mnist5k, cifar10, cifar100,
+    tiny-imagenet, imagenet100, imagenet100-temi, imagenet1k. Without --recipe one is chosen from the images and the
+    hardware; every field of a recipe can be overridden, such as --epochs 20 --optim.lr 0.1.
+    """
+
+    data: Annotated[str | None, tyro.conf.Positional] = None
+    """Folder, list or name of the images."""
+    recipe: str | None = None
+    """A named recipe; `corinfomax recipes` lists them."""
+    out: Path | None = None
+    """The run's folder; a new one in ./runs unless given."""
+    resume: Path | None = None
+    """Go on with the run in this folder, from its last checkpoint; DATA says where its images are if they moved."""
+    evaluate: bool = True
+    """Score the finished backbone where there are labels."""
+    log_steps: int = 10
+    """Steps between rows of metrics.jsonl."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+    keep: int = 3
+    """How many checkpoints stay; older ones are removed."""
+    scores: int = 10
+    """Quick kNN scores during the run, where there are labels."""
+    where: Annotated[Where, tyro.conf.arg(name="")] = Where()
+    knobs: Annotated[Recipe, tyro.conf.arg(name="")] = RECIPES["cpu-small"].recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score frozen features: kNN, ridge, logistic and few-label probes, beside an untrained network and raw pixels."""
+
+    weights: Annotated[Path, tyro.conf.Positional]
+    """A run folder or one of its checkpoints."""
+    data: Annotated[str, tyro.conf.Positional]
+    """Folder, list or name of the labelled images."""
+    published_probe: bool = False
+    """Also the paper's augmented linear probe, 100 epochs on each of the three; hours without a GPU."""
+    out: Path | None = None
+    """Write the scores to this JSON file."""
+    where: Annotated[Where, tyro.conf.arg(name="")] = Where()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    """Write the feature vectors of every image of every split to a file."""
+
+    weights: Annotated[Path, tyro.conf.Positional]
+    """A run folder or one of its checkpoints."""
+    data: Annotated[str, tyro.conf.Positional]
+    """Folder, list or name of the images."""
+    out: Path = Path("embeddings.npz")
+    """Ends in .npz, or in .parquet with the parquet extra."""
+    where: Annotated[Where, tyro.conf.arg(name="")] = Where()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """List the named recipes with the paper's score and ours, or show every knob of one."""
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """The recipe to show."""
+
+
+def parse(argv: list[str], base: Recipe | None = None) -> Pretrain | Evaluate | Embed | Recipes:
+    """The command that was typed; the knobs not typed are those of `base`, else of --recipe, else of cpu-small."""
+    if base is None:
+        name = _typed(argv, "--recipe")
+        base = recipes.named(name) if name is not None else RECIPES["cpu-small"].recipe
+    subcommand = tyro.conf.subcommand
+    commands = (
+        Annotated[Pretrain, subcommand("pretrain", default=Pretrain(knobs=base))]
+        | Annotated[Evaluate, subcommand("evaluate")]
+        | Annotated[Embed, subcommand("embed")]
+        | Annotated[Recipes, subcommand("recipes")]
+    )
+    return tyro.cli(commands, prog="corinfomax", description=ABOUT, args=argv)
+
+
+def _typed(argv: list[str], flag: str) -> str | None:
+    for place, word in enumerate(argv):
+        if word == flag:
+            return argv[place + 1] if place + 1 < len(argv) else None
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
+    return None
