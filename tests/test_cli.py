@@ -221,3 +221,24 @@ def test_a_published_recipe_starts_on_a_folder_in_imagenets_layout(tmp_path, cap
     about = runs.read_json(tmp_path / "run" / "recipe.json")
     assert knobs.from_json(about["recipe"]).backbone == RECIPES["imagenet100-r50"].recipe.backbone
     assert [row["step"] for row in runs.read_metrics(tmp_path / "run")][-1] == 2
+
+
+def test_too_little_memory_is_a_sentence(tmp_path, capsys):
+    data = tiny.folder(tmp_path / "data", {"train": 16, "test": 4})
+    words = ["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS, "--projector.widths", "1000000000000"]
+    assert cli.main(words) == 2
+    assert "out of memory; a smaller --batch" in capsys.readouterr().err
+
+
+def test_a_test_split_without_labels_is_said_before_training(tmp_path, capsys):
+    data = tiny.folder(tmp_path / "data", {"train": 16})
+    tiny.folder(data, {"test": 4}, labelled=False)
+    words = ["pretrain", str(data), "--out", str(tmp_path / "run"), "--test-split", "test", *KNOBS]
+    assert cli.main(words) == 0
+    assert "no scores: the images to score on have no labels" in capsys.readouterr().out
+
+
+def test_few_images_are_scored_too(tmp_path, capsys):
+    data = tiny.folder(tmp_path / "data", {"train": 8, "test": 2})
+    assert cli.main(["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS]) == 0
+    assert "raw pixels" in capsys.readouterr().out

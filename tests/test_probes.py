@@ -301,8 +301,6 @@ def test_errors_say_what_was_got_and_wanted(digits):
         for probe in (ridge, logistic):
             with pytest.raises(ValueError, match="got penalties"):
                 probe(train, labels, test, penalties=penalties)
-    with pytest.raises(ValueError, match="no class has 5 of the 4 rows"):
-        logistic(train[:4], labels[:4], test)
     with pytest.raises(ValueError, match="got k = 0"):
         knn(train, labels, test, k=0)
     with pytest.raises(ValueError, match="temperature = 0"):
@@ -313,3 +311,11 @@ def test_errors_say_what_was_got_and_wanted(digits):
         few_label(train, labels, test, truth, per_class=1, draws=1)
     with pytest.raises(ValueError, match="60 predictions for 59 labels"):
         inspect.unwrap(accuracy)(labels, labels[1:])
+
+
+def test_logistic_without_rows_to_choose_by_takes_the_usual_penalty(digits):
+    train, _, test, _ = digits
+    train, labels = train[:12], torch.arange(12) % 3
+    chosen, given = logistic(train, labels, test), logistic(train, labels, test, penalties=(1 / 12,))
+    assert chosen.penalty == 1 / 12
+    assert chosen.weight.equal(given.weight)

@@ -46,6 +46,15 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"corinfomax: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        print(
+            "corinfomax: out of memory; a smaller --batch or --size, or a smaller network, needs less "
+            f"({str(error).splitlines()[0]})",
+            file=sys.stderr,
+        )
+        return 2
     raise AssertionError("every command is handled above")
 
 
@@ -251,6 +260,8 @@ def _load(data: str, where: Where, side: int) -> Splits:
     test = f", {len(splits.test):,} to score on" if splits.test is not None else ""
     classes = f", {len(splits.train.classes)} classes (for scoring only)" if splits.train.classes else ""
     print(f"{len(splits.train):,} images to train on{test}{classes}")
+    if splits.train.labels is not None and splits.test is not None and splits.test.labels is None:
+        print("no scores: the images to score on have no labels; --holdout 0.1 scores on some of the training images")
     return splits
 
 

@@ -126,7 +126,8 @@ def logistic(
     The intercept is free: scikit-learn's LogisticRegression(C=1/(penalty * n)) after StandardScaler, for three classes
     or more; its form for two penalises half as much. Of several penalties the one most accurate on a fifth of each
     class, drawn by `seed`, is fitted to all rows (the stronger of equals). They are tried from strong to weak, each
-    from the one before, until two in a row fall behind the best: the weak ones are slow. The penalty acts on weights
+    from the one before, until two in a row fall behind the best: the weak ones are slow. Where no class has the five
+    rows that this takes, the penalty is 1/n, scikit-learn's default. The penalty acts on weights
     of standardised features; the returned ones are for features as they came. Warns when `max_iter` was not enough.
     """
     _check(train, labels, test, penalties)
@@ -140,10 +141,10 @@ def logistic(
     basis, spectrum = _principal(x, zero := torch.zeros_like(mean))
     path, start = sorted(penalties, reverse=True), None
     best = path[0]
-    if len(path) > 1:
-        held = _rank_in_class(codes, generator(seed, "validation")) < codes.bincount()[codes] // 5
-        if not held.any():
-            raise ValueError(f"no class has 5 of the {len(train)} rows, so none can judge penalties; give a single one")
+    held = _rank_in_class(codes, generator(seed, "validation")) < codes.bincount()[codes] // 5
+    if len(path) > 1 and not held.any():
+        best = 1 / len(train)
+    elif len(path) > 1:
         x_kept, y_kept, theta, top, behind = x[~held], codes[~held], None, -1.0, 0
         for penalty in path:
             theta, _ = _softmax_regression(x_kept, y_kept, basis, spectrum, penalty, theta, max_iter, rough=True)
