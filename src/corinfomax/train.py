@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from corinfomax import checkpoint, diagnosis, embed, optim, probes, runs, views
+from corinfomax import checkpoint, embed, optim, probes, runs, views
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe
 from corinfomax.networks import Network, arithmetic
-from corinfomax.objective import CorInfoMaxLoss
+from corinfomax.objective import CorInfoMaxLoss, Terms
 from corinfomax.seeds import generator, key
 
 CURE = "a lower learning rate or a larger batch is the usual cure"
@@ -36,6 +36,14 @@ class Interrupted(Exception):  # noqa: N818 (no error)
         self.checkpoint = checkpoint
 
 
+class Learner(NamedTuple):
+    """What training changes: the network, the loss with its moments, the optimiser with its state."""
+
+    network: Network
+    criterion: CorInfoMaxLoss
+    optimizer: torch.optim.Optimizer
+
+
 class Pace(NamedTuple):
     """How often a run does what does not change its result."""
 
@@ -45,8 +53,6 @@ class Pace(NamedTuple):
     """How many checkpoints stay; older ones are removed."""
     scores: int = 10
     """kNN scores over the whole run, where there are labels; 0 is none."""
-    diagnoses: int = 25
-    """Label-free looks at the network over the whole run, fewer where they would take 2 % of its time; 0 is none."""
 
 
 def pretrain(
@@ -70,11 +76,8 @@ def pretrain(
     steps_per_epoch = len(images) // recipe.batch
     steps = recipe.epochs * steps_per_epoch
 
-    torch.manual_seed(key(recipe.seed, "weights"))
-    network = Network(recipe.backbone, recipe.projector, size=recipe.size)
-    network = network.to(device).to(memory_format=torch.channels_last)
-    criterion = CorInfoMaxLoss(recipe.projector.widths[-1], **vars(recipe.loss)).to(device)
-    optimizer = optim.build(network, recipe.optim)
+    learner = build(recipe, device)
+    network, criterion, optimizer = learner
     first, seconds = 0, 0.0
     if resume is not None:
         network.load_state_dict(resume.network)
@@ -94,8 +97,6 @@ def pretrain(
 
     pending: list[Tensor] = []
     score_at = {round(steps * (i + 1) / pace.scores) for i in range(pace.scores)}
-    watched = diagnosis.choose(splits, recipe.projector.widths[-1])
-    look_at = diagnosis.schedule(steps, recipe.batch, pace.diagnoses, watched)
     saved_at = time.monotonic()
     with Progress(first, steps, recipe.batch, seconds=seconds) as progress, stop_signals() as stop:
         for step in range(first, steps):
@@ -104,29 +105,17 @@ def pretrain(
 
             lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
             optim.set_learning_rate(optimizer, lr)
-            # For dropout and stochastic depth, where a backbone has them.
-            torch.manual_seed(key(recipe.seed, "network", step))
-            with arithmetic(recipe, device):
-                z1, z2 = network(x1), network(x2)  # two forwards: each view has its own BatchNorm statistics
-            try:
-                terms = criterion(z1, z2)
-            except ValueError as error:  # on the CPU the loss looks at its input
-                raise FloatingPointError(f"in step {step}, at learning rate {lr:.3g}: {error}; {CURE}") from error
-            optimizer.zero_grad(set_to_none=True)
-            terms.loss.backward()
-            optimizer.step()
+            terms = update(recipe, learner, (x1, x2), step, device)
 
             pending.append(torch.stack([term.detach() for term in terms]))
             done = step + 1
             asked_to_stop = stop.is_set() and done < steps
             time_to_save = time.monotonic() - saved_at > 60 * pace.checkpoint_minutes
-            if done % pace.log_steps == 0 or done == steps or done in score_at | look_at or asked_to_stop or time_to_save:
+            if done % pace.log_steps == 0 or done == steps or done in score_at or asked_to_stop or time_to_save:
                 row = log_row(pending, done, optimizer, criterion, progress)
                 pending.clear()
                 if done in score_at and scorable(splits):
                     row["knn"] = quick_knn(network, splits, recipe, device=device)
-                if done in look_at:
-                    row |= diagnosis.row(network, watched, recipe, device=device)
                 runs.append_metrics(run, row)
                 progress.show(row)
             if asked_to_stop:
@@ -135,6 +124,45 @@ def pretrain(
                 save(done)
                 saved_at = time.monotonic()
     return network
+
+
+def build(recipe: Recipe, device: torch.device) -> Learner:
+    """Network, loss and optimiser as they are before the first step; the weights follow from the recipe's seed."""
+    torch.manual_seed(key(recipe.seed, "weights"))
+    network = Network(recipe.backbone, recipe.projector, size=recipe.size)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    criterion = CorInfoMaxLoss(recipe.projector.widths[-1], **vars(recipe.loss)).to(device)
+    return Learner(network, criterion, optim.build(network, recipe.optim))
+
+
+def update(
+    recipe: Recipe,
+    learner: Learner,
+    pair: Sequence[Float[Tensor, "n 3 s s"]],
+    step: int,
+    device: torch.device,
+    lap: Callable[[str], object] = lambda part: None,
+) -> Terms:
+    """One update on ready views: forward, loss, backward, optimiser; `lap` is told of each of them when it is done."""
+    network, criterion, optimizer = learner
+    x1, x2 = pair
+    # For dropout and stochastic depth, where a backbone has them.
+    torch.manual_seed(key(recipe.seed, "network", step))
+    with arithmetic(recipe, device):
+        z1, z2 = network(x1), network(x2)  # two forwards: each view has its own BatchNorm statistics
+    lap("forward")
+    try:
+        terms = criterion(z1, z2)
+    except ValueError as error:  # on the CPU the loss looks at its input
+        lr = optimizer.param_groups[0]["lr"]
+        raise FloatingPointError(f"in step {step}, at learning rate {lr:.3g}: {error}; {CURE}") from error
+    lap("loss")
+    optimizer.zero_grad(set_to_none=True)
+    terms.loss.backward()
+    lap("backward")
+    optimizer.step()
+    lap("optimizer")
+    return terms
 
 
 def scorable(splits: Splits) -> bool:
