@@ -17,7 +17,7 @@ FLOORS = (
     ("named", "decode"),
     ("sources",),
     ("images", "checkpoint"),
-    ("embed",),
+    ("embed", "diagnosis"),
     ("train", "evaluate"),
     ("options",),
     ("cli",),

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from corinfomax import checkpoint, embed, optim, probes, runs, views
+from corinfomax import checkpoint, diagnosis, embed, optim, probes, runs, views
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe
@@ -53,6 +53,8 @@ class Pace(NamedTuple):
     """How many checkpoints stay; older ones are removed."""
     scores: int = 10
     """kNN scores over the whole run, where there are labels; 0 is none."""
+    diagnoses: int = 25
+    """Label-free looks at the network over the whole run, fewer where they would take 2 % of its time; 0 is none."""
 
 
 def pretrain(
@@ -97,6 +99,8 @@ def pretrain(
 
     pending: list[Tensor] = []
     score_at = {round(steps * (i + 1) / pace.scores) for i in range(pace.scores)}
+    watched = diagnosis.choose(splits, recipe, device=device)
+    look_at = diagnosis.schedule(steps, recipe.batch, pace.diagnoses, watched)
     saved_at = time.monotonic()
     with Progress(first, steps, recipe.batch, seconds=seconds) as progress, stop_signals() as stop:
         for step in range(first, steps):
@@ -111,11 +115,13 @@ def pretrain(
             done = step + 1
             asked_to_stop = stop.is_set() and done < steps
             time_to_save = time.monotonic() - saved_at > 60 * pace.checkpoint_minutes
-            if done % pace.log_steps == 0 or done == steps or done in score_at or asked_to_stop or time_to_save:
+            if done % pace.log_steps == 0 or done == steps or done in score_at | look_at or asked_to_stop or time_to_save:
                 row = log_row(pending, done, optimizer, criterion, progress)
                 pending.clear()
                 if done in score_at and scorable(splits):
                     row["knn"] = quick_knn(network, splits, recipe, device=device)
+                if done in look_at:
+                    row |= diagnosis.row(network, watched, recipe, device=device)
                 runs.append_metrics(run, row)
                 progress.show(row)
             if asked_to_stop:
