@@ -10,7 +10,7 @@ import pytest
 HOUSE = Path(__file__).parents[1] / "src" / "corinfomax"
 FLOORS = (
     ("__init__",),  # names only: it imports when asked
-    ("knobs", "runs"),
+    ("knobs", "runs", "bottleneck"),
     ("recipes",),
     ("seeds",),
     ("objective", "views", "files", "networks", "optim", "probes"),
@@ -19,6 +19,7 @@ FLOORS = (
     ("images", "checkpoint"),
     ("embed", "diagnosis"),
     ("train", "evaluate"),
+    ("bench",),
     ("options",),
     ("cli",),
     ("__main__",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from corinfomax import __version__, knobs, recipes, runs
 from corinfomax.knobs import Recipe
-from corinfomax.options import Embed, Evaluate, Pretrain, Recipes, Where, parse
+from corinfomax.options import Bench, Embed, Evaluate, Pretrain, Recipes, Where, parse
 from corinfomax.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
                 return run_embed(command)
             case Recipes() as command:
                 return show_recipes(command)
+            case Bench() as command:
+                return run_bench(command, argv)
     except KeyboardInterrupt:
         print("corinfomax: stopped", file=sys.stderr)
         return 130
@@ -205,6 +208,44 @@ def show_recipes(command: Recipes) -> int:
     print()
     for flag, value in _flat(recipe):
         print(f"  --{flag:<26} {value}")
+    return 0
+
+
+def run_bench(command: Bench, argv: list[str]) -> int:
+    """Time a training step, say what bounds it and what to change."""
+    from corinfomax import bench, bottleneck, networks, sources
+
+    if not 0 < command.seconds < math.inf:
+        raise ValueError(f"--seconds is {command.seconds:g}; how long to measure is above 0")
+    device = _device(command.where.device)
+    data, where, recipe, decode = command.data, command.where, command.knobs, None
+    if command.recipe is None:
+        if data is None:
+            name = "cifar10" if device.type == "cuda" else "cpu-small"
+            base, why = RECIPES[name].recipe, f"{name}: {RECIPES[name].about}"
+        else:
+            survey = sources.survey(data, root=where.root, download=where.download)
+            _, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
+        again = parse(argv, base)
+        assert isinstance(again, Bench)
+        recipe = again.knobs
+        print(f"recipe {why}; --recipe names another")
+    if data is None:
+        pictures = bench.made_up(recipe)
+    else:
+        pictures = _load(data, where, recipe.cache_side).train
+        decode = bench.decoding(sources.find(data, root=where.root)["train"], recipe.cache_side)
+        recipe = _fit_batch(recipe, len(pictures))
+    recipe = replace(recipe, precision=networks.precision(recipe, device))
+    setting = bench.describe(recipe, pictures, device, decode=decode)
+    print(
+        f"{recipe.backbone.name} at {recipe.size} px, batch {recipe.batch}, {setting.precision}, on {setting.device}, "
+        f"{setting.threads} threads of {setting.cores} cores, torch {_versions()['torch']}\n"
+    )
+    timings = bench.measure(recipe, pictures, device, seconds=command.seconds)
+    print(bottleneck.as_text(timings, setting))
+    if command.out is not None:
+        runs.write_json(command.out, {**bottleneck.as_json(timings, setting), "recipe": knobs.to_json(recipe)})
     return 0
 
 

@@ -100,7 +100,26 @@ class Recipes:
     """The recipe to show."""
 
 
-def parse(argv: list[str], base: Recipe | None = None) -> Pretrain | Evaluate | Embed | Recipes:
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time a training step on this machine: its parts, what the bound is, and what to change.
+
+    Without DATA on made-up images of the recipe's size. Takes the knobs that pretrain takes.
+    """
+
+    data: Annotated[str | None, tyro.conf.Positional] = None
+    """Folder, list or name of the images; made-up ones without it."""
+    recipe: str | None = None
+    """A named recipe; `corinfomax recipes` lists them."""
+    seconds: float = 30.0
+    """About how long to measure; at least nine steps."""
+    out: Path | None = None
+    """Write what was measured to this JSON file."""
+    where: Annotated[Where, tyro.conf.arg(name="")] = Where()
+    knobs: Annotated[Recipe, tyro.conf.arg(name="")] = RECIPES["cpu-small"].recipe
+
+
+def parse(argv: list[str], base: Recipe | None = None) -> Pretrain | Evaluate | Embed | Recipes | Bench:
     """The command that was typed; the knobs not typed are those of `base`, else of --recipe, else of cpu-small."""
     if base is None:
         name = _typed(argv, "--recipe")
@@ -111,6 +130,7 @@ def parse(argv: list[str], base: Recipe | None = None) -> Pretrain | Evaluate | 
         | Annotated[Evaluate, subcommand("evaluate")]
         | Annotated[Embed, subcommand("embed")]
         | Annotated[Recipes, subcommand("recipes")]
+        | Annotated[Bench, subcommand("bench", default=Bench(knobs=base))]
     )
     return tyro.cli(commands, prog="corinfomax", description=ABOUT, args=argv)
 
