@@ -1,5 +1,6 @@
 """Features, files of them, and the table of scores beside its two baselines."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 import tiny
-from corinfomax import embed, evaluate, images, networks, probes, views
+from corinfomax import embed, evaluate, images, networks, probes, supervised, views
 from corinfomax.knobs import Probe
 from corinfomax.seeds import key
 
@@ -68,28 +69,90 @@ def test_embeddings_without_labels_have_no_label_column(splits, backbone, tmp_pa
         embed.write(tmp_path / "a.csv", {"train": torch.zeros(60, 4)}, {"train": unlabelled})
 
 
-def test_the_table_has_every_probe_for_three_kinds_of_features(splits, backbone):
-    table = evaluate.evaluate(backbone, splits, tiny.RECIPE, **CPU, progress=False)
-    assert list(table) == ["pretrained", "untrained", "raw pixels"]
-    for scores in table.values():
-        assert list(scores) == ["kNN", "ridge", "linear", "10 a class", "1 a class"]
-        assert all(0 <= score.mean <= 100 for score in scores.values())
-        assert [score.sd is not None for score in scores.values()] == [False, False, False, True, True]
+@pytest.fixture(scope="module")
+def result(splits, backbone):
+    recipe = replace(tiny.RECIPE, probe=Probe(epochs=2))
+    rival = evaluate.Contender("the same", backbone, recipe, splits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervised, "FEWEST_STEPS", 20)
+        return evaluate.evaluate(
+            backbone, splits, recipe, **CPU, progress=False, rivals=[rival], fine_tune=True, published_probe=True
+        )
+
+
+def test_the_table_has_every_probe_for_every_kind_of_features(result):
+    table = result.table
+    assert list(table) == ["pretrained", "the same", "untrained", "raw pixels"]
+    probes_of_all = ["kNN", "ridge", "linear", "10 a class", "1 a class", "mAP", "published linear"]
+    for name, scores in table.items():
+        assert list(scores) == probes_of_all + ["tuned, 1%", "tuned, 10%"] * (name != "raw pixels")
+        for probe, score in scores.items():
+            assert 0 <= score.low <= score.mean <= score.high <= 100
+            assert (score.sd is not None) == ("a class" in probe)
+    assert table["pretrained"] == table["the same"]
     # Hue is the class: the pixels alone say it.
     assert table["raw pixels"]["linear"].mean > 90
-    text = evaluate.as_text(table)
-    assert len({len(line) for line in text.splitlines()}) == 1
-    assert f"{table['pretrained']['1 a class'].mean:.1f} ± {table['pretrained']['1 a class'].sd:.1f}" in text
-    assert evaluate.as_json(table)["untrained"]["kNN"] == {"mean": table["untrained"]["kNN"].mean}
 
 
-def test_baselines_are_a_random_network_and_the_pixels(splits, backbone):
-    table = evaluate.evaluate(backbone, splits, tiny.RECIPE, **CPU, progress=False)
+def test_the_comparisons_name_the_better_baseline_and_every_rival(result):
+    first, rival = result.comparisons
+    baselines = {name: result.table[name]["linear"].mean for name in evaluate.BASELINES}
+    assert first.other == max(baselines, key=baselines.get)
+    assert (first.score, first.other_score) == pytest.approx(
+        (result.table["pretrained"]["linear"].mean, baselines[first.other]), abs=1e-4
+    )
+    assert (rival.other, rival.verdict, rival.low, rival.difference, rival.high) == ("the same", "unclear", 0, 0, 0)
+    assert "retraining" in result.sentences[0] and "the same" in result.sentences[1]
+
+
+def test_a_terminal_gets_every_number_within_100_columns(result):
+    text = evaluate.as_text(result.table)
+    assert max(map(len, text.splitlines())) <= 100
+    blocks = text.split("\n\n")
+    assert len(blocks) == 2
+    for block in blocks:
+        assert len({len(line) for line in block.splitlines()}) == 1
+        assert [line.split("  ")[0] for line in block.splitlines()[2:]] == list(result.table)
+    linear, few = result.table["untrained"]["linear"], result.table["untrained"]["1 a class"]
+    assert f"{linear.mean:.1f} ±{(linear.high - linear.low) / 2:.1f}" in text
+    assert f"{few.mean:.1f} ±{few.sd:.1f}" in text
+    assert blocks[1].splitlines()[-1].endswith("–")  # raw pixels cannot be tuned
+
+
+def test_json_carries_every_number(result):
+    content = json.loads(json.dumps(evaluate.as_json(result)))
+    few = result.table["untrained"]["1 a class"]
+    assert content["scores"]["untrained"]["1 a class"] == few._asdict()
+    assert set(content["scores"]["untrained"]["kNN"]) == {"mean", "low", "high"}
+    assert content["comparisons"][0]["sentence"] == result.sentences[0]
+    assert content["comparisons"][0]["verdict"] in ("better", "unclear", "worse")
+
+
+def test_a_rival_sees_the_same_images(splits, backbone):
+    fewer = images.Splits(splits.train, splits.test.select(torch.arange(19)))
+    with pytest.raises(ValueError, match="other sees other images"):
+        evaluate.evaluate(
+            backbone, splits, tiny.RECIPE, **CPU, rivals=[evaluate.Contender("other", backbone, tiny.RECIPE, fewer)]
+        )
+
+
+def test_names_of_other_weights_are_short_and_distinct():
+    given = [
+        "timm:resnet18",
+        "runs/a/checkpoints/step-9.safetensors",
+        "runs/b/checkpoints/step-9.safetensors",
+        "x/untrained",
+    ]
+    assert evaluate.distinct_names(given) == ["timm:resnet18", "step-9", given[2], "x/untrained"]
+    assert len(set(evaluate.distinct_names(["a", "a", "a"]))) == 3
+
+
+def test_baselines_are_a_random_network_and_the_pixels(splits, backbone, result):
     start = evaluate.random_backbone(splits.train, tiny.RECIPE, **CPU)
     for name, model in (("untrained", start), ("raw pixels", nn.Flatten()), ("pretrained", backbone)):
         train, test = (embed.features(model, part, tiny.RECIPE) for part in splits)
         predicted = probes.knn(train, splits.train.labels, test)
-        assert table[name]["kNN"].mean == probes.accuracy(predicted, splits.test.labels)
+        assert result.table[name]["kNN"].mean == pytest.approx(probes.accuracy(predicted, splits.test.labels))
 
 
 def test_the_random_network_is_no_straw_man(splits):
@@ -106,33 +169,6 @@ def test_the_random_network_is_no_straw_man(splits):
     torch.manual_seed(key(tiny.RECIPE.seed, "weights"))
     start = networks.Network(tiny.RECIPE.backbone, tiny.RECIPE.projector).backbone
     assert model.conv1.weight.equal(start.conv1.weight)
-
-
-def test_a_linear_probe_that_diverges_is_an_error(splits, backbone):
-    recipe = replace(tiny.RECIPE, probe=Probe(epochs=1, batch=16, lr=1e38))
-    with pytest.raises(FloatingPointError, match="linear probe diverged"):
-        evaluate.linear_probe(backbone, splits, recipe, **CPU, progress=False)
-
-
-def test_the_published_probe_learns_and_leaves_the_backbone_alone(splits, backbone):
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    recipe = replace(tiny.RECIPE, probe=Probe(epochs=15, batch=16))
-    score = evaluate.linear_probe(nn.Flatten(), splits, recipe, **CPU, progress=False)
-    assert score >= 90
-    evaluate.linear_probe(backbone, splits, recipe, **CPU, progress=False)
-    assert tiny.equal_states(before, backbone.state_dict())
-    assert score == evaluate.linear_probe(nn.Flatten(), splits, recipe, **CPU, progress=False)
-
-
-@pytest.mark.parametrize("decay_epochs", [None, 2])
-def test_the_published_probes_schedule(splits, monkeypatch, decay_epochs):
-    rates = []
-    monkeypatch.setattr(evaluate.optim, "set_learning_rate", lambda _, lr: rates.append(lr))
-    probe = Probe(epochs=4, batch=30, lr=0.2, min_lr=0.002, decay_epochs=decay_epochs)
-    evaluate.linear_probe(nn.Flatten(), splits, replace(tiny.RECIPE, probe=probe), **CPU, progress=False)
-    cosine = [0.2, 0.002 + 0.198 * (1 + 2**-0.5) / 2, 0.101, 0.002 + 0.198 * (1 - 2**-0.5) / 2]
-    each = cosine if decay_epochs is None else [0.2, 0.2, 0.02, 0.02]
-    assert rates == pytest.approx([lr for lr in each for _ in range(2)])
 
 
 def test_scores_need_labels_and_say_so(splits):

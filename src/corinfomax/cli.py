@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import platform
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from corinfomax import __version__, knobs, recipes, runs
 from corinfomax.knobs import Recipe
-from corinfomax.options import Bench, Embed, Evaluate, Pretrain, Recipes, Where, parse
+from corinfomax.options import Bench, Embed, Evaluate, Pretrain, Recipes, Report, Where, parse
 from corinfomax.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
     from corinfomax.checkpoint import Checkpoint
     from corinfomax.images import Images, Splits
+    from corinfomax.networks import Network
 
 # torch takes seconds to import; every command imports what needs it inside, so that --help and mistakes answer at once.
 
@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
                 return run_evaluate(command)
             case Embed() as command:
                 return run_embed(command)
+            case Report() as command:
+                return run_report(command)
             case Recipes() as command:
                 return show_recipes(command)
             case Bench() as command:
@@ -124,6 +126,8 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
         from corinfomax import evaluate
 
         _tell(evaluate.evaluate(network.backbone, splits, recipe, device=device), splits, run / "results.json")
+    if command.report:
+        _report_if_possible(run, network, recipe, facts, splits, device)
     print(f"feature vectors: corinfomax embed {run} {data}")
     return 0
 
@@ -138,23 +142,41 @@ def _new_run(out: Path | None, name: str) -> Path:
 
 
 def run_evaluate(command: Evaluate) -> int:
-    """Score a checkpoint's backbone on labelled images."""
-    from corinfomax import checkpoint, evaluate
-
-    device = _device(command.where.device)
-    network, saved = checkpoint.load_network(command.weights)
-    splits = _load(command.data, command.where, saved.recipe.cache_side)
-    evaluate.check_labels(splits)
+    """Score weights on labelled images, beside baselines and other weights."""
     import torch
 
-    table = evaluate.evaluate(
-        network.backbone.to(device).to(memory_format=torch.channels_last),
+    from corinfomax import evaluate, weights
+
+    device = _device(command.where.device)
+    names = (command.weights, *command.against)
+    loaded = []
+    for name in names:
+        given = weights.load(name, architecture=command.architecture, small_stem=command.small_stem, size=command.size)
+        print(f"loaded {given.said}")
+        backbone = given.backbone.to(device).to(memory_format=torch.channels_last)
+        loaded.append(given._replace(backbone=backbone))
+    ours, others = loaded[0], loaded[1:]
+    splits = _load(command.data, command.where, ours.recipe.cache_side)
+    evaluate.check_labels(splits)
+    sides = {ours.recipe.cache_side: splits}
+    for other in others:
+        if (side := other.recipe.cache_side) not in sides:
+            sides[side] = _splits(command.data, command.where, side)
+    called = evaluate.distinct_names(command.against)
+    rivals = [
+        evaluate.Contender(name, other.backbone, other.recipe, sides[other.recipe.cache_side])
+        for name, other in zip(called, others, strict=True)
+    ]
+    result = evaluate.evaluate(
+        ours.backbone,
         splits,
-        saved.recipe,
+        ours.recipe,
         device=device,
         published_probe=command.published_probe,
+        fine_tune=command.fine_tune,
+        rivals=rivals,
     )
-    _tell(table, splits, command.out)
+    _tell(result, splits, command.out)
     return 0
 
 
@@ -187,6 +209,39 @@ def run_embed(command: Embed) -> int:
     return 0
 
 
+def run_report(command: Report) -> int:
+    """Write the page of a run."""
+    from corinfomax import checkpoint, report
+
+    device = _device(command.where.device)
+    network, saved = checkpoint.load_network(checkpoint.last(command.run))
+    where = _where_it_was(command.where, saved.facts)
+    splits = _load(command.data or saved.facts["data"], where, saved.recipe.cache_side)
+    same = splits.train.fingerprint == saved.facts["fingerprint"]
+    if not same:
+        print("these are not the images that the run was trained on: the page has no contact sheet of its views")
+    subject = report.Subject(command.run, network, saved.recipe, saved.step, saved.facts, splits, same)
+    out = report.write(subject, command.out or command.run / "report.html", device=device)
+    print(f"report: {out}, {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _report_if_possible(
+    run: Path, network: Network, recipe: Recipe, facts: dict[str, Any], splits: Splits, device: torch.device
+) -> None:
+    """The page at the end of a run; what goes wrong with it is a sentence, since the run itself is done and kept."""
+    from corinfomax import report
+
+    step = recipe.epochs * (len(splits.train) // recipe.batch)
+    subject = report.Subject(run, network, recipe, step, facts, splits, same_images=True)
+    try:
+        out = report.write(subject, run / "report.html", device=device)
+    except Exception as error:  # whatever it is
+        print(f"no report: {type(error).__name__}: {error}; corinfomax report {run} tries again", file=sys.stderr)
+    else:
+        print(f"report: {out}, {out.stat().st_size / 1e6:.1f} MB")
+
+
 def show_recipes(command: Recipes) -> int:
     """The list of recipes, or one recipe's every knob."""
     if command.name is None:
@@ -206,7 +261,7 @@ def show_recipes(command: Recipes) -> int:
         sd = f" ± {m.sd:.1f}" if m.sd is not None else ""
         print(f"ours: {m.score} {m.value:.1f}{sd} % (n = {m.n}, {m.data}, {m.hardware}, {m.minutes:g} min, {m.commit})")
     print()
-    for flag, value in _flat(recipe):
+    for flag, value in knobs.flags(recipe):
         print(f"  --{flag:<26} {value}")
     return 0
 
@@ -249,17 +304,6 @@ def run_bench(command: Bench, argv: list[str]) -> int:
     return 0
 
 
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Every knob of a recipe as the flag that sets it, with its value."""
-    if dataclasses.is_dataclass(value):
-        fields = [(field.name.replace("_", "-"), getattr(value, field.name)) for field in dataclasses.fields(value)]
-    elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-        fields = [(str(i), item) for i, item in enumerate(value)]
-    else:
-        return [(prefix, " ".join(map(str, value)) if isinstance(value, tuple) else value)]
-    return [row for name, inner in fields for row in _flat(inner, f"{prefix}.{name}" if prefix else name)]
-
-
 def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:
     """The data, where it lies, and the last checkpoint of the run to go on with."""
     from corinfomax import checkpoint
@@ -274,27 +318,26 @@ def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:
             "are now, and the device"
         )
     loaded = checkpoint.load(checkpoint.last(run))
-    facts = loaded.facts
+    return command.data or loaded.facts["data"], _where_it_was(where, loaded.facts), loaded
+
+
+def _where_it_was(where: Where, facts: dict[str, Any]) -> Where:
+    """Where a run found its images and which it tested on; what is typed now comes first."""
     root, cache = (
         given or (None if facts[name] is None else Path(facts[name]))
         for name, given in (("root", where.root), ("cache", where.cache))
     )
-    where = replace(where, root=root, cache=cache, holdout=facts["holdout"], test_split=facts["test_split"])
-    return command.data or facts["data"], where, loaded
+    return replace(
+        where,
+        root=root,
+        cache=cache,
+        holdout=facts["holdout"] if where.holdout is None else where.holdout,
+        test_split=facts["test_split"] if where.test_split is None else where.test_split,
+    )
 
 
 def _load(data: str, where: Where, side: int) -> Splits:
-    from corinfomax import images
-
-    splits = images.load(
-        data,
-        side=side,
-        holdout=where.holdout,
-        root=where.root,
-        download=where.download,
-        cache=where.cache,
-        test_split=where.test_split,
-    )
+    splits = _splits(data, where, side)
     for name, split in zip(("train", "test"), splits, strict=True):
         if split is not None:
             _tell_skipped(name, split)
@@ -304,6 +347,20 @@ def _load(data: str, where: Where, side: int) -> Splits:
     if splits.train.labels is not None and splits.test is not None and splits.test.labels is None:
         print("no scores: the images to score on have no labels; --holdout 0.1 scores on some of the training images")
     return splits
+
+
+def _splits(data: str, where: Where, side: int) -> Splits:
+    from corinfomax import images
+
+    return images.load(
+        data,
+        side=side,
+        holdout=where.holdout,
+        root=where.root,
+        download=where.download,
+        cache=where.cache,
+        test_split=where.test_split,
+    )
 
 
 def _tell_skipped(name: str, split: Images) -> None:
@@ -320,14 +377,15 @@ def _fit_batch(recipe: Recipe, count: int) -> Recipe:
     return replace(recipe, batch=count)
 
 
-def _tell(table: Any, splits: Splits, path: Path | None) -> None:
+def _tell(result: Any, splits: Splits, path: Path | None) -> None:
     from corinfomax import evaluate
 
     assert splits.test is not None
-    print(f"\n{evaluate.as_text(table)}\n")
+    print(f"\n{evaluate.as_text(result.table)}\n{evaluate.LEGEND}\n")
     print(f"{len(splits.train):,} images with labels to fit each probe, {len(splits.test):,} others to score it")
+    print("\n".join(result.sentences))
     if path is not None:
-        runs.write_json(path, {"scores": evaluate.as_json(table), "train": len(splits.train), "test": len(splits.test)})
+        runs.write_json(path, {**evaluate.as_json(result), "train": len(splits.train), "test": len(splits.test)})
         print(f"written to {path}")
 
 

@@ -1,34 +1,51 @@
-"""What frozen features are worth: the same probes on the trained network, on an untrained one and on raw pixels."""
+"""What frozen features are worth: the same probes on the trained network, on other weights, on an untrained one and on
+raw pixels, and whether the training helped."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from tqdm import tqdm
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from corinfomax import embed, networks, optim, probes, views
+from corinfomax import embed, networks, probes, scores, supervised, views
 from corinfomax.images import Images, Splits
-from corinfomax.knobs import Recipe, View
-from corinfomax.networks import arithmetic
+from corinfomax.knobs import Recipe
+from corinfomax.scores import Comparison, Score
 from corinfomax.seeds import generator, key
 
 FEW = (10, 1)  # labels a class
-
-
-class Score(NamedTuple):
-    """Top-1 accuracy in percent, with its standard deviation over draws where there were several."""
-
-    mean: float
-    sd: float | None = None
-
+BASELINES = ("untrained", "raw pixels")
+DECIDING = "linear"  # the probe that says whether pretraining helped
 
 Table = dict[str, dict[str, Score]]
 """Scores by probe, for each kind of features."""
+Outcomes = dict[str, Float[Tensor, "draws m"]]
+"""By probe, 1 for each test image classified rightly and 0 for the others, for each draw of the labels; of retrieval
+the average precision, nan where it has none."""
+
+
+class Contender(NamedTuple):
+    """Features to be scored: a network, what it sees of an image, and the images, cached for its size."""
+
+    name: str
+    model: nn.Module
+    recipe: Recipe
+    splits: Splits
+
+
+class Result(NamedTuple):
+    """The scores, and what they say."""
+
+    table: Table
+    comparisons: tuple[Comparison, ...]
+    """First of the pretrained features and the better baseline, then with each rival's; of the deciding probe."""
+    sentences: tuple[str, ...]
+    """Those comparisons in words."""
 
 
 def evaluate(
@@ -38,39 +55,104 @@ def evaluate(
     *,
     device: torch.device,
     published_probe: bool = False,
+    fine_tune: bool = False,
+    rivals: Sequence[Contender] = (),
     progress: bool = True,
-) -> Table:
-    """Every probe on `backbone`, on the same network untrained, and on raw pixels.
+) -> Result:
+    """Every probe on `backbone`, on the `rivals`, on the backbone's network untrained, and on raw pixels.
 
-    Probes are fitted on `splits.train` and scored on `splits.test`. `published_probe` adds the paper's augmented
-    linear probe on each of the three: 100 epochs of forwards, hours without a GPU. Raises ValueError unless both
+    Probes are fitted on `splits.train` and scored on `splits.test`; a rival has the same images in the same order.
+    `published_probe` adds the paper's augmented linear probe on each: 100 epochs of forwards, hours without a GPU.
+    `fine_tune` adds training the whole network on 1 % and 10 % of the labels. Raises ValueError unless both splits
     have labels.
     """
     check_labels(splits)
-    untrained = random_backbone(splits.train, recipe, device=device)
+    assert splits.test is not None
     small = replace(recipe, size=min(recipe.size, 32))  # raw pixels: more of them cost much and say no more
-    table: Table = {}
-    for name, model, sized in (
-        ("pretrained", backbone, recipe),
-        ("untrained", untrained, recipe),
-        ("raw pixels", nn.Flatten(), small),
-    ):
-        train, test = (
-            embed.features(
-                model,
-                split,
-                sized,
-                device=device,
-                progress=f"features, {name}, {len(split)} images" if progress else None,
-            )
-            for split in splits
-            if split is not None
+    contenders = (
+        Contender("pretrained", backbone, recipe, splits),
+        *rivals,
+        Contender("untrained", random_backbone(splits.train, recipe, device=device), recipe, splits),
+        Contender("raw pixels", nn.Flatten(), small, splits),
+    )
+    outcomes: dict[str, Outcomes] = {}
+    for contender in contenders:
+        check_same_images(splits, contender)
+        outcomes[contender.name] = _outcomes(contender, device, published_probe, fine_tune, progress)
+    return Result(tabulate(outcomes, seed=recipe.seed), *verdicts(outcomes, seed=recipe.seed))
+
+
+def _outcomes(
+    contender: Contender, device: torch.device, published_probe: bool, fine_tune: bool, progress: bool
+) -> Outcomes:
+    name, model, recipe, (train, test) = contender
+    assert test is not None and test.labels is not None
+    vectors = (
+        embed.features(
+            model,
+            split,
+            recipe,
+            device=device,
+            progress=f"features, {name}, {len(split)} images" if progress else None,
         )
-        table[name] = probe_features(train, test, splits, seed=recipe.seed)
-        if published_probe:
-            score = linear_probe(model, splits, sized, device=device, progress=progress)
-            table[name]["published linear"] = Score(score)
+        for split in (train, test)
+    )
+    found = probe_features(next(vectors), next(vectors), contender.splits, seed=recipe.seed)
+    if published_probe:
+        predicted = supervised.linear_probe(model, train, test, recipe, device=device, progress=progress)
+        found["published linear"] = _right(predicted, test.labels)
+    if fine_tune and any(True for _ in model.parameters()):  # raw pixels have nothing to tune
+        for share in supervised.SHARES:
+            predicted = supervised.fine_tune(model, train, test, recipe, share=share, device=device, progress=progress)
+            found[f"tuned, {share:.0%}"] = _right(predicted, test.labels)
+    return found
+
+
+def probe_features(train: Float[Tensor, "n d"], test: Float[Tensor, "m d"], splits: Splits, *, seed: int) -> Outcomes:
+    """What each probe makes of one kind of features, rows as in `splits`."""
+    assert splits.test is not None and splits.train.labels is not None and splits.test.labels is not None
+    labels, truth = splits.train.labels, splits.test.labels
+    found = {
+        "kNN": _right(probes.knn(train, labels, test), truth),
+        "ridge": _right(probes.ridge(train, labels, test).predicted, truth),
+        DECIDING: _right(probes.logistic(train, labels, test, seed=seed).predicted, truth),
+    }
+    for count in FEW:
+        found[f"{count} a class"] = _right(probes.few_label(train, labels, test, per_class=count, seed=seed), truth)
+    precision = scores.average_precision(test, truth)
+    if not precision.isnan().all():
+        found["mAP"] = precision[None]
+    return found
+
+
+def _right(predicted: Tensor, truth: Tensor) -> Float[Tensor, "draws m"]:
+    return (predicted == truth).float().reshape(-1, len(truth))
+
+
+def tabulate(outcomes: dict[str, Outcomes], *, seed: int) -> Table:
+    """Means in percent with their intervals; of several draws of the labels also the standard deviation over them."""
+    cells = [(name, probe) for name, found in outcomes.items() for probe in found]
+    values = 100 * torch.stack([outcomes[name][probe].mean(0) for name, probe in cells], 1)
+    table: Table = {name: {} for name in outcomes}
+    bounds = scores.intervals(scores.resample_means(values, seed=seed))
+    for (name, probe), mean, (low, high) in zip(cells, values.nanmean(0).tolist(), bounds, strict=True):
+        draws = 100 * outcomes[name][probe].mean(1)
+        sd = float(draws.std()) if len(draws) > 1 else None
+        table[name][probe] = Score(mean, sd, low, high)
     return table
+
+
+def verdicts(outcomes: dict[str, Outcomes], *, seed: int) -> tuple[tuple[Comparison, ...], tuple[str, ...]]:
+    """Whether pretraining helped beyond the better baseline, and how each rival compares; in numbers and in words."""
+    right = {name: found[DECIDING][0] for name, found in outcomes.items()}
+    first = scores.compare(right["pretrained"], {name: right[name] for name in BASELINES}, seed=seed)
+    rivals = [
+        scores.compare(right["pretrained"], {name: right[name]}, seed=seed)
+        for name in right
+        if name not in ("pretrained", *BASELINES)
+    ]
+    words = [scores.beside("pretrained", comparison, probe=DECIDING) for comparison in rivals]
+    return (first, *rivals), (scores.in_words(first, probe=DECIDING), *words)
 
 
 @torch.no_grad()
@@ -107,98 +189,71 @@ def check_labels(splits: Splits) -> None:
         )
 
 
-def probe_features(train: torch.Tensor, test: torch.Tensor, splits: Splits, *, seed: int) -> dict[str, Score]:
-    """Each probe's score on one kind of features, rows as in `splits`."""
-    assert splits.test is not None and splits.train.labels is not None and splits.test.labels is not None
-    labels, truth = splits.train.labels, splits.test.labels
-    scores = {
-        "kNN": Score(probes.accuracy(probes.knn(train, labels, test), truth)),
-        "ridge": Score(probes.accuracy(probes.ridge(train, labels, test).predicted, truth)),
-        "linear": Score(probes.accuracy(probes.logistic(train, labels, test, seed=seed).predicted, truth)),
-    }
-    for count in FEW:
-        mean, sd = probes.few_label(train, labels, test, truth, per_class=count, seed=seed)
-        scores[f"{count} a class"] = Score(mean, sd)
-    return scores
+def check_same_images(splits: Splits, rival: Contender) -> None:
+    """ValueError unless a rival, whose images may be cached at another size, sees the same ones in the same order."""
+    for ours, theirs in zip(splits, rival.splits, strict=True):
+        if ours is None or theirs is None or ours.paths != theirs.paths:
+            raise ValueError(f"{rival.name} sees other images than the weights to evaluate; some became unreadable")
 
 
-def linear_probe(
-    model: nn.Module,
-    splits: Splits,
-    recipe: Recipe,
-    *,
-    device: torch.device,
-    progress: bool = True,
-) -> float:
-    """Top-1 in percent of the published linear probe, `recipe.probe`, after its last epoch.
+def distinct_names(given: Sequence[str]) -> list[str]:
+    """What to call other weights in a table: the last part of a path, or all of it where that is taken."""
+    taken, names = {"pretrained", *BASELINES}, []
+    for whole in given:
+        short = whole if whole.startswith("timm:") else PurePath(whole).stem or whole
+        name = next(name for name in (short, whole, *(f"{whole} ({i})" for i in range(2, 99))) if name not in taken)
+        taken.add(name)
+        names.append(name)
+    return names
 
-    One linear layer on the frozen model's features of randomly cropped and flipped images, the model in eval mode;
-    SGD with momentum 0.9 and no decay.
-    """
-    check_labels(splits)
-    assert splits.test is not None and splits.train.labels is not None and splits.test.labels is not None
-    probe, images, labels = recipe.probe, splits.train, splits.train.labels
-    crop = View(crop_area=(0.08, 1.0), jitter=0.0, grey=0.0)
-    batch = min(probe.batch, len(images))
-    per_epoch = len(images) // batch
-    model.eval()
-    head: nn.Linear | None = None
-    bar = tqdm(
-        range(probe.epochs * per_epoch),
-        desc="linear probe",
-        unit="step",
-        leave=False,
-        disable=None if progress else True,
-    )
-    for step in bar:
-        epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(len(images), generator=generator(recipe.seed, "probe order", epoch))
-        indices = order[place * batch : (place + 1) * batch]
-        pixels, sizes = images.batch(indices)
-        drawn = views.draw(crop, sizes, generator(recipe.seed, "probe view", step))
-        x = views.apply(pixels.to(device), sizes, drawn, size=recipe.size, mean=recipe.mean, std=recipe.std)
-        with torch.no_grad(), arithmetic(recipe, device):
-            features = model(x).float()
-        if head is None:
-            torch.manual_seed(key(recipe.seed, "probe weights"))
-            head = nn.Linear(features.shape[1], len(images.classes)).to(device)
-            optimizer = torch.optim.SGD(head.parameters(), lr=probe.lr, momentum=0.9)
-        if probe.decay_epochs is None:
-            lr = probe.min_lr + (probe.lr - probe.min_lr) * (1 + math.cos(math.pi * epoch / probe.epochs)) / 2
-        else:
-            lr = probe.lr * 0.1 ** (epoch // probe.decay_epochs)
-        optim.set_learning_rate(optimizer, lr)
-        optimizer.zero_grad()
-        F.cross_entropy(head(features), labels[indices].to(device)).backward()
-        optimizer.step()
-    assert head is not None
-    if not all(bool(p.isfinite().all()) for p in head.parameters()):
-        raise FloatingPointError(f"the linear probe diverged at learning rate {probe.lr:g}; a lower one is the cure")
-    test = embed.features(model, splits.test, recipe, device=device)
-    return probes.accuracy(head.cpu()(test).argmax(1), splits.test.labels)
+
+WIDTH = 100
 
 
 def as_text(table: Table) -> str:
-    """The table for a terminal: a row a kind of features, a column a probe."""
-    columns = list(next(iter(table.values())))
-    cells = [["top-1, %", *columns]]
-    for name, scores in table.items():
-        cells.append(
-            [name, *(f"{s.mean:.1f}" + (f" ± {s.sd:.1f}" if s.sd is not None else "") for s in scores.values())]
-        )
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-    return "\n".join((lines[0], "─" * len(lines[0]), *lines[1:]))
+    """The table for a terminal: a row a kind of features, a column a probe, in blocks of at most WIDTH characters."""
+    columns = list(dict.fromkeys(probe for found in table.values() for probe in found))
+    names = ["%", *table]
+    first = max(map(len, names))
+    blocks: list[list[list[str]]] = []
+    room = 0
+    for probe in columns:
+        cells = [probe, *(_cell(found.get(probe)) for found in table.values())]
+        width = max(map(len, cells))
+        cells = [cell.rjust(width) for cell in cells]
+        if not blocks or width + 2 > room:
+            blocks.append([[name.ljust(first) for name in names]])
+            room = WIDTH - first
+        blocks[-1].append(cells)
+        room -= width + 2
+    texts = []
+    for block in blocks:
+        head, *lines = ("  ".join(row) for row in zip(*block, strict=True))
+        texts.append("\n".join((head, "─" * len(head), *lines)))
+    return "\n\n".join(texts)
 
 
-def as_json(table: Table) -> dict[str, Any]:
-    """The table as JSON's types."""
+LEGEND = "±: half the 95 % interval over test images; N a class: standard deviation over draws of the N labels"
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return "–"
+    spread = score.sd
+    if spread is None and score.low is not None and score.high is not None:
+        spread = (score.high - score.low) / 2
+    return f"{score.mean:.1f}" + ("" if spread is None else f" ±{spread:.1f}")
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """Scores and comparisons as JSON's types: mean, sd, low and high of each probe on each kind of features."""
     return {
-        name: {probe: {k: v for k, v in score._asdict().items() if v is not None} for probe, score in scores.items()}
-        for name, scores in table.items()
+        "scores": {
+            name: {probe: {k: v for k, v in score._asdict().items() if v is not None} for probe, score in found.items()}
+            for name, found in result.table.items()
+        },
+        "comparisons": [
+            {"probe": DECIDING, **comparison._asdict(), "sentence": sentence}
+            for comparison, sentence in zip(result.comparisons, result.sentences, strict=True)
+        ],
     }

@@ -52,6 +52,8 @@ class Pretrain:
     """Go on with the run in this folder, from its last checkpoint; DATA says where its images are if they moved."""
     evaluate: bool = True
     """Score the finished backbone where there are labels."""
+    report: bool = True
+    """Write report.html into the run's folder at the end."""
     log_steps: int = 10
     """Steps between rows of metrics.jsonl."""
     checkpoint_minutes: float = 5.0
@@ -66,14 +68,29 @@ class Pretrain:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Score frozen features: kNN, ridge, logistic and few-label probes, beside an untrained network and raw pixels."""
+    """Score frozen features of any weights, beside an untrained network and raw pixels, and say if they are better.
 
-    weights: Annotated[Path, tyro.conf.Positional]
-    """A run folder or one of its checkpoints."""
+    kNN, ridge and logistic regression, few labels, retrieval. WEIGHTS and --against are a run folder or checkpoint, an
+    exported folder, a state dict (.safetensors; .pth and the like, read without running what is in them), or
+    timm:NETWORK for timm's pretrained weights, which are fetched if they are not on this machine.
+    """
+
+    weights: Annotated[str, tyro.conf.Positional]
+    """A run folder, a file of weights, or timm:NETWORK."""
     data: Annotated[str, tyro.conf.Positional]
     """Folder, list or name of the labelled images."""
+    against: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Other weights to compare with; may be given several times."""
+    architecture: str | None = None
+    """The timm network of state dicts that do not tell theirs, such as resnet18."""
+    small_stem: bool = False
+    """Those networks have a 3×3 first convolution and no max-pool."""
+    size: int | None = None
+    """Side in pixels of the images that other weights than ours see; timm's own for the network unless given."""
+    fine_tune: bool = False
+    """Also the whole network trained on 1 % and on 10 % of the labels; minutes to hours without a GPU."""
     published_probe: bool = False
-    """Also the paper's augmented linear probe, 100 epochs on each of the three; hours without a GPU."""
+    """Also the paper's augmented linear probe, 100 epochs on each of them; hours without a GPU."""
     out: Path | None = None
     """Write the scores to this JSON file."""
     where: Annotated[Where, tyro.conf.arg(name="")] = Where()
@@ -89,6 +106,22 @@ class Embed:
     """Folder, list or name of the images."""
     out: Path = Path("embeddings.npz")
     """Ends in .npz, or in .parquet with the parquet extra."""
+    where: Annotated[Where, tyro.conf.arg(name="")] = Where()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write one HTML page about a run, to open anywhere and offline: verdict, curves, spectrum, views, map, neighbours.
+
+    A neighbour map beside the principal components needs the map extra: pip install 'corinfomax[map]'.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run's folder."""
+    data: Annotated[str | None, tyro.conf.Positional] = None
+    """Folder, list or name of its images where they moved, or of others to show it on."""
+    out: Path | None = None
+    """The page; report.html in the run's folder unless given."""
     where: Annotated[Where, tyro.conf.arg(name="")] = Where()
 
 
@@ -119,7 +152,7 @@ class Bench:
     knobs: Annotated[Recipe, tyro.conf.arg(name="")] = RECIPES["cpu-small"].recipe
 
 
-def parse(argv: list[str], base: Recipe | None = None) -> Pretrain | Evaluate | Embed | Recipes | Bench:
+def parse(argv: list[str], base: Recipe | None = None) -> Pretrain | Evaluate | Embed | Report | Recipes | Bench:
     """The command that was typed; the knobs not typed are those of `base`, else of --recipe, else of cpu-small."""
     if base is None:
         name = _typed(argv, "--recipe")
@@ -129,6 +162,7 @@ def parse(argv: list[str], base: Recipe | None = None) -> Pretrain | Evaluate | 
         Annotated[Pretrain, subcommand("pretrain", default=Pretrain(knobs=base))]
         | Annotated[Evaluate, subcommand("evaluate")]
         | Annotated[Embed, subcommand("embed")]
+        | Annotated[Report, subcommand("report")]
         | Annotated[Recipes, subcommand("recipes")]
         | Annotated[Bench, subcommand("bench", default=Bench(knobs=base))]
     )

@@ -6,7 +6,6 @@ are taken as float32; what needs more is float64, on the CPU where the device ha
 
 from __future__ import annotations
 
-import statistics
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -141,7 +140,7 @@ def logistic(
     basis, spectrum = _principal(x, zero := torch.zeros_like(mean))
     path, start = sorted(penalties, reverse=True), None
     best = path[0]
-    held = _rank_in_class(codes, generator(seed, "validation")) < codes.bincount()[codes] // 5
+    held = rank_in_class(codes, generator(seed, "validation")) < codes.bincount()[codes] // 5
     if len(path) > 1 and not held.any():
         best = 1 / len(train)
     elif len(path) > 1:
@@ -168,14 +167,13 @@ def few_label(
     train: Float[Tensor, "n d"],
     labels: Int[Tensor, " n"],
     test: Float[Tensor, "m d"],
-    test_labels: Int[Tensor, " m"],
     *,
     per_class: int,
     draws: int = 5,
     seed: int = 0,
     penalty: float = 1e-3,
-) -> tuple[float, float]:
-    """Mean and standard deviation over draws of the accuracy, in percent, with `per_class` labels of each class.
+) -> Int[Tensor, "{draws} m"]:
+    """The classes predicted with `per_class` labels of each class, for several draws of them.
 
     A class that has fewer gives all it has. The draws of a seed are nested: those with 10 labels contain those with 1.
     The probe is logistic regression on features centred by all training rows, which needs no label, and then of unit
@@ -183,21 +181,20 @@ def few_label(
     digits every penalty from 1e-6 to 1e-3 is within a point, and standardised or whitened columns do worse.
     """
     _check(train, labels, test, (penalty,))
-    if per_class < 1 or draws < 2:
-        raise ValueError(f"got {per_class} labels a class and {draws} draws; want at least 1, and 2 for a deviation")
+    if per_class < 1 or draws < 1:
+        raise ValueError(f"got {per_class} labels a class and {draws} draws; want at least 1 of each")
     classes, codes = torch.unique(labels, return_inverse=True)
     mean = _mean(train)
     x, x_test = (
         torch.cat([normalize(b).to(f.device, torch.float32) for _, b in _blocks(f, mean)]) for f in (train, test)
     )
-    zero, scores = torch.zeros_like(mean), []
+    zero, predicted = torch.zeros_like(mean), []
     for draw in range(draws):
-        few = _rank_in_class(codes, generator(seed, "few labels", draw)) < per_class
+        few = rank_in_class(codes, generator(seed, "few labels", draw)) < per_class
         basis, spectrum = _principal(x[few], zero)
         theta, _ = _softmax_regression(x[few], codes[few], basis, spectrum, penalty, None, 1000)
-        fit = _linear(x_test, classes, zero, basis @ theta[:-1], theta[-1], penalty)
-        scores.append(accuracy(fit.predicted, test_labels))
-    return statistics.mean(scores), statistics.stdev(scores)
+        predicted.append(_linear(x_test, classes, zero, basis @ theta[:-1], theta[-1], penalty).predicted)
+    return torch.stack(predicted)
 
 
 def _softmax_regression(
@@ -279,7 +276,7 @@ def _principal(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> tuple[Floa
     return vectors if wide is None else wide @ vectors / (n * spectrum).sqrt(), spectrum
 
 
-def _rank_in_class(codes: Int[Tensor, " n"], rng: torch.Generator) -> Int[Tensor, " n"]:
+def rank_in_class(codes: Int[Tensor, " n"], rng: torch.Generator) -> Int[Tensor, " n"]:
     """The place of each row, from 0, among the shuffled rows of its class."""
     order = torch.randperm(len(codes), generator=rng).to(codes.device)
     order = order[codes[order].argsort(stable=True)]
