@@ -86,10 +86,11 @@ def fit(tensors: dict[str, Tensor], model: nn.Module, *, what: str) -> tuple[dic
     anchor = next(iter(wanted))
     prefixes = sorted({name[: -len(anchor)] for name in tensors if name == anchor or name.endswith(f".{anchor}")})
     misfits = {prefix: _misfit(tensors, wanted, prefix, _heads(model)) for prefix in prefixes or [""]}
-    fitting = [prefix for prefix, misfit in misfits.items() if not any(misfit)]
-    if len(fitting) > 1:
-        raise ValueError(f"{what} holds several such networks, under {', '.join(fitting)}; save the one you mean alone")
-    if not fitting:
+    whole = [prefix for prefix, (missing, _, unlike) in misfits.items() if not missing and not unlike]
+    if len(whole) > 1:
+        under = ", ".join(prefix or "no prefix" for prefix in whole)
+        raise ValueError(f"{what} holds several such networks, under {under}; save the one you mean alone")
+    if not whole or misfits[whole[0]].extra:
         missing, extra, unlike = min(misfits.values(), key=lambda misfit: sum(map(len, misfit)))
         problems = [
             f"{len(names)} {words} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
@@ -97,7 +98,7 @@ def fit(tensors: dict[str, Tensor], model: nn.Module, *, what: str) -> tuple[dic
             if names
         ]
         raise ValueError(f"{what} does not fit the network, so nothing was loaded: tensors {'; '.join(problems)}")
-    (prefix,) = fitting
+    (prefix,) = whole
     chosen, notes = {name: tensors[prefix + name] for name in wanted if prefix + name in tensors}, []
     if prefix:
         notes.append(f"names without {prefix}")
@@ -111,10 +112,16 @@ def fit(tensors: dict[str, Tensor], model: nn.Module, *, what: str) -> tuple[dic
     return chosen, "; ".join(notes)
 
 
-def _misfit(
-    tensors: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str, heads: set[str]
-) -> tuple[list[str], list[str], list[str]]:
-    """Names of tensors that are missing, that have no place, and of another size with both sizes."""
+class Misfit(NamedTuple):
+    """Names of tensors that do not fit."""
+
+    missing: list[str]
+    extra: list[str]
+    unlike: list[str]
+    """Of another size, with both sizes."""
+
+
+def _misfit(tensors: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str, heads: set[str]) -> Misfit:
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     missing = [name for name in wanted if name not in found and not name.endswith(".num_batches_tracked")]
     extra = [name for name in found if name not in wanted and name not in heads]
@@ -123,7 +130,7 @@ def _misfit(
         for name, tensor in wanted.items()
         if name in found and found[name].shape != tensor.shape
     ]
-    return missing, extra, unlike
+    return Misfit(missing, extra, unlike)
 
 
 def _size(tensor: Tensor) -> str:
@@ -217,33 +224,22 @@ def _from_timm_folder(folder: Path, size: int | None) -> Weights:
 
 
 def _from_timm(name: str, size: int | None) -> Weights:
-    if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name}*")[:6]) or "see timm.list_models(pretrained=True)"
-        raise ValueError(f"timm knows no network {name!r}; near it: {near}")
-    _check_reachable(name)
-    options: dict[str, Any] = {}
     recipe = _timm_recipe(Backbone(name=name), size)
-    config = timm.get_pretrained_cfg(name)
-    if config is not None and config.fixed_input_size:
-        options["img_size"] = recipe.size
-    try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, **options)
-    except RuntimeError as error:  # no such tag, or no weights for this network
-        raise ValueError(f"timm has no pretrained weights {name!r}: {error}") from error
+    config = _timm_config(name)
+    if not config.get("hf_hub_id") and not config.get("url"):
+        raise ValueError(f"timm has no pretrained weights for {name}; see timm.list_pretrained()")
+    _check_reachable(name, config)
+    options: dict[str, Any] = {"img_size": recipe.size} if config.get("fixed_input_size") else {}
+    model = timm.create_model(name, pretrained=True, num_classes=0, **options)
     count = len(model.state_dict())
     return Weights(model.eval(), recipe, f"all {count} tensors of timm's {name} at {recipe.size} px")
 
 
-def _check_reachable(name: str) -> None:
+def _check_reachable(name: str, config: dict[str, Any]) -> None:
     """ConnectionError at once, where timm would try again for most of a minute."""
-    config = timm.get_pretrained_cfg(name)
-    if config is None or not config.hf_hub_id:
-        return
-    if any(
-        isinstance(try_to_load_from_cache(config.hf_hub_id, file), str)
-        for file in (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
-        if file
-    ):
+    hub = config.get("hf_hub_id")
+    files = (config.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin")
+    if not hub or any(isinstance(try_to_load_from_cache(hub, file), str) for file in files if file):
         return
     try:
         urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
@@ -256,16 +252,22 @@ def _check_reachable(name: str) -> None:
         ) from error
 
 
+def _timm_config(name: str) -> dict[str, Any]:
+    """What timm knows of a network and its weights; ValueError when it knows no such network or no such weights."""
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:6]) or "see timm.list_models()"
+        raise ValueError(f"timm knows no network {name!r}; near it: {near}")
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")[:6])
+        raise ValueError(f"timm has no weights {name!r}; it has {known}") from error
+    return {} if config is None else dataclasses.asdict(config)
+
+
 def _timm_recipe(backbone: Backbone, size: int | None, config: dict[str, Any] | None = None) -> Recipe:
     """What a timm network sees: its own size unless `size` is given, its own mean and std."""
-    if config is None:
-        known = timm.get_pretrained_cfg(backbone.name)
-        if known is None:
-            raise ValueError(f"timm knows no network {backbone.name!r}; timm.list_models() lists them")
-        config = dataclasses.asdict(known)
-    side = size or int(config.get("input_size", (3, 224, 224))[-1])
-    mean, std = (
-        tuple(map(float, config.get(key) or default))
-        for key, default in zip(("mean", "std"), knobs.IMAGENET_STATS, strict=True)
-    )
-    return Recipe(size=side, cache_side=side * 8 // 7, mean=mean, std=std, backbone=backbone)  # type: ignore[arg-type]
+    config = _timm_config(backbone.name) if config is None else config
+    side = size or int((config.get("input_size") or (3, 224, 224))[-1])
+    mean, std = (config.get(key) or usual for key, usual in zip(("mean", "std"), knobs.IMAGENET_STATS, strict=True))
+    return Recipe(size=side, cache_side=side * 8 // 7, mean=tuple(mean), std=tuple(std), backbone=backbone)
