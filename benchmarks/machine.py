@@ -1,0 +1,52 @@
+"""What the figures are of: hardware and versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "pillow", "timm", "kornia", "lightly")
+
+
+def machine(clock: str) -> dict[str, str]:
+    """Hardware, versions, clock and threads, as words."""
+    found = {
+        "processor": processor(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "clock": "processor seconds" if clock == "cpu" else "seconds",
+        "load": f"{os.getloadavg()[0]:.1f}",
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def processor() -> str:
+    """Model and what of it decides the network's speed."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in info.split("\n\n")[0].splitlines() if ":" in line)
+    named = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = named.get("flags", "").split()
+    special = [said for flag, said in (("avx512f", "AVX-512"), ("amx_bf16", "AMX")) if flag in flags]
+    return ", ".join([named.get("model name", platform.machine()), *special, *["no AMX"] * ("AMX" not in special)])
+
+
+def commit() -> str:
+    """The commit of the checkout, "" outside of one."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
