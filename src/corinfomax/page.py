@@ -16,14 +16,12 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from corinfomax import knobs, recipes
+from corinfomax import knobs, recipes, verdict
 from corinfomax.knobs import ALPHA_PER_DIM, Recipe
 
 SCRIPTS = ("uplot/uPlot.iife.min.js", "theme.js", "charts.js", "map.js", "tables.js")
 STYLES = ("uplot/uPlot.min.css", "report.css")
 POINTS = 1_000  # of a curve: more than a screen has pixels for
-GOOD = ("healthy", "improving", "saturated")
-PENDING = ("warming", "unclear", "unknown")
 
 
 def render(content: dict[str, Any]) -> str:
@@ -102,12 +100,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def tone(verdict: dict[str, Any] | None) -> str:
+def tone(found: dict[str, Any] | None) -> str:
     """How the verdict is coloured."""
-    kind = "unknown" if verdict is None else str(verdict["kind"])
-    if any(word in kind for word in PENDING):
+    if found is None or found["kind"] == "still warming up":
         return "pending"
-    return "good" if any(word in kind for word in GOOD) else "bad"
+    return "good" if found["kind"] in verdict.GOOD else "bad"
 
 
 def headlines(content: dict[str, Any]) -> list[tuple[str, str]]:
@@ -116,7 +113,7 @@ def headlines(content: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("trained on", f"{content['facts']['images']:,} images"),
         ("network", f"{recipe.backbone.name} at {recipe.size} px"),
-        ("length", f"{recipe.epochs:,} epochs, {content['steps']:,} steps of {recipe.batch}"),
+        ("length", f"{_epochs(recipe.epochs)}, {content['steps']:,} steps of {recipe.batch}"),
     ]
     if metrics:
         rows.append(("training took", duration(metrics[-1]["seconds"])))
@@ -127,6 +124,10 @@ def headlines(content: dict[str, Any]) -> list[tuple[str, str]]:
         probe = "linear" if "linear" in scores else next(iter(scores))
         rows.append((f"{probe} probe", f"{scores[probe]['mean']:.1f} %"))
     return rows
+
+
+def _epochs(count: int) -> str:
+    return "1 epoch" if count == 1 else f"{count:,} epochs"
 
 
 # Title, what to read in it, whether it is shown at once, and its curves: name and column.

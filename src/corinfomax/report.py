@@ -23,8 +23,8 @@ from corinfomax.views import Parameters
 
 MOST = 60_000  # images that are embedded: more of them say no more, and cost
 MAPPED = 10_000  # images of a neighbour map, which takes minutes for more
-PICTURED = 3_000  # images of the map that have a picture
-MAP_BUDGET = 3_000_000  # characters of all pictures of the map: the page of 50,000 images stays far under 8 MB
+PICTURED = 5_000  # images of the map that have a picture
+MAP_BUDGET = 3_500_000  # characters of all pictures of the map: the page of 50,000 images stays far under 8 MB
 PICTURE_BUDGET = 800_000  # characters of all other pictures
 SEEN = 16  # images of the contact sheet
 QUERIES, NEIGHBOURS = 12, 6

@@ -37,7 +37,7 @@
         return [low >= 0 && low - room < 0 ? 0 : low - room, high + room];
       } } },
       cursor: { y: false, points: { size: 7 } },
-      legend: { live: true },
+      legend: { live: true, markers: { fill: (u, i) => u.series[i].stroke() } },
       hooks: { ready: [u => {
         // Away from the pointer the legend tells the last values, not dashes.
         const end = () => u.setLegend({ idx: chart.x.length - 1 });

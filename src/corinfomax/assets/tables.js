@@ -7,8 +7,9 @@
   const value = (row, column) => row.cells[column].textContent;
   const compare = column => (a, b) => {
     const x = value(a, column), y = value(b, column);
-    const both = x !== "" && y !== "" && !isNaN(x) && !isNaN(y);
-    return both ? x - y : order(x, y);
+    const [numberX, numberY] = [x, y].map(text => text !== "" && !isNaN(text));
+    // Numbers before words, or the order would depend on where it began.
+    return numberX && numberY ? x - y : numberX !== numberY ? numberY - numberX : order(x, y);
   };
   heads.forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
     const down = head.getAttribute("aria-sort") === "ascending";
