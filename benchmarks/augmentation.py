@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision import transforms as T
 
 from benchmarks.clock import Effort, alternate
+from benchmarks.machine import installed
 from benchmarks.metrics import Metric, metric
 from corinfomax import train
 from corinfomax.knobs import IMAGENET_STATS, PAPER_VIEWS, Recipe, View
@@ -40,16 +41,17 @@ def run(effort: Effort) -> Iterator[Metric]:
             "ours": ours(pixels, size),
             "torchvision": pil_pair(pixels, size, pillow_blur=False),
             "pil": pil_pair(pixels, size, pillow_blur=True),
-            "kornia": kornia_pair(pixels, size),
         }
+        if installed("kornia"):
+            contestants["kornia"] = kornia_pair(pixels, size)
         seconds = alternate(contestants, effort, least=0.5)
         each = {name: [1e6 * s / (2 * count) for s in samples] for name, samples in seconds.items()}
-        for name, against in AGAINST.items():
+        for name in list(contestants)[1:]:
             at_least, aim = GOALS.get((size, name), (None, None))
             yield metric(
                 "views",
                 f"published pair of views, {size} px",
-                against,
+                AGAINST[name],
                 each["ours"],
                 each[name],
                 unit="µs/view",

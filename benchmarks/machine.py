@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import subprocess
+import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,6 +33,15 @@ def machine(clock: str) -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+@cache
+def installed(package: str) -> bool:
+    """Whether a rival can be measured; if not, it is said once and its figures are left out."""
+    if importlib.util.find_spec(package) is not None:
+        return True
+    print(f"{package} is not installed (the extra bench): left out", file=sys.stderr)
+    return False
 
 
 def processor() -> str:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.augmentation import pictures, pil_transform
 from benchmarks.clock import Effort, now, of_workers
 from benchmarks.loss import Plain
+from benchmarks.machine import installed
 from benchmarks.metrics import Metric, metric
 from corinfomax import networks, train
 from corinfomax.images import Images
@@ -36,19 +37,20 @@ def run(effort: Effort) -> Iterator[Metric]:
     contestants = {
         "ours": ours(recipe, effort),
         "plain": loaded(recipe, *plain(recipe), effort),
-        "vicreg": loaded(recipe, *lightly_vicreg(recipe), effort),
-        "barlow": loaded(recipe, *lightly_barlow(recipe), effort),
     }
+    if installed("lightly"):
+        contestants["vicreg"] = loaded(recipe, *lightly_vicreg(recipe), effort)
+        contestants["barlow"] = loaded(recipe, *lightly_barlow(recipe), effort)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(min(effort.rounds, 3)):  # the first is warm-up too: of three the median leaves the slowest out
         for name, call in contestants.items():
             seconds[name].append(call(STEPS))
     each = {name: [1e3 * s / recipe.batch for s in samples] for name, samples in seconds.items()}
-    for name, against in AGAINST.items():
+    for name in list(contestants)[1:]:
         yield metric(
             "step",
             f"training step, {recipe.backbone.name} with 3×3 stem, batch {recipe.batch}, {recipe.size} px",
-            against,
+            AGAINST[name],
             each["ours"],
             each[name],
             unit=f"{effort.clock}-ms/image",

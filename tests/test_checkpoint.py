@@ -74,6 +74,25 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("where", ["weights", "facts"])
+def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(tmp_path, capsys, where):
+    for step in (1, 2):
+        save(runs.checkpoint_path(tmp_path, step))
+    path = checkpoint.last(tmp_path)
+    content = bytearray(path.read_bytes())
+    place = len(content) - 100 if where == "weights" else content.index(b"facts") + 1
+    content[place] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step-00000002\.safetensors is damaged"):
+        checkpoint.load(path)
+    used, _ = checkpoint.load_last(tmp_path)
+    assert used == runs.checkpoint_path(tmp_path, 1)
+    assert "is damaged: its checksum" in capsys.readouterr().err
+    used.write_bytes(b"torn")
+    with pytest.raises(ValueError, match="step-00000002"):
+        checkpoint.load_network(tmp_path)
+
+
 @pytest.mark.parametrize("length", [0, 4, 100, -1])
 def test_a_torn_checkpoint_is_an_error_with_its_name(tmp_path, length):
     path = tmp_path / "a.safetensors"
@@ -115,6 +134,7 @@ def test_weights_load_wholly_or_not_at_all(tmp_path, damage):
         tensors["network/extra.weight"] = torch.zeros(1)
     else:
         tensors[name] = tensors[name][:4].clone()
+    about["digest"] = checkpoint._digest(about["corinfomax"], tensors)
     save_file(tensors, path, metadata=about)
     with pytest.raises(ValueError, match=r"a\.safetensors does not fit its own recipe"):
         checkpoint.load_network(path)
@@ -182,8 +202,12 @@ weights = {{k.removeprefix(prefix): v for k, v in load_file({str(path)!r}).items
 options = {{key: knobs[key] for key in ("layers", "channels") if knobs[key] is not None}}
 model = timm.create_model(knobs["name"], num_classes=0, **options)
 if knobs["small_stem"]:
-    width = model.conv1.out_channels
+    width = knobs["channels"][0] if knobs["channels"] else 64
     model.conv1 = torch.nn.Conv2d(3, width, 3, stride=knobs["stem_stride"], padding=1, bias=False)
+    if width != 64:
+        model.bn1 = torch.nn.BatchNorm2d(width)
+        model.layer1[0].conv1 = torch.nn.Conv2d(width, width, 3, padding=1, bias=False)
+        model.layer1[0].downsample = None
     model.maxpool = torch.nn.Identity()
 print(model.load_state_dict(weights, strict=True))
 saved = load_file({str(tmp_path / "features.safetensors")!r})

@@ -120,7 +120,7 @@ def test_one_command_does_the_whole_job(whole_job):
         "corinfomax embed",
     ):
         assert expected in done.stdout
-    assert {path.name for path in run.iterdir()} == {"recipe.json", "metrics.jsonl", "results.json", "checkpoints"}
+    assert {path.name for path in run.iterdir()} - {".lock"} == {"recipe.json", "metrics.jsonl", "results.json", "checkpoints"}
     about = runs.read_json(run / "recipe.json")
     assert knobs.from_json(about["recipe"]).projector.widths == (32, 8)
     assert about["command"][0] == "pretrain"
@@ -167,6 +167,14 @@ def test_a_run_goes_on_where_its_images_moved_to(tmp_path, capsys, monkeypatch):
     assert str(data) in capsys.readouterr().err
     assert cli.main(["pretrain", "../moved", "--resume", "../run", "--cache", "other"]) == 0
     assert (tmp_path / "elsewhere" / "other").is_dir()
+
+
+def test_a_run_folder_in_use_is_refused(whole_job, capsys):
+    _, run, _ = whole_job
+    with runs.held(run):
+        assert cli.main(["pretrain", "--resume", str(run)]) == 2
+    assert "is in use by another process" in capsys.readouterr().err
+    assert cli.main(["pretrain", "--resume", str(run), "--no-evaluate"]) == 0
 
 
 def test_other_images_do_not_resume_a_run(whole_job, tmp_path, capsys):

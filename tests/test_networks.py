@@ -71,6 +71,22 @@ def test_impossible_backbones_are_errors(backbone, message):
         networks.build_backbone(backbone)
 
 
+def test_the_small_stem_is_as_wide_as_the_first_of_given_channels():
+    narrow = networks.build_backbone(Backbone(small_stem=True, layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)))
+    assert narrow.conv1.weight.shape == (16, 3, 3, 3)
+    assert narrow.layer1[0].downsample is None
+    assert narrow(torch.zeros(2, 3, 16, 16)).shape == (2, 128)
+    # timm's initialisation: variance 2 / (fan out)
+    for convolution in (narrow.conv1, narrow.layer1[0].conv1):
+        assert float(convolution.weight.detach().std()) == pytest.approx((2 / (16 * 9)) ** 0.5, rel=0.15)
+    # A Bottleneck's first block has a shortcut to widen, so its stem keeps timm's width.
+    wide = networks.build_backbone(
+        Backbone(name="resnet50", small_stem=True, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+    )
+    assert wide.conv1.out_channels == 64
+    assert wide(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
+
+
 def test_a_network_of_fixed_input_size_gets_the_views_size():
     model = networks.build_backbone(Backbone(name="vit_tiny_patch16_224"), size=32)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 192)

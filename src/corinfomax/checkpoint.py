@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from corinfomax import knobs, runs
 from corinfomax.networks import Network
 
-FORMAT = "corinfomax-1"
+FORMAT = "corinfomax-2"
 
 
 class Checkpoint(NamedTuple):
@@ -48,29 +50,37 @@ def save(
         for key, value in state.items():
             if value is not None:  # SGD's momentum before its first step
                 tensors[f"optimizer/{key}/{names[id(parameter)]}"] = torch.as_tensor(value)
-    about = {"format": FORMAT, "step": step, "recipe": knobs.to_json(recipe), "facts": facts}
-    dense = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    about = json.dumps({"format": FORMAT, "step": step, "recipe": knobs.to_json(recipe), "facts": facts})
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"corinfomax": about, "digest": _digest(about, dense)}
     try:
-        runs.write_whole(
-            path, lambda temporary: save_file(dense, temporary, metadata={"corinfomax": json.dumps(about)})
-        )
+        runs.write_whole(path, lambda temporary: save_file(dense, temporary, metadata=metadata))
     except SafetensorError as error:
         size = sum(tensor.nbytes for tensor in dense.values())
         raise OSError(f"cannot write {path}, {size / 1e6:,.0f} MB: {error}") from error
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU. ValueError or FileNotFoundError with the file's name when it is none, or torn."""
+    """Read a checkpoint onto the CPU.
+
+    ValueError or FileNotFoundError with the file's name when it is none, torn, or not what was written (a checksum
+    tells).
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; name a run folder or one of its checkpoints")
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("corinfomax", "null"))
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
-    if about is None or about["format"] != FORMAT:
+    if "corinfomax" not in metadata:
         raise ValueError(f"{path} holds weights, but is no checkpoint of this package")
+    if metadata.get("digest") != _digest(metadata["corinfomax"], tensors):
+        raise ValueError(f"{path} is damaged: its checksum is not that of its content")
+    about = json.loads(metadata["corinfomax"])
+    if about["format"] != FORMAT:
+        raise ValueError(f"{path} is of format {about['format']}; this version reads {FORMAT}")
     parts: dict[str, dict[str, Tensor]] = {"network": {}, "criterion": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
@@ -83,9 +93,7 @@ def load_network(weights: Path) -> tuple[Network, Checkpoint]:
 
     ValueError or FileNotFoundError with the path when there is none, or when it is torn.
     """
-    if weights.is_dir():
-        weights = last(weights)
-    loaded = load(weights)
+    weights, loaded = load_last(weights) if weights.is_dir() else (weights, load(weights))
     network = Network(loaded.recipe.backbone, loaded.recipe.projector, size=loaded.recipe.size)
     try:
         network.load_state_dict(loaded.network)
@@ -100,6 +108,33 @@ def last(run: Path) -> Path:
     if not saved:
         raise FileNotFoundError(f"{run} holds no checkpoint: it is no run folder, or the run saved none yet")
     return saved[-1]
+
+
+def load_last(run: Path) -> tuple[Path, Checkpoint]:
+    """The last checkpoint of a run folder that is whole, and what it holds; a damaged one is named on stderr.
+
+    FileNotFoundError when there is none, ValueError of the last one when all are damaged.
+    """
+    last(run)
+    damaged: ValueError | None = None
+    for path in reversed(runs.checkpoints(run)):
+        try:
+            loaded = load(path)
+        except ValueError as error:
+            damaged = damaged or error
+            print(f"{error}; trying the one before", file=sys.stderr)
+        else:
+            return path, loaded
+    assert damaged is not None
+    raise damaged
+
+
+def _digest(about: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(about.encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor], network: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -11,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corinfomax import __version__, knobs, recipes, runs
+from corinfomax import __version__, knobs, recipes, runs, verdict
 from corinfomax.knobs import Recipe
-from corinfomax.options import Bench, Embed, Evaluate, Pretrain, Recipes, Report, Where, parse
+from corinfomax.options import Bench, Embed, Evaluate, Export, Pretrain, Recipes, Report, Where, parse
 from corinfomax.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
                 return run_evaluate(command)
             case Embed() as command:
                 return run_embed(command)
+            case Export() as command:
+                return run_export(command)
             case Report() as command:
                 return run_report(command)
             case Recipes() as command:
@@ -64,8 +67,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_pretrain(command: Pretrain, argv: list[str]) -> int:
-    """Images, recipe, run folder, training, score: the whole job."""
-    from corinfomax import checkpoint, networks, sources, train
+    """The whole job, in this process or in all that torchrun started; the first of them speaks and writes."""
+    from corinfomax import distributed
+
+    with distributed.group(_device(command.where.device)) as device, contextlib.ExitStack() as quiet:
+        if distributed.rank() > 0:
+            quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(Path(os.devnull).open("w"))))
+        return _pretrain(command, argv, device)
+
+
+def _pretrain(command: Pretrain, argv: list[str], device: torch.device) -> int:
+    """Images, recipe, run folder, training, score, verdict, report."""
+    from corinfomax import checkpoint, distributed, networks, sources, train
 
     resumed: checkpoint.Checkpoint | None = None
     data, where, recipe, name = command.data, command.where, command.knobs, command.recipe
@@ -74,7 +87,6 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
         recipe, name = resumed.recipe, resumed.facts["recipe_name"]
     if data is None:
         raise ValueError("name the images: corinfomax pretrain DATA, or --resume RUN to go on with a run")
-    device = _device(where.device)
     if command.log_steps < 1 or command.keep < 1 or command.scores < 0:
         raise ValueError("--log-steps and --keep must be at least 1, --scores at least 0")
     if name is None:
@@ -84,7 +96,8 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
         assert isinstance(again, Pretrain)
         recipe = again.knobs
         print(f"recipe {why}; --recipe names another")
-    splits = _load(data, where, recipe.cache_side)
+    with distributed.first_of_machine():  # one decodes, the others read its cache
+        splits = _load(data, where, recipe.cache_side)
     recipe = _fit_batch(recipe, len(splits.train))
     recipe = replace(recipe, precision=networks.precision(recipe, device))  # a resumed run keeps it on other hardware
     if recipe.optim.warmup_epochs >= recipe.epochs > 1:
@@ -100,7 +113,9 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
         "fingerprint": splits.train.fingerprint,
         "versions": _versions(),
     }
-    if resumed is None:
+    if distributed.rank() > 0:
+        run = command.resume or command.out or Path("runs")  # the first process writes there, this one does not
+    elif resumed is None:
         run = _new_run(command.out, f"{Path(data).stem or 'images'}-{name}")
         runs.write_json(run / "recipe.json", {"recipe": knobs.to_json(recipe), "facts": facts, "command": argv})
     else:
@@ -117,19 +132,44 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
     pace = train.Pace(command.log_steps, command.checkpoint_minutes, command.keep, command.scores)
     started = time.monotonic()
     try:
-        network = train.pretrain(recipe, splits, run, device=device, pace=pace, facts=facts, resume=resumed)
+        with runs.held(run) if distributed.rank() == 0 else contextlib.nullcontext():
+            network = train.pretrain(recipe, splits, run, device=device, pace=pace, facts=facts, resume=resumed)
     except train.Interrupted as stop:
         print(f"stopped; {stop.checkpoint} has all that was done\nto go on: corinfomax pretrain --resume {run}")
         return 130
+    except FloatingPointError as error:
+        if distributed.rank() == 0:
+            _conclude(run, recipe, len(splits.train), error=str(error))
+        raise
+    if distributed.rank() > 0:
+        return 0
     print(f"trained in {(time.monotonic() - started) / 60:.1f} min: {runs.checkpoints(run)[-1]}")
     if command.evaluate and train.scorable(splits):
         from corinfomax import evaluate
 
         _tell(evaluate.evaluate(network.backbone, splits, recipe, device=device), splits, run / "results.json")
+    _conclude(run, recipe, len(splits.train))
     if command.report:
         _report_if_possible(run, network, recipe, facts, splits, device)
     print(f"feature vectors: corinfomax embed {run} {data}")
     return 0
+
+
+def _conclude(run: Path, recipe: Recipe, images: int, *, error: str | None = None) -> None:
+    """Say and keep whether the run worked, and which of its checkpoints is best."""
+    rows, steps = runs.read_metrics(run), recipe.epochs * (images // recipe.batch)
+    found = verdict.judge(rows, recipe, steps=steps, ended=True, error=error)
+    if found is None:
+        return
+    print(f"\nverdict: {found.text}\n")
+    results: dict[str, Any] = {"verdict": found._asdict()}
+    kept = {runs.step_of(path): path for path in runs.checkpoints(run)}
+    best = verdict.best_step(rows, kept)
+    if best is not None:
+        results["best_checkpoint"] = kept[best].relative_to(run).as_posix()
+        if best < max(kept):
+            print(f"best checkpoint by {verdict.BEST}, before the last: {kept[best]}")
+    runs.add_json(run / "results.json", results)
 
 
 def _new_run(out: Path | None, name: str) -> Path:
@@ -213,8 +253,10 @@ def run_report(command: Report) -> int:
     """Write the page of a run."""
     from corinfomax import checkpoint, report
 
+    if not command.run.is_dir():
+        raise ValueError(f"{command.run} is no folder; name that of a run: corinfomax report RUN")
     device = _device(command.where.device)
-    network, saved = checkpoint.load_network(checkpoint.last(command.run))
+    network, saved = checkpoint.load_network(command.run)
     where = _where_it_was(command.where, saved.facts)
     splits = _load(command.data or saved.facts["data"], where, saved.recipe.cache_side)
     same = splits.train.fingerprint == saved.facts["fingerprint"]
@@ -230,16 +272,38 @@ def _report_if_possible(
     run: Path, network: Network, recipe: Recipe, facts: dict[str, Any], splits: Splits, device: torch.device
 ) -> None:
     """The page at the end of a run; what goes wrong with it is a sentence, since the run itself is done and kept."""
-    from corinfomax import report
-
     step = recipe.epochs * (len(splits.train) // recipe.batch)
-    subject = report.Subject(run, network, recipe, step, facts, splits, same_images=True)
     try:
+        from corinfomax import report
+
+        subject = report.Subject(run, network, recipe, step, facts, splits, same_images=True)
         out = report.write(subject, run / "report.html", device=device)
     except Exception as error:  # whatever it is
         print(f"no report: {type(error).__name__}: {error}; corinfomax report {run} tries again", file=sys.stderr)
     else:
         print(f"report: {out}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def run_export(command: Export) -> int:
+    """Write the backbone for others, and say how it was verified."""
+    from corinfomax import checkpoint, export
+
+    export.check_extra(command.format)
+    network, saved = checkpoint.load_network(command.weights)
+    given = command.weights.absolute()
+    run = given if given.is_dir() else given.parent.parent if given.parent.name == "checkpoints" else None
+    # What a run says of itself is true of its last weights alone.
+    is_last = run is not None and [runs.step_of(path) for path in runs.checkpoints(run)[-1:]] == [saved.step]
+    told = None if run is None or not is_last else run / "results.json"
+    results = runs.read_json(told) if told is not None and told.exists() else {}
+    name = given.stem if run is None else run.name if is_last else f"{run.name}-step-{saved.step}"
+    out = command.out or Path(name + {"timm": "-timm", "onnx": ".onnx", "state-dict": ".safetensors"}[command.format])
+    done = export.export(network.backbone, saved, out, command.format, results=results)
+    print(
+        f"{done.path}: {done.tensors} tensors, loaded {done.loader} in a fresh process; its features there differ from "
+        f"those here by at most {done.difference:.1e}"
+    )
+    return 0
 
 
 def show_recipes(command: Recipes) -> int:
@@ -317,7 +381,7 @@ def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:
             "a resumed run keeps its recipe and its splits: beside --resume only how often it logs, where the images "
             "are now, and the device"
         )
-    loaded = checkpoint.load(checkpoint.last(run))
+    _, loaded = checkpoint.load_last(run)
     return command.data or loaded.facts["data"], _where_it_was(where, loaded.facts), loaded
 
 

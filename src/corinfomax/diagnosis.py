@@ -30,7 +30,7 @@ DUPLICATE = 0.95  # |correlation| of two dimensions
 TWIN = 0.02  # squared distance of two images, relative to the mean over pairs
 COST = 0.02  # share of a run's time that all looks together may take
 VIEW_COST = 0.25  # time of one view in a look, relative to a training image with its two views there and back
-LEAST_LOOKS = 8  # also in runs so short that these cost more: 3 of them lie in the first quarter
+LEAST_LOOKS = 10  # also in runs so short that these cost more: three of them lie in the first fifth
 
 
 class Measures(NamedTuple):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from corinfomax import runs, views
 from corinfomax.images import Images
 from corinfomax.knobs import Recipe
-from corinfomax.networks import arithmetic
+from corinfomax.networks import arithmetic, ready
 
 
 def features(
@@ -49,7 +49,7 @@ def features(
                 indices = torch.arange(start, min(start + batch, len(images)))
                 pixels, sizes = images.batch(indices)
                 x = views.centre_view(pixels.to(device), sizes, size=recipe.size, mean=recipe.mean, std=recipe.std)
-                rows.append(model(x).float().cpu())
+                rows.append(model(ready(x, model)).float().cpu())
     finally:
         model.train(was_training)
     return torch.cat(rows)

@@ -63,7 +63,8 @@ class Backbone:
     name: str = "resnet18"
     """Any name timm knows."""
     small_stem: bool = False
-    """ResNets only: a 3×3 first convolution and no max-pool, for small images."""
+    """ResNets only: a 3×3 first convolution and no max-pool, for small images; with `channels`, as wide as the first
+    of them instead of 64."""
     stem_stride: int = 1
     """Stride of the small stem's convolution; 2 costs a quarter."""
     layers: tuple[int, ...] | None = None
@@ -160,8 +161,12 @@ class Recipe:
     """Times every image is seen."""
     batch: int = 512
     """Images a step; the last short batch of an epoch is dropped."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the network: auto is bfloat16 where the hardware multiplies it. The loss is always float64."""
+    micro_batch: int | None = None
+    """Images of a view whose activations are held at once, for less memory; None is the whole batch. The gradient stays
+    the whole batch's; BatchNorm sees parts."""
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Arithmetic of the network: auto is bfloat16 where the hardware multiplies it, else float32; float64 is for
+    comparing runs, as rounding grows with the steps. The loss is always float64."""
     seed: int = 0
     """Every random number follows from it."""
 
@@ -172,6 +177,8 @@ class Recipe:
             )
         if self.batch < 2:
             raise ValueError(f"batch is {self.batch}; BatchNorm and the covariance need at least 2 images")
+        if self.micro_batch is not None and self.micro_batch < 2:
+            raise ValueError(f"micro_batch is {self.micro_batch}; BatchNorm needs at least 2 images")
         if min(self.std) <= 0:
             raise ValueError(f"std is {self.std}; each must be above 0")
         if not self.projector.widths or min(self.projector.widths) < 1:
@@ -181,6 +188,17 @@ class Recipe:
 def to_json(recipe: Recipe) -> dict[str, Any]:
     """A recipe as JSON's types; `from_json` gives it back equal."""
     return dataclasses.asdict(recipe)
+
+
+def flags(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Every knob of a recipe as the flag that sets it, with its value."""
+    if dataclasses.is_dataclass(value):
+        fields = [(field.name.replace("_", "-"), getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        fields = [(str(i), item) for i, item in enumerate(value)]
+    else:
+        return [(prefix, " ".join(map(str, value)) if isinstance(value, tuple) else value)]
+    return [row for name, inner in fields for row in flags(inner, f"{prefix}.{name}" if prefix else name)]
 
 
 def from_json(content: Any) -> Recipe:

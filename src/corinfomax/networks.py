@@ -46,11 +46,24 @@ def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
     if backbone.small_stem:
         if not isinstance(model, timm.models.resnet.ResNet) or not isinstance(model.conv1, nn.Conv2d):
             raise ValueError(f"small_stem replaces the first convolution of a ResNet; {backbone.name} has none such")
-        stem = nn.Conv2d(3, model.conv1.out_channels, 3, stride=backbone.stem_stride, padding=1, bias=False)
-        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-        model.register_module("conv1", stem)
+        width = model.conv1.out_channels
+        first = model.get_submodule("layer1.0")
+        if backbone.channels is not None and isinstance(first, timm.models.resnet.BasicBlock):
+            # timm's stem has 64 channels whatever follows: half of a narrow network's time.
+            width = backbone.channels[0]
+            model.register_module("bn1", nn.BatchNorm2d(width))
+            first.register_module("conv1", _convolution(width, width, stride=1))
+            first.register_module("downsample", None)
+        model.register_module("conv1", _convolution(3, width, stride=backbone.stem_stride))
         model.register_module("maxpool", nn.Identity())
     return model
+
+
+def _convolution(inputs: int, outputs: int, *, stride: int) -> nn.Conv2d:
+    """3×3, with timm's initialisation of a ResNet's convolutions."""
+    convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return convolution
 
 
 def feature_width(backbone: nn.Module) -> int:
@@ -73,7 +86,7 @@ def build_projector(features: int, projector: Projector) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(features, dim, bias=False))
 
 
-def precision(recipe: Recipe, device: torch.device) -> Literal["float32", "bfloat16"]:
+def precision(recipe: Recipe, device: torch.device) -> Literal["float32", "bfloat16", "float64"]:
     """The network's arithmetic: the recipe's, or for "auto" bfloat16 where the hardware multiplies it natively."""
     if recipe.precision != "auto":
         return recipe.precision
@@ -84,6 +97,12 @@ def precision(recipe: Recipe, device: torch.device) -> Literal["float32", "bfloa
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older versions
         native = device.type == "cpu" and bool(capabilities.get("amx_bf16"))
     return "bfloat16" if native else "float32"
+
+
+def ready(x: Float[Tensor, "n 3 h w"], model: nn.Module) -> Float[Tensor, "n 3 h w"]:
+    """Views, which are float32, in the type of the model's weights, if it has any."""
+    weight = next(model.parameters(), None)
+    return x if weight is None else x.to(weight.dtype)
 
 
 def arithmetic(recipe: Recipe, device: torch.device) -> torch.autocast:

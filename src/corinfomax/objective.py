@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from corinfomax import distributed
 from corinfomax.knobs import ALPHA_PER_DIM
 
 
@@ -65,6 +66,10 @@ def corinfomax_loss(
     Rows of `z1` and `z2` are projections, L2-normalised by the caller; any floating dtype, the arithmetic is that of
     `moments` (float64). `cov_decay` and `mean_decay` weigh the past. The returned moments are detached.
 
+    Where torch.distributed runs, the rows are one process's part of the batch: the terms and moments are those of the
+    whole batch, the same in each process, and the gradient is the whole loss's to these rows; 2·D + 1 and then 2·D² + 1
+    numbers are summed, and nothing in the backward pass. Sum the parameters' gradients over processes to go on.
+
     Raises ValueError for a wrong shape or a non-finite value. On CUDA looking at values would make the host wait, so
     there a non-finite batch gives a non-finite loss and leaves the moments as they were.
 
@@ -74,27 +79,27 @@ def corinfomax_loss(
     0.0
     """
     _check_pair(z1, z2, dim=moments.mu1.shape[0])
-    dtype, (n, d) = moments.R1.dtype, z1.shape
+    dtype = moments.R1.dtype
     # Under autocast matmul would come down to bfloat16, whose 8 bits leave nothing of a log det.
     with torch.autocast(z1.device.type, enabled=False):
-        z1, z2 = z1.to(dtype), z2.to(dtype)
-        log_det1, R1, mu1 = _LogDet.apply(z1, moments.R1, moments.mu1, cov_decay, mean_decay, eps)
-        log_det2, R2, mu2 = _LogDet.apply(z2, moments.R2, moments.mu2, cov_decay, mean_decay, eps)
-        attraction = (z1 - z2).square().sum() / (n * d)
-        big_bang = -(log_det1 + log_det2) / d
+        z = torch.stack((z1.to(dtype), z2.to(dtype)))
+        R_past, mu_past = torch.stack((moments.R1, moments.R2)), torch.stack((moments.mu1, moments.mu2))
+        log_det, attraction, R, mu = _Parts.apply(z, R_past, mu_past, cov_decay, mean_decay, eps)
+        big_bang = -log_det.sum() / z.shape[2]
         loss = alpha * attraction + big_bang
         # One bad batch must not live on in the moments; torch.where, since an `if` would wait for the device.
         good = loss.isfinite()
-        after = Moments(*(torch.where(good, new, old) for new, old in zip((R1, R2, mu1, mu2), moments, strict=True)))
-    return Terms(loss, attraction, big_bang), after
+        R, mu = torch.where(good, R, R_past), torch.where(good, mu, mu_past)
+    return Terms(loss, attraction, big_bang), Moments(*R.unbind(), *mu.unbind())
 
 
-class _LogDet(torch.autograd.Function):
-    """log det(R+εI) of the updated covariance, with its gradient in closed form.
+class _Parts(torch.autograd.Function):
+    """log det(R+εI) of each view's updated covariance and the views' mean squared distance, gradients in closed form.
 
     With G = (R+εI)⁻¹, c = 2(1−λ_R)/N and m the batch mean,  ∂ log det / ∂z_i = c · G (z_i − μ − (1−λ_μ)(m − μ)):
     the first part is the derivative of the Gram matrix, the second what the mean passes on. One Cholesky and one Gram
-    matrix serve forward and backward; autograd would differentiate through both.
+    matrix a view serve forward and backward; autograd would differentiate through both. N, m and R are those of all
+    processes, so a row's gradient is a matter of that row alone.
     """
 
     @staticmethod
@@ -106,23 +111,32 @@ class _LogDet(torch.autograd.Function):
         cov_decay: float,
         mean_decay: float,
         eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        m = z.mean(0)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        views, rows, d = z.shape
+        sums = distributed.total(torch.cat((z.sum(1).flatten(), z.new_full((1,), rows))))
+        n = sums[-1]
+        m = (sums[:-1] / n).view(views, d)
         mu = torch.lerp(m, mu_past, mean_decay)
-        centred = z - mu
-        R = torch.lerp(centred.T @ centred / len(z), R_past, cov_decay)
+        centred = z - mu[:, None]
+        apart = z[0] - z[1]
+        sums = distributed.total(torch.cat(((centred.mT @ centred).flatten(), apart.square().sum()[None])))
+        R = torch.lerp(sums[:-1].view(views, d, d) / n, R_past, cov_decay)
         log_det, L = _cholesky_log_det(R, eps)
-        ctx.save_for_backward(centred, (1 - mean_decay) * (m - mu), L)
-        ctx.scale = 2 * (1 - cov_decay) / len(z)
+        ctx.save_for_backward(centred, (1 - mean_decay) * (m - mu), L, apart, n)
+        ctx.cov_decay = cov_decay
         ctx.mark_non_differentiable(R, mu)
-        return log_det, R, mu
+        return log_det, sums[-1] / (n * d), R, mu
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        centred, through_mean, L = ctx.saved_tensors
-        G = torch.cholesky_inverse(L)
-        return (centred - through_mean) @ (G * (ctx.scale * grads[0])), None, None, None, None, None
+        centred, through_mean, L, apart, n = ctx.saved_tensors
+        to_log_det, to_mean_square = grads[0] * (2 * (1 - ctx.cov_decay) / n), grads[1] * (2 / (n * L.shape[-1]))
+        gradient = (centred - through_mean[:, None]) @ (torch.cholesky_inverse(L) * to_log_det[:, None, None])
+        pull = apart * to_mean_square
+        gradient[0] += pull
+        gradient[1] -= pull
+        return gradient, None, None, None, None, None
 
 
 class CorInfoMaxLoss(nn.Module):
@@ -133,6 +147,9 @@ class CorInfoMaxLoss(nn.Module):
     rule the published rows obey. In eval mode the moments stay as they are. They are float64 buffers (`R1`, `R2`,
     `mu1`, `mu2`) in `state_dict`, and stay float64 under `.half()`; on MPS, which has no float64, float32 with a
     warning.
+
+    Where torch.distributed runs, the batch is that of all processes (see `corinfomax_loss`), and the gradient is such
+    that the mean over processes, which DistributedDataParallel takes, is the gradient of the whole loss.
 
     Raises ValueError for wrong shapes, and for non-finite input except on CUDA (see `corinfomax_loss`).
 
@@ -183,6 +200,7 @@ class CorInfoMaxLoss(nn.Module):
         """The terms of this batch; in training mode the moments move on."""
         if self.normalize:
             z1, z2 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1) for z in (z1, z2))
+        z1, z2 = distributed.scale_gradient(z1), distributed.scale_gradient(z2)
         terms, moments = corinfomax_loss(
             z1,
             z2,
@@ -246,11 +264,11 @@ def moment_dtype(device: torch.device | str | None) -> torch.dtype:
 
 
 def _cholesky_log_det(R: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """log det(R+εI) and the Cholesky factor it comes from; nan where R+εI is not positive definite."""
+    """log det(R+εI) of each matrix and the Cholesky factor it comes from; nan where R+εI is not positive definite."""
     shifted = R.clone()
-    shifted.diagonal().add_(eps)
+    shifted.diagonal(dim1=-2, dim2=-1).add_(eps)
     L, info = torch.linalg.cholesky_ex(shifted)  # plain cholesky would synchronise here
-    log_det = 2 * L.diagonal().log().sum()
+    log_det = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return torch.where(info == 0, log_det, torch.nan), L  # a factor that failed half-way still looks like numbers
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -110,6 +110,22 @@ class Embed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the trained backbone for others to load without this package, and verify it in a fresh process.
+
+    timm is a folder for timm.create_model("local-dir:…", pretrained=True), with a model card; state-dict one
+    .safetensors file with timm's names, which are torchvision's for its ResNets; onnx needs the onnx extra.
+    """
+
+    weights: Annotated[Path, tyro.conf.Positional]
+    """A run folder or one of its checkpoints."""
+    format: Literal["timm", "onnx", "state-dict"] = "timm"
+    """What to write."""
+    out: Path | None = None
+    """The folder or file; named after the run, here, unless given."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Write one HTML page about a run, to open anywhere and offline: verdict, curves, spectrum, views, map, neighbours.
 
@@ -152,7 +168,9 @@ class Bench:
     knobs: Annotated[Recipe, tyro.conf.arg(name="")] = RECIPES["cpu-small"].recipe
 
 
-def parse(argv: list[str], base: Recipe | None = None) -> Pretrain | Evaluate | Embed | Report | Recipes | Bench:
+def parse(
+    argv: list[str], base: Recipe | None = None
+) -> Pretrain | Evaluate | Embed | Export | Report | Recipes | Bench:
     """The command that was typed; the knobs not typed are those of `base`, else of --recipe, else of cpu-small."""
     if base is None:
         name = _typed(argv, "--recipe")
@@ -162,6 +180,7 @@ def parse(argv: list[str], base: Recipe | None = None) -> Pretrain | Evaluate | 
         Annotated[Pretrain, subcommand("pretrain", default=Pretrain(knobs=base))]
         | Annotated[Evaluate, subcommand("evaluate")]
         | Annotated[Embed, subcommand("embed")]
+        | Annotated[Export, subcommand("export")]
         | Annotated[Report, subcommand("report")]
         | Annotated[Recipes, subcommand("recipes")]
         | Annotated[Bench, subcommand("bench", default=Bench(knobs=base))]

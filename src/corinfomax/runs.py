@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import glob
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,11 @@ def _sync(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """`content` as an indented JSON file, whole or not at all."""
     write_whole(path, lambda temporary: _write_text(temporary, json.dumps(content, indent=2) + "\n"))
+
+
+def add_json(path: Path, content: dict[str, Any]) -> None:
+    """`content` into the JSON object of a file, beside what else it holds; a new file where there is none."""
+    write_json(path, (read_json(path) if path.exists() else {}) | content)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -90,6 +97,35 @@ def checkpoint_path(run: Path, step: int) -> Path:
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
     return sorted(path for path in (run / "checkpoints").glob("step-*.safetensors") if CHECKPOINT.fullmatch(path.name))
+
+
+def step_of(checkpoint: Path) -> int:
+    """After how many steps a checkpoint was written."""
+    found = CHECKPOINT.fullmatch(checkpoint.name)
+    assert found is not None, checkpoint
+    return int(found[1])
+
+
+@contextlib.contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Keep other processes from writing into the run's folder; the system lets go of it even if this one is killed.
+
+    ValueError when another process holds it. Where the system or the file system has no such locks, nothing is kept.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{run} is in use by another process; wait for it, or choose another --out") from error
+        except OSError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
+        yield
 
 
 def fresh_folder(parent: Path, name: str) -> Path:

@@ -17,11 +17,11 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from corinfomax import checkpoint, diagnosis, embed, optim, probes, runs, views
+from corinfomax import checkpoint, diagnosis, distributed, embed, micro, optim, probes, runs, verdict, views
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe
-from corinfomax.networks import Network, arithmetic
+from corinfomax.networks import Network, arithmetic, ready
 from corinfomax.objective import CorInfoMaxLoss, Terms
 from corinfomax.seeds import generator, key
 
@@ -50,7 +50,7 @@ class Pace(NamedTuple):
     log_steps: int = 10
     checkpoint_minutes: float = 5.0
     keep: int = 3
-    """How many checkpoints stay; older ones are removed."""
+    """How many checkpoints stay, and the best beside them; other ones are removed."""
     scores: int = 10
     """kNN scores over the whole run, where there are labels; 0 is none."""
     diagnoses: int = 25
@@ -69,7 +69,9 @@ def pretrain(
 ) -> Network:
     """Train a network on `splits.train` without its labels; metrics and checkpoints go into the folder `run`.
 
-    Everything random is keyed on (recipe.seed, step), so a resumed run goes on as if it had never stopped.
+    Everything random is keyed on (recipe.seed, step), so a resumed run goes on as if it had never stopped; views are
+    drawn for the whole batch before processes share it, so their number changes nothing but rounding. Inside
+    `distributed.group` every process calls this; the first alone writes.
 
     Raises FloatingPointError when the loss is no number any more, and Interrupted after Ctrl-C or SIGTERM, with a
     checkpoint of the last whole step.
@@ -77,35 +79,38 @@ def pretrain(
     images = splits.train
     steps_per_epoch = len(images) // recipe.batch
     steps = recipe.epochs * steps_per_epoch
+    here, writes = distributed.share(recipe.batch), distributed.rank() == 0
 
     learner = build(recipe, device)
     network, criterion, optimizer = learner
-    first, seconds = 0, 0.0
+    first = 0
     if resume is not None:
         network.load_state_dict(resume.network)
         criterion.load_state_dict(resume.criterion)
         checkpoint.restore_optimizer(optimizer, resume.optimizer, network)
         first = resume.step
-        seconds = max((row["seconds"] for row in runs.read_metrics(run)), default=0.0)
 
-    def save(done: int) -> Path:
+    def save(done: int) -> None:
         path = runs.checkpoint_path(run, done)
         checkpoint.save(
             path, network=network, criterion=criterion, optimizer=optimizer, step=done, recipe=recipe, facts=facts
         )
-        for old in runs.checkpoints(run)[: -pace.keep]:
-            old.unlink()
-        return path
+        saved = runs.checkpoints(run)
+        best = verdict.best_step(progress.rows, map(runs.step_of, saved))
+        for old in saved[: -pace.keep]:
+            if runs.step_of(old) != best:
+                old.unlink()
 
     pending: list[Tensor] = []
     score_at = {round(steps * (i + 1) / pace.scores) for i in range(pace.scores)}
     watched = diagnosis.choose(splits, recipe, device=device)
     look_at = diagnosis.schedule(steps, recipe.batch, pace.diagnoses, watched)
     saved_at = time.monotonic()
-    with Progress(first, steps, recipe.batch, seconds=seconds) as progress, stop_signals() as stop:
+    with Progress(recipe, first, steps, runs.read_metrics(run) if first else []) as progress, stop_signals() as stop:
         for step in range(first, steps):
-            pixels, sizes = images.batch(batch_indices(recipe, step, len(images)))
-            x1, x2 = make_views(recipe, pixels, sizes, step, device)
+            indices = batch_indices(recipe, step, len(images))
+            pixels, _ = images.batch(indices[here])
+            x1, x2 = make_views(recipe, pixels, images.sizes[indices], step, device, here)
 
             lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
             optim.set_learning_rate(optimizer, lr)
@@ -113,20 +118,24 @@ def pretrain(
 
             pending.append(torch.stack([term.detach() for term in terms]))
             done = step + 1
-            asked_to_stop = stop.is_set() and done < steps
-            time_to_save = time.monotonic() - saved_at > 60 * pace.checkpoint_minutes
-            if done % pace.log_steps == 0 or done == steps or done in score_at | look_at or asked_to_stop or time_to_save:
+            asked_to_stop = done < steps and agreed(stop, done, pace)
+            time_to_save = writes and time.monotonic() - saved_at > 60 * pace.checkpoint_minutes
+            due = done % pace.log_steps == 0 or done == steps or done in score_at or done in look_at
+            if due or asked_to_stop or time_to_save:
                 row = log_row(pending, done, optimizer, criterion, progress)
                 pending.clear()
-                if done in score_at and scorable(splits):
+                if writes and done in score_at and scorable(splits):
                     row["knn"] = quick_knn(network, splits, recipe, device=device)
-                if done in look_at:
+                if writes and (done in look_at or time_to_save):
                     row |= diagnosis.row(network, watched, recipe, device=device)
-                runs.append_metrics(run, row)
+                if writes:
+                    runs.append_metrics(run, row)
                 progress.show(row)
             if asked_to_stop:
-                raise Interrupted(save(done))
-            if time_to_save or done == steps:
+                if writes:
+                    save(done)
+                raise Interrupted(runs.checkpoint_path(run, done))
+            if writes and (time_to_save or done == steps):
                 save(done)
                 saved_at = time.monotonic()
     return network
@@ -136,7 +145,9 @@ def build(recipe: Recipe, device: torch.device) -> Learner:
     """Network, loss and optimiser as they are before the first step; the weights follow from the recipe's seed."""
     torch.manual_seed(key(recipe.seed, "weights"))
     network = Network(recipe.backbone, recipe.projector, size=recipe.size)
-    network = network.to(device).to(memory_format=torch.channels_last)
+    network = network.to(device, torch.float64 if recipe.precision == "float64" else None)
+    network = network.to(memory_format=torch.channels_last)
+    distributed.share_batch_norm(network)
     criterion = CorInfoMaxLoss(recipe.projector.widths[-1], **vars(recipe.loss)).to(device)
     return Learner(network, criterion, optim.build(network, recipe.optim))
 
@@ -151,20 +162,27 @@ def update(
 ) -> Terms:
     """One update on ready views: forward, loss, backward, optimiser; `lap` is told of each of them when it is done."""
     network, criterion, optimizer = learner
-    x1, x2 = pair
-    # For dropout and stochastic depth, where a backbone has them.
-    torch.manual_seed(key(recipe.seed, "network", step))
-    with arithmetic(recipe, device):
-        z1, z2 = network(x1), network(x2)  # two forwards: each view has its own BatchNorm statistics
-    lap("forward")
+
+    def project(x: Tensor, part: int) -> Tensor:
+        # For dropout and stochastic depth, where a backbone has them; each process and part its own.
+        torch.manual_seed(key(recipe.seed, f"network {distributed.rank()} {part}", step))
+        with arithmetic(recipe, device):
+            return network(ready(x, network))
+
+    optimizer.zero_grad(set_to_none=True)
     try:
-        terms = criterion(z1, z2)
+        if recipe.micro_batch is not None and recipe.micro_batch < len(pair[0]):
+            terms = micro.backward(project, network, criterion, pair, recipe.micro_batch)
+        else:
+            z1, z2 = project(pair[0], 0), project(pair[1], 1)  # apart: each view has its own BatchNorm statistics
+            lap("forward")
+            terms = criterion(z1, z2)
+            lap("loss")
+            terms.loss.backward()
     except ValueError as error:  # on the CPU the loss looks at its input
         lr = optimizer.param_groups[0]["lr"]
         raise FloatingPointError(f"in step {step}, at learning rate {lr:.3g}: {error}; {CURE}") from error
-    lap("loss")
-    optimizer.zero_grad(set_to_none=True)
-    terms.loss.backward()
+    distributed.average_gradients(network.parameters())
     lap("backward")
     optimizer.step()
     lap("optimizer")
@@ -184,12 +202,27 @@ def batch_indices(recipe: Recipe, step: int, count: int) -> Int[Tensor, " b"]:
 
 
 def make_views(
-    recipe: Recipe, pixels: UInt8[Tensor, "n 3 h w"], sizes: Int[Tensor, "n 2"], step: int, device: torch.device
+    recipe: Recipe,
+    pixels: UInt8[Tensor, "n 3 h w"],
+    sizes: Int[Tensor, "b 2"],
+    step: int,
+    device: torch.device,
+    here: slice = slice(None),
 ) -> list[Float[Tensor, "n 3 s s"]]:
-    """The views of one step's global batch, each drawn from its own generator keyed on the step."""
+    """The views of the images `here` of one step's batch, drawn for all of it from generators keyed on the step."""
     pixels = pixels.to(device, non_blocking=True)
     drawn = [views.draw(view, sizes, generator(recipe.seed, f"view {v}", step)) for v, view in enumerate(recipe.views)]
-    return [views.apply(pixels, sizes, p, size=recipe.size, mean=recipe.mean, std=recipe.std) for p in drawn]
+    return [
+        views.apply(pixels, sizes[here], p.take(here), size=recipe.size, mean=recipe.mean, std=recipe.std)
+        for p in drawn
+    ]
+
+
+def agreed(stop: threading.Event, done: int, pace: Pace) -> bool:
+    """Whether to stop after this step; several processes ask each other only when they log, as that makes them wait."""
+    if distributed.size() == 1:
+        return stop.is_set()
+    return done % pace.log_steps == 0 and distributed.any_of(stop.is_set())
 
 
 def log_row(
@@ -259,17 +292,19 @@ def stop_signals() -> Iterator[threading.Event]:
 class Progress:
     """A bar on a terminal; elsewhere a plain line now and then."""
 
-    def __init__(self, first: int, steps: int, batch: int, *, seconds: float) -> None:
-        self.first, self.steps, self.batch = first, steps, batch
-        self.before = seconds
+    def __init__(self, recipe: Recipe, first: int, steps: int, rows: list[dict[str, Any]]) -> None:
+        self.recipe, self.first, self.steps, self.batch = recipe, first, steps, recipe.batch
+        self.rows = rows
+        self.before = max((row["seconds"] for row in rows), default=0.0)
+        self.kind: verdict.Kind | None = None
         self.started = self.told = time.monotonic()
         self.bar = tqdm(
-            initial=first * batch,
-            total=steps * batch,
+            initial=first * self.batch,
+            total=steps * self.batch,
             unit="img",
             unit_scale=True,
             desc="pretraining",
-            disable=not sys.stderr.isatty(),
+            disable=not sys.stderr.isatty() or distributed.rank() > 0,
             dynamic_ncols=True,
         )
 
@@ -289,10 +324,15 @@ class Progress:
         text = f"loss {row['loss']:.3f} · attraction {row['attraction']:.5f} · {row['gap']:.3f} above 2·ln D"
         if "knn" in row:
             text += f" · kNN {row['knn']:.1f} %"
+        self.rows.append(row)
+        self.judge()
+        if self.kind is not None:
+            text += f" · {self.kind}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(row["step"] * self.batch - self.bar.n)
         now = time.monotonic()
-        if self.bar.disable and (now - self.told > 20 or "knn" in row or row["step"] == self.steps):
+        due = now - self.told > 20 or "knn" in row or row["step"] == self.steps
+        if due and self.bar.disable and distributed.rank() == 0:
             self.told = now
             speed = (row["step"] - self.first) / (now - self.started)
             left = (self.steps - row["step"]) / speed
@@ -301,3 +341,10 @@ class Progress:
                 f"{left / 60:.1f} min left · {text}",
                 file=sys.stderr,
             )
+
+    def judge(self) -> None:
+        """Say what the run looks like when that has changed; after the last step the command says it."""
+        found = verdict.judge(self.rows, self.recipe, steps=self.steps)
+        if found is not None and found.kind != self.kind and self.rows[-1]["step"] < self.steps:
+            self.bar.write(f"step {self.rows[-1]['step']}: {found.text}", file=sys.stderr)
+            self.kind = found.kind

@@ -209,13 +209,14 @@ def cubic_weights(
     scale = (extent / size)[:, None]
     centre = start[:, None] + scale * (torch.arange(size, device=start.device) + 0.5)
     pixels = torch.arange(length, device=start.device) + 0.5
-    t = ((pixels - centre[:, :, None]) / scale.clamp(min=1)[:, :, None]).abs()
-    near = (1.5 * t - 2.5) * t * t + 1
-    far = ((-0.5 * t + 2.5) * t - 4) * t + 2
-    weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
+    t = ((pixels - centre[:, :, None]) / scale.clamp(min=1)[:, :, None]).abs_()
+    # Without branches: (2−t)₊² (1−t) / 2 is the outer piece, and the inner one is that plus (1−t)₊² (2t−1).
+    rest = 1 - t
+    weights = (2 - t).clamp_(min=0).square_().mul_(rest).mul_(0.5)
+    weights.addcmul_(rest.clamp_(min=0).square_(), t.mul_(2).sub_(1))
     inside = (pixels > low[:, None]) & (pixels < high[:, None])
-    weights = weights * inside[:, None]
-    return weights / weights.sum(2, keepdim=True)
+    weights.mul_(inside[:, None])
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
 def jitter(x: Float[Tensor, "n 3 h w"], p: Parameters) -> Float[Tensor, "n 3 h w"]:

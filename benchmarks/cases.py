@@ -1,0 +1,136 @@
+"""Runs that should be good and runs made to go wrong on purpose, each with what the verdict may say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from corinfomax import images
+from corinfomax.images import Images, Splits
+from corinfomax.knobs import Recipe, View
+from corinfomax.recipes import RECIPES
+
+GOOD = frozenset({"healthy", "still warming up", "improving", "saturated"})
+STILL = View(crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: its data, its recipe, and the verdicts that are right for it."""
+
+    data: str
+    recipe: Recipe
+    right: frozenset[str]
+    tuned: bool = False
+    """Whether the thresholds were set with this run in view."""
+    images: int = 2000
+    spoil: Callable[[Images], Images] = lambda split: split
+
+    @property
+    def good(self) -> bool:
+        return self.right == GOOD
+
+    def splits(self, root: Path, cache: Path | None) -> Splits:
+        """The images: a fixed slice of the training split, spoilt if so wanted, and the test split."""
+        loaded = images.load(
+            self.data if self.data == "mnist5k" else root / self.data, side=SIDE[self.data], cache=cache
+        )
+        order = torch.randperm(len(loaded.train), generator=torch.Generator().manual_seed(0))
+        assert loaded.test is not None
+        return Splits(self.spoil(loaded.train.select(order[: self.images])), self.spoil(loaded.test))
+
+
+SIDE = {"cifar10": 32, "mnist5k": 28, "clothing-128": 48, "tiny-imagenet-64-100c": 48}
+
+
+def one_image(split: Images) -> Images:
+    """The first image, as often as there were images."""
+    return split.select(torch.zeros(len(split), dtype=torch.long))
+
+
+def few_images(split: Images, count: int = 10) -> Images:
+    """The first ten images over and over."""
+    return split.select(torch.arange(len(split)) % count)
+
+
+def frames(split: Images, noise: int = 6) -> Images:
+    """One image with a little noise, as a camera gives that looks at a wall."""
+    pixels, sizes = split.batch(torch.zeros(len(split), dtype=torch.long))
+    drawn = torch.randint(-noise, noise + 1, pixels.shape, generator=torch.Generator().manual_seed(1))
+    noisy = (pixels.int() + drawn).clamp(0, 255).to(torch.uint8)
+    step = noisy[0].numel()
+    return replace(split, pixels=noisy.flatten(), offsets=torch.arange(len(split)) * step, sizes=sizes)
+
+
+def changed(base: Recipe, **changes: Any) -> Recipe:
+    """The recipe with some fields, or fields of its parts, replaced: `optim={"lr": 3.0}`."""
+    for name, value in changes.items():
+        part = getattr(base, name)
+        base = replace(base, **{name: replace(part, **value) if isinstance(value, dict) else value})
+    return base
+
+
+def smaller(name: str) -> Recipe:
+    """The recipe cut to 155 steps of half a minute on one core; batch over D stays 2."""
+    base = RECIPES[name].recipe
+    return changed(
+        base, size=16, batch=64, epochs=5, projector={"widths": (512, 512, 32)}, optim={"warmup_epochs": 0.5}
+    )
+
+
+SMALL, DIGITS = smaller("cpu-small"), smaller("mnist5k")
+BRIEF = replace(SMALL, epochs=1)  # what is wrong with the data is seen at the first look
+PLAIN = {"batch_norm": False}
+INVARIANT, COLLAPSE = frozenset({"over-invariant"}), frozenset({"complete collapse", "dimensional collapse"})
+DATA, DIVERGING, UNDER = frozenset({"data problem"}), frozenset({"diverging"}), frozenset({"under-invariant"})
+
+CASES: dict[str, Case] = {
+    "cifar10": Case("cifar10", SMALL, GOOD, True),
+    "mnist5k": Case("mnist5k", DIGITS, GOOD, True),
+    "mnist5k alpha x2": Case("mnist5k", changed(DIGITS, loss={"alpha": 500.0}), GOOD, True),
+    "cifar10 alpha x100": Case("cifar10", changed(SMALL, loss={"alpha": 12500.0}), INVARIANT | COLLAPSE, True),
+    "cifar10 alpha /1000": Case("cifar10", changed(SMALL, loss={"alpha": 0.125}), UNDER, True),
+    "cifar10 eps 0.1": Case("cifar10", changed(SMALL, loss={"eps": 0.1}), COLLAPSE | INVARIANT, True),
+    "cifar10 lr 30": Case("cifar10", changed(SMALL, optim={"lr": 30.0}), DIVERGING | COLLAPSE, True),
+    "cifar10 lr 0.5 without BatchNorm": Case("cifar10", changed(SMALL, projector=PLAIN, optim={"lr": 0.5}), GOOD, True),
+    "cifar10 lr 5 without BatchNorm": Case("cifar10", changed(SMALL, projector=PLAIN, optim={"lr": 5.0}), GOOD, True),
+    "cifar10 lr 1000": Case("cifar10", changed(SMALL, optim={"lr": 1000.0}), DIVERGING | COLLAPSE, True),
+    "cifar10 not normalised": Case("cifar10", changed(SMALL, loss={"normalize": False}), DIVERGING, True),
+    "cifar10 one image": Case("cifar10", SMALL, DATA, True, spoil=one_image),
+    "cifar10 frames": Case("cifar10", SMALL, DATA, True, spoil=frames),
+    "cifar10 no augmentation": Case("cifar10", changed(SMALL, views=(STILL, STILL)), DATA, True),
+    "clothing": Case("clothing-128", SMALL, GOOD),
+    "tiny-imagenet": Case("tiny-imagenet-64-100c", SMALL, GOOD),
+    "cifar10 AdamW": Case("cifar10", changed(SMALL, optim={"name": "adamw", "lr": 1e-3, "start_lr": 1e-4}), GOOD),
+    "cifar10 D 64": Case("cifar10", changed(SMALL, projector={"widths": (512, 512, 64)}, batch=128, seed=1), GOOD),
+    "tiny-imagenet without BatchNorm, slowly": Case(
+        "tiny-imagenet-64-100c", changed(SMALL, projector=PLAIN, optim={"lr": 0.05}), GOOD
+    ),
+    "mnist5k alpha x1000": Case("mnist5k", changed(DIGITS, loss={"alpha": 250e3}), INVARIANT | COLLAPSE),
+    "tiny-imagenet alpha x30": Case(
+        "tiny-imagenet-64-100c", changed(SMALL, loss={"alpha": 3750.0}), INVARIANT | COLLAPSE
+    ),
+    "mnist5k alpha 0": Case("mnist5k", changed(DIGITS, loss={"alpha": 0.0}), UNDER),
+    "mnist5k eps 0.3": Case("mnist5k", changed(DIGITS, loss={"eps": 0.3}), COLLAPSE | INVARIANT),
+    "tiny-imagenet cov-decay 0.995": Case(
+        "tiny-imagenet-64-100c", changed(SMALL, loss={"cov_decay": 0.995}), COLLAPSE | INVARIANT
+    ),
+    "clothing weight decay 0.3": Case("clothing-128", changed(SMALL, optim={"weight_decay": 0.3}), COLLAPSE),
+    "clothing alpha /300": Case("clothing-128", changed(SMALL, loss={"alpha": 0.4}), UNDER),
+    "mnist5k lr 100": Case("mnist5k", changed(DIGITS, optim={"lr": 100.0}), DIVERGING | COLLAPSE),
+    "tiny-imagenet lr 100 without BatchNorm": Case(
+        "tiny-imagenet-64-100c", changed(SMALL, projector=PLAIN, optim={"lr": 100.0}), DIVERGING | COLLAPSE
+    ),
+    "mnist5k not normalised": Case("mnist5k", changed(DIGITS, loss={"normalize": False}), DIVERGING),
+    "clothing one image": Case("clothing-128", BRIEF, DATA, spoil=one_image),
+    "mnist5k frames": Case("mnist5k", replace(DIGITS, epochs=1), DATA, spoil=frames),
+    "tiny-imagenet ten images": Case("tiny-imagenet-64-100c", BRIEF, DATA, spoil=few_images),
+    "clothing no augmentation": Case("clothing-128", changed(BRIEF, views=(STILL, STILL)), DATA),
+    "tiny-imagenet crops of 2 %": Case(
+        "tiny-imagenet-64-100c", changed(SMALL, views=(View(crop_area=(0.01, 0.02)),) * 2), INVARIANT | UNDER
+    ),
+}

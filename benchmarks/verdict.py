@@ -1,0 +1,128 @@
+"""Train every case of `cases.py` and hold the verdict against what is right: the table of docs/verdict.md, as markdown.
+
+    python benchmarks/verdict.py --root data --out /tmp/verdict-runs
+
+Runs that are in --out already are only judged. About 25 CPU seconds a case on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from cases import CASES, Case
+
+from corinfomax import embed, probes, runs, train, verdict
+
+CPU = torch.device("cpu")
+MOST = 3000  # images to fit and to score the ridge probe on
+
+
+class Outcome(NamedTuple):
+    """What was said of one run, and when."""
+
+    last: str
+    said: list[tuple[float, str]]
+    """Share of the run and kind, at every look."""
+    ridge: float | None
+    advice: str
+
+
+def run_case(case: Case, folder: Path, root: Path, cache: Path) -> None:
+    """Train into `folder`, and score the backbone by a ridge probe."""
+    splits = case.splits(root, cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    results: dict[str, object] = {}
+    try:
+        pace = train.Pace(log_steps=10, checkpoint_minutes=60.0, scores=0)
+        network = train.pretrain(case.recipe, splits, folder, device=CPU, pace=pace, facts={})
+        some = [split.select(torch.arange(min(len(split), MOST))) for split in splits if split is not None]
+        features = [embed.features(network.backbone, part, case.recipe, device=CPU) for part in some]
+        labels = [part.labels for part in some]
+        assert labels[0] is not None and labels[1] is not None
+        results["ridge"] = probes.accuracy(probes.ridge(features[0], labels[0], features[1]).predicted, labels[1])
+    except FloatingPointError as error:
+        results["error"] = str(error)
+    for path in runs.checkpoints(folder):
+        path.unlink()
+    runs.write_json(folder / "done.json", results)
+
+
+def judge_case(case: Case, folder: Path) -> Outcome:
+    """The verdict after every look and at the end."""
+    rows, done = runs.read_metrics(folder), json.loads((folder / "done.json").read_text())
+    steps = case.recipe.epochs * (case.images // case.recipe.batch)
+    said = []
+    for place, row in enumerate(rows):
+        found = verdict.judge(rows[: place + 1], case.recipe, steps=steps) if "views_differ" in row else None
+        if found is not None:
+            said.append((row["step"] / steps, found.kind))
+    last = verdict.judge(rows, case.recipe, steps=steps, ended=True, error=done.get("error"))
+    assert last is not None
+    if "error" in done:
+        said.append((rows[-1]["step"] / steps if rows else 0.0, last.kind))
+    return Outcome(last.kind, said, done.get("ridge"), last.advice)
+
+
+def first_named(case: Case, outcome: Outcome) -> float | None:
+    """The share of the run after which a bad run was first called what it is."""
+    return next((share for share, kind in outcome.said if kind in case.right), None)
+
+
+def table(outcomes: dict[str, Outcome]) -> str:
+    """Every case as a row, and below it the counts."""
+    lines = ["| run | seen | ridge, % | right | said at the end | first said at |", "|---|---|---:|---|---|---:|"]
+    for name, outcome in outcomes.items():
+        case = CASES[name]
+        named = first_named(case, outcome)
+        right = "good" if case.good else " or ".join(sorted(case.right))
+        when = "" if case.good else "never" if named is None else f"{named:.0%}"
+        ridge = "–" if outcome.ridge is None else f"{outcome.ridge:.1f}"
+        mark = "" if outcome.last in case.right else "**"
+        seen = "yes" if case.tuned else "no"
+        lines.append(f"| {name} | {seen} | {ridge} | {right} | {mark}{outcome.last}{mark} | {when} |")
+    for seen in (True, False):
+        some = {name: o for name, o in outcomes.items() if CASES[name].tuned == seen}
+        good = [o for name, o in some.items() if CASES[name].good]
+        bad = {name: o for name, o in some.items() if not CASES[name].good}
+        kept = sum(o.last in verdict.GOOD for o in good)
+        alarms = sum(any(kind not in verdict.GOOD for _, kind in o.said) for o in good)
+        named = sum(o.last in CASES[name].right for name, o in bad.items())
+        faulted = sum(o.last not in verdict.GOOD for o in bad.values())
+        when = [first_named(CASES[name], o) for name, o in bad.items()]
+        early = sum(share is not None and share <= 0.2 for share in when)
+        lines.append(
+            f"\n{'Seen' if seen else 'Unseen'}: {kept} of {len(good)} good runs end as good, {alarms} of them had an "
+            f"alarm on the way; {named} of {len(bad)} bad runs end as what they are, {faulted} as bad, {early} were "
+            "named within the first 20 %."
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
+    parser.add_argument("--cache", type=Path, default=None, help="folder of decoded images")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--judge", action="store_true", help="train nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    outcomes = {}
+    for name, case in CASES.items():
+        folder = options.out / name.replace("/", "over").replace(" ", "-")
+        if not (folder / "done.json").exists():
+            if options.judge:
+                continue
+            run_case(case, folder, options.root, options.cache)
+        outcomes[name] = judge_case(case, folder)
+    print(table(outcomes))
+    for name, outcome in outcomes.items():
+        print(f"\n{name}: {', '.join(f'{share:.0%} {kind}' for share, kind in outcome.said)}; {outcome.advice}")
+
+
+if __name__ == "__main__":
+    main()

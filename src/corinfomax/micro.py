@@ -1,0 +1,48 @@
+"""The exact gradient of the whole batch in the memory of a small one.
+
+The loss is no sum over images, so gradients of parts of the batch do not add up to its gradient. But it sees the images
+through their projections alone: so first all projections without a graph, then the loss's gradient to them, then each
+part again with its graph, from which the chain rule goes on. One more forward is the price.
+
+BatchNorm takes its statistics over each part (and over that part of every process), in both passes the same: the
+gradient is exactly that of a batch whose BatchNorm sees it in parts, which is another network than one that sees it
+whole. Without BatchNorm it is that of the whole batch. Running statistics move once for each part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from corinfomax.objective import CorInfoMaxLoss, Terms
+
+
+def backward(
+    project: Callable[[Float[Tensor, "m 3 s s"], int], Float[Tensor, "m d"]],
+    network: nn.Module,
+    criterion: CorInfoMaxLoss,
+    pair: Sequence[Float[Tensor, "n 3 s s"]],
+    part: int,
+) -> Terms:
+    """Accumulate the gradient of the loss of both views into the network, `part` images of a view at a time.
+
+    `project(images, i)` runs the network on the i-th part, counted over both views: the same for the same i, dropout
+    included.
+    """
+    parts = [images for view in pair for images in view.split(part)]
+    with torch.no_grad():
+        projections = [project(images, i) for i, images in enumerate(parts)]
+    half = len(parts) // 2
+    leaves = [torch.cat(view).requires_grad_() for view in (projections[:half], projections[half:])]
+    terms = criterion(*leaves)
+    terms.loss.backward()
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    gradients = [gradient for leaf in leaves if leaf.grad is not None for gradient in leaf.grad.split(part)]
+    for i, (images, gradient) in enumerate(zip(parts, gradients, strict=True)):
+        project(images, i).backward(gradient)
+    for buffer, before in buffers:
+        buffer.copy_(before)  # the second pass saw the same images again
+    return terms

@@ -1,0 +1,266 @@
+"""Whether a run works, in two sentences from its metrics alone: what was measured, the likely cause, what to change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from corinfomax.knobs import ALPHA_PER_DIM, Recipe
+
+Kind = Literal[
+    "still warming up",
+    "improving",
+    "healthy",
+    "saturated",
+    "complete collapse",
+    "dimensional collapse",
+    "over-invariant",
+    "under-invariant",
+    "diverging",
+    "data problem",
+]
+GOOD: tuple[Kind, ...] = ("still warming up", "improving", "healthy", "saturated")
+Row = Mapping[str, Any]
+
+# Each threshold lies between what good and bad runs gave (docs/verdict.md), nearer to the bad ones: a good run called
+# bad costs more trust than a bad one named a little later costs time.
+EQUAL_IMAGES = 0.05  # variance of a pixel over the images, relative to that of all pixels; 0.5 to 1 in photographs
+TWINS = 0.5  # share of images with a nearly equal one; a few in a thousand in sound data
+EQUAL_VIEWS = 0.02  # distance of two views of one image relative to that of two images; 0.3 to 0.8 in our recipes
+PAST_FLOOR = -0.5  # nats a dimension that the big bang is below its least value: impossible for unit rows
+RISE = 1.0  # nats a dimension by which the loss is above its lowest
+COLLAPSED = 0.6  # of the way from the big bang's least value to that of a zero covariance; 0.57 was seen and left again
+ONE_POINT = 1e-3  # 1 − |mean projection|²: what the projections of two images have not in common
+FEW_DIRECTIONS = 3.0  # nats a dimension: an even spectrum has 0, one with half the directions at e^-6 of the others 2.3
+PULLED = 0.01  # as ONE_POINT, when training had time to spread them
+INVARIANT = 0.97  # share of the variance that is between images: nothing of a view is left
+APART = 1.2  # squared distance of two views, 2 for unrelated ones: a cosine below 0.4
+YOUNG = 20  # steps in which the loss still forgets that its covariance began at the identity
+LAGGING = 50  # steps in which BatchNorm's running statistics are not yet the network's: held-out spreads look poor
+SETTLED = 0.3  # share of a run after which the scale of the projections has found its place
+GROWING = 0.05  # relative gain of the best measure over the last third of the steps so far
+STEADY = 0.01
+ODD = 5.0  # times what is usual, from where on a knob is the first suspect
+USUAL_LR = {"sgd": 1.0, "adamw": 2e-3}
+BEST = "ldmi"  # ranks checkpoints best (docs/verdict.md)
+
+
+class Verdict(NamedTuple):
+    """What can be said of a run after its last look."""
+
+    kind: Kind
+    evidence: str
+    """A sentence: what was measured, with numbers."""
+    advice: str
+    """A sentence: the likely cause and what to change, or what to do with a good run."""
+    measures: dict[str, float]
+    """What the sentences rest on."""
+
+    @property
+    def text(self) -> str:
+        return f"{self.kind}: {self.evidence} {self.advice}"
+
+
+def judge(
+    rows: Sequence[Row], recipe: Recipe, *, steps: int, ended: bool = False, error: str | None = None
+) -> Verdict | None:
+    """The verdict on a run of `steps` steps from the rows of its metrics.jsonl; None before the first look.
+
+    `ended` is a run that has all its steps; `error` is why it broke off. The first of these that holds is said: the
+    data is at fault, the numbers are impossible, all images are at one point or in few directions, views make no
+    difference or more than images do, the loss rises; and only then how far the run has come.
+    """
+    looks = [row for row in rows if "views_differ" in row]
+    if error is not None:
+        return (looks and _data(looks[-1])) or Verdict(
+            "diverging", f"It broke off: {error.partition(';')[0]}.", _cause(recipe), {}
+        )
+    if not looks:
+        return None
+    share = rows[-1]["step"] / steps
+    return (
+        _data(looks[-1])
+        or _broken(rows[-1], looks[-1], recipe)
+        or _collapse(rows[-1], looks[-1], recipe)
+        or _invariance(rows[-1], looks[-1], recipe, share)
+        or _rise(rows, recipe)
+        or _progress(looks, recipe, share, ended)
+    )
+
+
+def best_step(rows: Iterable[Row], kept: Iterable[int]) -> int | None:
+    """Which of the steps `kept` has the highest BEST measure, the latest of equals; None where none was looked at."""
+    looked = {row["step"]: row[BEST] for row in rows if row.get(BEST) is not None}
+    return max((step for step in kept if step in looked), key=lambda step: (looked[step], step), default=None)
+
+
+def _data(look: Row) -> Verdict | None:
+    measures = {name: look[name] for name in ("images_differ", "twins", "views_differ")}
+    if look["images_differ"] < EQUAL_IMAGES:
+        evidence = f"From image to image a pixel has {look['images_differ']:.1%} of the variance of all pixels."
+        advice = "The images are all but one picture, which teaches nothing: name a folder of different ones."
+    elif look["twins"] >= TWINS:
+        evidence = f"Of the images looked at, {look['twins']:.0%} have a nearly equal one among the others."
+        advice = "A few images are repeated over and over and can be learnt by heart: leave the copies out."
+    elif look["views_differ"] < EQUAL_VIEWS:
+        evidence = f"Two views of an image differ by {look['views_differ']:.1%} of what views of two images do."
+        advice = (
+            "There is no augmentation to see through, and nothing to learn from it: --views.0.crop-area 0.25 1 "
+            "--views.0.jitter 0.8, and the same for --views.1."
+        )
+    else:
+        return None
+    return Verdict("data problem", evidence, advice, measures)
+
+
+def _broken(last: Row, look: Row, recipe: Recipe) -> Verdict | None:
+    least, _ = _bounds(recipe, last["step"])
+    if look["spread"] is None:
+        evidence = f"What the network gives is not finite after step {look['step']}."
+    elif last["big_bang"] < least + PAST_FLOOR:
+        evidence = f"The big bang is {last['big_bang']:.2f}, and rows of unit length cannot take it below {least:.2f}."
+    else:
+        return None
+    return Verdict("diverging", evidence, _cause(recipe), {"loss": last["loss"], "big_bang": last["big_bang"]})
+
+
+def _rise(rows: Sequence[Row], recipe: Recipe) -> Verdict | None:
+    last = rows[-1]
+    lowest = min((row for row in rows if row["step"] > YOUNG), key=lambda row: row["loss"], default=last)
+    if last["loss"] <= lowest["loss"] + RISE:
+        return None
+    evidence = f"The loss rose to {last['loss']:.2f} from the {lowest['loss']:.2f} it had after step {lowest['step']}."
+    return Verdict("diverging", evidence, _cause(recipe), {"loss": last["loss"], "lowest": lowest["loss"]})
+
+
+def _bounds(recipe: Recipe, step: int) -> tuple[float, float]:
+    """The least big bang of unit rows, with even spread, and that of rows all at one point, after `step` steps.
+
+    −2 ln of an eigenvalue plus ε: 1/D and 0, but for what is left of the identity at which the covariance began.
+    """
+    loss = recipe.loss
+    left = loss.cov_decay**step
+    least, most = (-2 * math.log((1 - left) * each + left * loss.cov_init + loss.eps) for each in (1 / _dim(recipe), 0))
+    return least, most
+
+
+def _dim(recipe: Recipe) -> int:
+    return recipe.projector.widths[-1]
+
+
+def _collapse(last: Row, look: Row, recipe: Recipe) -> Verdict | None:
+    least, most = _bounds(recipe, last["step"])
+    way, uneven = (last["big_bang"] - least) / (most - least), unevenness(look)
+    measures = {name: look[name] for name in ("spread", "spread_gap", "rank")}
+    measures |= {"big_bang": last["big_bang"], "uneven": uneven}
+    if last["step"] > YOUNG and way > COLLAPSED and look["spread"] < ONE_POINT:
+        evidence = (
+            f"The projections of different images are one point but for {look['spread']:.0e} of their length, and the "
+            f"big bang is at {last['big_bang']:.1f}, from {least:.1f} for even spread to {most:.1f} for none."
+        )
+        return Verdict("complete collapse", evidence, _cause(recipe), measures)
+    if last["step"] > LAGGING and uneven > FEW_DIRECTIONS:
+        evidence = (
+            f"The projections hardly use most of their {_dim(recipe)} directions: the spectrum is "
+            f"{uneven:.1f} nats a direction from an even one, and {look['spectrum'][0]:.0%} of the variance is in one."
+        )
+        return Verdict("dimensional collapse", evidence, _cause(recipe), measures)
+    return None
+
+
+def unevenness(look: Row) -> float:
+    """The held-out gap freed of the projections' overall scale: 0 for an even spectrum, in nats a dimension."""
+    return float(look["spread_gap"] + 2 * math.log(max(look["spread"], 1e-12)))
+
+
+def _invariance(last: Row, look: Row, recipe: Recipe, share: float) -> Verdict | None:
+    distance = _dim(recipe) * last["attraction"]
+    measures = {"spread": look["spread"], "agreement": look["agreement"], "distance": distance}
+    if last["step"] > LAGGING and share >= SETTLED and (look["spread"] < PULLED or look["agreement"] > INVARIANT):
+        evidence = (
+            f"Projections of different images have all but {look['spread']:.1%} in common, and "
+            f"{look['agreement']:.0%} of what is left tells images apart."
+        )
+        return Verdict("over-invariant", evidence, _cause(recipe), measures)
+    if last["step"] > YOUNG and recipe.loss.normalize and distance > APART:
+        evidence = (
+            f"Two views of an image have a mean cosine of {1 - distance / 2:.2f}, hardly more than two images have."
+        )
+        return Verdict("under-invariant", evidence, _cause_apart(recipe), measures)
+    return None
+
+
+def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -> Verdict:
+    last = looks[-1]
+    known = [look for look in looks if look[BEST] is not None and (look["step"] > LAGGING or ended)]
+    measures = {name: last[name] for name in (BEST, "rank", "agreement", "spread_gap") if last[name] is not None}
+    whose = "held-out images" if last["held_out"] else "the images"
+    state = (
+        f"views of {whose} share {last[BEST]:.2f} nats a dimension" if last[BEST] is not None else f"of {whose}"
+    ) + f", {last['rank']:.0f} of {_dim(recipe)} directions are in use"
+    before = [look for look in known if look["step"] <= last["step"] * 2 / 3]
+    if not before or (share < SETTLED and not ended):
+        return Verdict(
+            "still warming up", f"After {share:.0%} of the steps {state}.", "Nothing looks wrong so far.", measures
+        )
+    top, then = max(known, key=lambda look: look[BEST]), before[-1]
+    gain = (last[BEST] - then[BEST]) / max(abs(then[BEST]), 1e-3)
+    evidence = (
+        f"After step {last['step']} {state}, and the shared part changed by {gain:+.0%} since step {then['step']}."
+    )
+    kind: Kind
+    if gain >= GROWING:
+        kind = "improving"
+        advice = (
+            f"It was still learning when it ended: --epochs {2 * recipe.epochs} would give more."
+            if ended
+            else "Let it run."
+        )
+    elif gain < STEADY and top["step"] <= then["step"]:
+        kind = "saturated"
+        advice = f"Nothing was gained since step {top['step']}: stop here, or spend the time on more images."
+    else:
+        kind, advice = "healthy", "It has learnt what it can in this schedule." if ended else "Let it run to its end."
+    return Verdict(kind, evidence, advice, measures)
+
+
+def _cause(recipe: Recipe) -> str:
+    """The likeliest cause of a collapse or divergence: the first knob out of the ordinary, else the learning rate."""
+    loss, optim = recipe.loss, recipe.optim
+    usual, alpha = _alphas(recipe)
+    if not loss.normalize:
+        return "Without unit rows the projections grow instead of spreading: --loss.normalize."
+    if alpha > ODD * usual:
+        return (
+            f"An alpha of {alpha:g}, {alpha / usual:.0f} times the usual 3.906·D, pulls everything together: "
+            f"--loss.alpha {usual:.0f}."
+        )
+    if loss.eps > 0.01 / _dim(recipe):
+        return f"An eps of {loss.eps:g} hides empty directions from the log det: --loss.eps 1e-8."
+    if loss.cov_decay > 0.5:
+        return (
+            f"A past that weighs {loss.cov_decay:g} leaves the log det hardly a pull on the present batch: "
+            "--loss.cov-decay 0.01."
+        )
+    if optim.weight_decay > 0.02 and optim.name == "sgd":
+        return f"A weight decay of {optim.weight_decay:g} shrinks the weights to nothing: --optim.weight-decay 1e-4."
+    cure = f"--optim.lr {optim.lr / (10 if optim.lr > USUAL_LR[optim.name] else 3):.2g}"
+    also = " and --projector.batch-norm" if not recipe.projector.batch_norm else ""
+    return f"A learning rate of {optim.lr:g} is the likely cause: {cure}{also}."
+
+
+def _cause_apart(recipe: Recipe) -> str:
+    usual, alpha = _alphas(recipe)
+    if alpha < usual / 2:
+        return f"An alpha of {alpha:g}, where 3.906·D is usual, hardly pulls views together: --loss.alpha {usual:.0f}."
+    return (
+        "The views have too little in common, or the network is too small for them: --views.0.crop-area 0.25 1, and "
+        "the same for --views.1."
+    )
+
+
+def _alphas(recipe: Recipe) -> tuple[float, float]:
+    """The usual alpha and the recipe's."""
+    usual = ALPHA_PER_DIM * _dim(recipe)
+    return usual, usual if recipe.loss.alpha is None else recipe.loss.alpha

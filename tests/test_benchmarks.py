@@ -1,0 +1,186 @@
+"""The benchmarks compute every figure, compare like with like, and tell what is worse."""
+
+import importlib.util
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import augmentation, loss, markdown, metrics, sparse, steps
+from benchmarks.clock import Effort, alternate, of_workers
+from benchmarks.metrics import Metric, metric, regressions
+from corinfomax import CorInfoMaxLoss
+
+ROOT = Path(__file__).parents[1]
+NEEDED = {"kornia": "views", "lightly": "step"}
+ABSENT = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
+def figure(ratio, *, low=None, high=None, **changes):
+    base = Metric("loss", "a loss", "autograd", ratio, low or ratio, high or ratio, 5, 1.0, ratio, "ms")
+    return base._replace(**changes)
+
+
+def test_a_figure_is_the_median_of_the_rounds_ratios():
+    # The second round met a busy machine: both were slow, their ratio is as good as the others'.
+    m = metric("loss", "name", "other", [1.0, 10.0, 1.0], [3.0, 20.0, 4.0], unit="ms", at_least=2.5, aim=5.0)
+    assert (m.ratio, m.low, m.high, m.n) == (3.0, 2.5, 3.5, 3)
+    assert (m.ours, m.theirs) == (1.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        (figure(2.0, low=1.9, high=2.1), True),
+        (figure(2.0, low=1.9, high=4.2), False),  # the spreads touch
+        (figure(3.7, low=3.7, high=3.7), False),  # less than a tenth
+        (figure(6.0), False),
+        (figure(2.0, name="a new loss"), False),
+    ],
+)
+def test_a_regression_is_told_in_words(now, told):
+    said = regressions([now], [figure(4.0, low=3.9, high=4.1)])
+    assert said == (
+        ["a loss, against autograd: 2.00 (1.90 – 2.10, n = 5), before 4.00 (3.90 – 4.10, n = 5): 50 % worse"] * told
+    )
+
+
+def test_a_figure_that_went_missing_is_told_if_its_suite_ran():
+    old = [figure(4.0), figure(4.0, name="another loss"), figure(1.0, suite="views")]
+    (said,) = metrics.missing([figure(4.0)], old)
+    assert "another loss" in said and "not measured" in said
+
+
+def test_figures_come_back_from_their_file(tmp_path):
+    found, path = [figure(2.0, at_least=1.0), figure(3.0, suite="views")], tmp_path / "baseline.json"
+    metrics.write(path, found, {"processor": "p"})
+    assert metrics.read(path) == (found, {"processor": "p"})
+    path.write_text('{"metrics": [{"name": 1}], "machine": {}}')
+    with pytest.raises(ValueError, match=r"baseline\.json holds no benchmark figures"):
+        metrics.read(path)
+
+
+def test_the_page_says_what_was_reached():
+    goals = {"at_least": 3.0, "aim": 5.0}
+    found = [
+        figure(2.0, name="a", **goals),
+        figure(3.0, name="b", **goals),
+        figure(5.0, name="c", **goals),
+        figure(9.0),
+    ]
+    page = markdown.page(found, {"processor": "Xeon, no AMX", "clock": "processor seconds"})
+    agreed = page.split("## What was agreed")[1].split("## The loss")[0]
+    last = [line.split("|")[-2].strip() for line in agreed.splitlines() if line.startswith("| ")]
+    assert last[2:] == ["no", "yes", "the aim"]
+    assert "float32" in page and "shared" in page
+    assert (
+        "AMX"
+        not in markdown.page(found, {"processor": "Xeon, AMX", "clock": "seconds"})
+        .split("## ")[0]
+        .split("Xeon, AMX")[1]
+    )
+
+
+def test_the_plain_loss_is_ours():
+    """Otherwise the two would not do the same work."""
+    ours, plain = CorInfoMaxLoss(8), loss.Plain(8)
+    for seed in range(3):
+        rows = torch.randn(2, 32, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        pairs = [[row.clone().requires_grad_() for row in rows] for _ in range(2)]
+        values = [ours(*pairs[0]).loss, plain(*pairs[1])]
+        torch.testing.assert_close(*values, rtol=1e-12, atol=0)  # float64 both, two orders of adding up
+        mine, theirs = (torch.autograd.grad(value, pair) for value, pair in zip(values, pairs, strict=True))
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def statistics_of(views):
+    """Mean level, and the energy of differences between neighbours, which blur takes away; one number a view."""
+    return torch.tensor([[x.mean(), (x[..., 1:] - x[..., :-1]).square().mean().sqrt()] for x in views])
+
+
+@pytest.mark.parametrize("rival", ["torchvision", "pillow", "kornia"])
+def test_the_rivals_views_are_of_the_same_distribution(rival):
+    if rival in ABSENT:
+        pytest.skip("needs kornia")
+    torch.manual_seed(0)
+    pixels = augmentation.pictures(256, 32)
+    if rival == "kornia":
+        theirs = augmentation.kornia_pair(pixels, 32)()
+    else:
+        theirs = augmentation.pil_pair(pixels, 32, pillow_blur=rival == "pillow")()
+    ours = augmentation.ours(pixels, 32)()
+    assert [x.shape for x in ours] == [x.shape for x in theirs]
+    mine, other = statistics_of(ours), statistics_of(theirs)
+    # Over 256 images a view's mean level has a standard error of about 0.04; energy differs by resampling and by how
+    # the blur is cut off, where a view without blur would have about twice the energy.
+    torch.testing.assert_close(mine[:, 0], other[:, 0], atol=0.15, rtol=0)
+    torch.testing.assert_close(mine[:, 1], other[:, 1], atol=0, rtol=0.25)
+    assert mine[1, 1] > 1.3 * mine[0, 1]
+
+
+def test_a_million_images_take_no_room(tmp_path):
+    images = sparse.million(tmp_path, 10_000, 64)
+    (file,) = tmp_path.iterdir()
+    status = file.stat()
+    assert status.st_size == 10_000 * 3 * 64 * 64 and status.st_blocks * 512 < 2**20
+    pixels, sizes = images.batch(torch.tensor([0, 9_999]))
+    assert pixels.shape == (2, 3, 64, 64) and sizes.tolist() == [[64, 64]] * 2
+
+
+def test_a_tree_of_links_is_a_data_set(tmp_path):
+    from corinfomax import images
+
+    loaded = images.load(
+        sparse.tree(tmp_path, 50, classes=5), side=8, holdout=0.0, cache=tmp_path / "c", progress=False
+    )
+    assert len(loaded.train) == 50 and len(loaded.train.classes) == 5
+
+
+def test_time_goes_to_the_one_who_computes():
+    def long():
+        torch.randn(400, 400) @ torch.randn(400, 400)
+
+    seconds = alternate({"short": lambda: None, "long": long}, Effort(3, "cpu", False), least=0.01)
+    assert [len(samples) for samples in seconds.values()] == [3, 3]
+    assert min(seconds["long"]) > 10 * max(seconds["short"]) > 0
+    assert of_workers([os.getpid()]) > 0
+
+
+def test_every_suite_runs_and_what_is_worse_is_told(tmp_path, capsys):
+    suites = [name for name in command.SUITES if name not in [NEEDED[name] for name in ABSENT]]
+    baseline, page = tmp_path / "baseline.json", tmp_path / "page.md"
+    words = ["--quick", "--clock", "cpu", "--threads", "1", "--baseline", str(baseline), "--page", str(page)]
+    threads = torch.get_num_threads()
+    try:
+        assert command.main([*suites, *words, "--write"]) == 0
+        found, machine = metrics.read(baseline)
+        assert {m.suite for m in found} == set(suites)
+        for m in found:
+            numbers = (m.ratio, m.low, m.high, m.ours, m.theirs)
+            assert all(math.isfinite(number) and number > 0 for number in numbers), m
+            assert m.low <= m.ratio <= m.high
+            assert f"| {m.name} | {m.against} | **{m.ratio:.2f}** |" in page.read_text()
+        assert machine["clock"] == "processor seconds" and machine["torch"] == torch.__version__.partition("+")[0]
+
+        better = [m._replace(ratio=99 * m.ratio, low=99 * m.low, high=99 * m.high) for m in found]
+        metrics.write(baseline, better, machine)
+        capsys.readouterr()
+        assert command.main(["loss", *words]) == 1
+        assert "% worse" in capsys.readouterr().out
+        assert metrics.read(baseline)[0] == better  # only --write writes
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_committed_page_is_that_of_the_committed_baseline():
+    found, machine = metrics.read(ROOT / "benchmarks" / "baseline.json")
+    assert (ROOT / "docs" / "benchmarks.md").read_text("utf-8") == markdown.page(found, machine)
+    assert {m.suite for m in found} == set(command.SUITES)
+
+
+def test_the_whole_step_has_the_published_network():
+    recipe = steps.whole(Effort(1, "cpu", False))
+    assert (recipe.batch, recipe.size, recipe.backbone.name, recipe.backbone.small_stem) == (256, 32, "resnet18", True)

@@ -1,0 +1,81 @@
+"""Several processes give what one gives: loss, every gradient, the moments, whole runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from corinfomax import checkpoint, runs
+
+HERE = Path(__file__).parent
+
+
+def torchrun(count, job, out):
+    """Run tests/world.py in `count` processes; what it printed and its exit code."""
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        str(HERE / "world.py"),
+        job,
+        str(out),
+    ]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=False, env=os.environ | environment, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The folder of what 1, 2 and 4 processes made."""
+    folder = tmp_path_factory.mktemp("worlds")
+    tiny.folder(folder / "data", {"": 80}, labelled=False)
+    for count in (1, 2, 4):
+        done = torchrun(count, "all", folder / f"{count}.pt")
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_loss_gradients_moments_and_statistics_are_those_of_one_process(results, count):
+    alone, several = (torch.load(results / f"{n}.pt") for n in (1, count))
+    # float32: a batch's sums in another order, through four steps of a network with BatchNorm.
+    for precision, relative, absolute in (("double", 1e-9, 1e-12), ("float", 2e-3, 1e-5), ("pure", 1e-9, 1e-12)):
+        assert several[precision].keys() == alone[precision].keys()
+        assert len(alone[precision]) >= 6
+        for name, want in alone[precision].items():
+            got = several[precision][name]
+            assert got.dtype == want.dtype
+            # As vectors: of a bias before BatchNorm the gradient is rounding alone.
+            apart, length = (torch.linalg.vector_norm(x.double()) for x in (got - want, want))
+            assert apart <= relative * length + absolute, f"{precision} {name}: {got} and {want}"
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_run_of_the_training_loop_is_that_of_one_process(results, count):
+    # Rounding grows up to tenfold with each step; float32 starts at 1e-7, so its first steps alone can be compared.
+    for precision, steps, tolerance in (("float64", 20, 1e-9), ("float32", 3, 1e-5)):
+        alone, several = (runs.read_metrics(results / f"{precision}-{n}") for n in (1, count))
+        assert [row["step"] for row in several] == list(range(1, 21))
+        assert [row["loss"] for row in several[:steps]] == pytest.approx(
+            [row["loss"] for row in alone[:steps]], rel=tolerance
+        )
+    alone, several = (checkpoint.load(checkpoint.last(results / f"float64-{n}")) for n in (1, count))
+    for part in ("network", "criterion", "optimizer"):
+        for name, want in getattr(alone, part).items():
+            apart = torch.linalg.vector_norm((getattr(several, part)[name] - want).double())
+            assert apart <= 1e-6 * torch.linalg.vector_norm(want.double()) + 1e-8, f"{part} {name}"
+
+
+def test_an_uneven_split_is_one_sentence(tmp_path):
+    done = torchrun(2, "uneven", tmp_path / "out")
+    assert done.returncode != 0
+    assert "25 images a step cannot be shared equally by 2 processes; choose a multiple" in done.stderr

@@ -1,0 +1,192 @@
+"""The verdict: rows as runs gave them and rows made up at each threshold; and runs made to go wrong on purpose."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from corinfomax import images, runs, train, verdict
+from corinfomax.knobs import Loss, Optim, Projector, Recipe, View
+
+RECIPE = Recipe(projector=Projector(widths=(64, 32), batch_norm=True), optim=Optim(lr=0.6))
+FLOOR = 2 * math.log(32)
+
+
+def row(step, **changes):
+    """What a good run's row looks like half-way."""
+    sound = {
+        "loss": FLOOR + 4.0,
+        "attraction": 2 / 125,
+        "big_bang": FLOOR + 2.0,
+        "held_out": True,
+        "views_differ": 0.6,
+        "images_differ": 0.9,
+        "twins": 0.0,
+        "ldmi": 0.4 + step * 1e-4,
+        "spread": 0.4,
+        "spread_gap": 2.2,
+        "agreement": 0.4,
+        "rank": 26.0,
+        "spectrum": [0.1],
+    }
+    return {"step": step, **sound, **changes}
+
+
+def judge(*rows, recipe=RECIPE, steps=1000, **how):
+    return verdict.judge(rows, recipe, steps=steps, **how)
+
+
+def grown(**changes):
+    """A run that is half through, its last look as told."""
+    return judge(*(row(step) for step in (10, 50, 100, 200, 300)), row(500, **changes))
+
+
+def test_before_the_first_look_there_is_none():
+    assert judge() is None
+    assert judge({"step": 10, "loss": 3.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({}, "healthy", "shares|share 0.45"),
+        ({"images_differ": 0.01}, "data problem", "1.0%"),
+        ({"twins": 0.7}, "data problem", "70%"),
+        ({"views_differ": 0.0}, "data problem", "--views.0.crop-area"),
+        ({"spread": None, "ldmi": None, "rank": None}, "diverging", "not finite"),
+        ({"big_bang": FLOOR - 1}, "diverging", "unit length"),
+        ({"loss": FLOOR + 6}, "diverging", "rose to"),
+        ({"big_bang": FLOOR + 22, "spread": 1e-5, "spread_gap": 25.0}, "complete collapse", "one point"),
+        ({"spread_gap": 6.0}, "dimensional collapse", "of their 32 directions"),
+        ({"spread": 0.005, "spread_gap": 11.0}, "over-invariant", "0.5%"),
+        ({"agreement": 0.99}, "over-invariant", "99%"),
+        ({"attraction": 1.6 / 32}, "under-invariant", "cosine of 0.20"),
+    ],
+)
+def test_each_kind_is_named_with_its_numbers(changes, kind, words):
+    found = grown(**changes)
+    assert found.kind == kind
+    assert any(word in found.evidence + found.advice for word in words.split("|"))
+    for sentence in (found.evidence, found.advice):
+        assert sentence[0].isupper()
+        assert sentence.endswith(".")
+    assert any(character.isdigit() for character in found.evidence) or kind == "diverging"
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"loss": Loss(alpha=2000.0)}, "--loss.alpha 125"),
+        ({"loss": Loss(normalize=False)}, "--loss.normalize"),
+        ({"loss": Loss(cov_decay=0.99)}, "--loss.cov-decay 0.01"),
+        ({"optim": Optim(lr=30.0)}, "--optim.lr 3"),
+        ({"optim": Optim(weight_decay=0.3)}, "--optim.weight-decay 1e-4"),
+        ({"projector": Projector(widths=(64, 32))}, "--projector.batch-norm"),
+    ],
+)
+def test_a_collapse_names_the_knob_that_is_out_of_the_ordinary(changes, flag):
+    rows = [row(step) for step in (10, 50, 100)] + [row(500, big_bang=30.0, spread=1e-6, spread_gap=28.0)]
+    assert flag in judge(*rows, recipe=replace(RECIPE, **changes)).advice
+
+
+def test_a_small_alpha_is_the_cause_of_views_apart_only_if_it_is_small():
+    rows = [row(step) for step in (10, 50, 100)] + [row(500, attraction=1.6 / 32)]
+    assert "--loss.alpha 125" in judge(*rows, recipe=replace(RECIPE, loss=Loss(alpha=0.5))).advice
+    assert "--views.0.crop-area" in judge(*rows).advice
+
+
+def test_what_a_young_run_may_look_like_is_not_held_against_it():
+    """In its first steps a good run has all images near one point, and held-out spectra look uneven."""
+    for step, changes in ((15, {"big_bang": FLOOR + 25, "spread": 1e-6}), (40, {"spread_gap": 7.0})):
+        assert judge(row(step, **changes)).kind == "still warming up"
+        assert judge(row(step + 100, **changes)).kind != "still warming up"
+    first = row(1, loss=FLOOR - 3, big_bang=FLOOR - 1.0)  # the covariance still holds its initial identity
+    assert judge(first, row(30)).kind == "still warming up"
+
+
+def test_a_large_eps_does_not_hide_a_collapse():
+    """With eps = 0.1 the big bang of one point is only 0.55 above that of the best spread."""
+    recipe = replace(RECIPE, loss=Loss(eps=0.1))
+    rows = [row(10, loss=9.0), row(200, loss=9.0, big_bang=-2 * math.log(0.1), spread=2e-4, spread_gap=20.0)]
+    found = judge(*rows, recipe=recipe)
+    assert found.kind == "complete collapse"
+    assert "--loss.eps 1e-8" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("ldmi", "ended", "kind"),
+    [
+        ([0.2, 0.3, 0.4, 0.5], False, "improving"),
+        ([0.2, 0.3, 0.4, 0.5], True, "improving"),
+        ([0.2, 0.48, 0.49, 0.5], False, "healthy"),
+        ([0.2, 0.51, 0.50, 0.5], False, "saturated"),
+        ([0.2, 0.51, 0.45, 0.4], True, "saturated"),
+    ],
+)
+def test_how_far_a_good_run_has_come(ldmi, ended, kind):
+    rows = [row(step, ldmi=value) for step, value in zip((100, 500, 800, 1000), ldmi, strict=True)]
+    found = judge(*rows, ended=ended)
+    assert found.kind == kind
+    assert ("--epochs 200" in found.advice) == (kind == "improving" and ended)
+    assert ("stop here" in found.advice) == (kind == "saturated")
+
+
+def test_a_run_that_broke_off_says_why():
+    found = judge(error="z1 has nan in 64 of its 64 rows; a lower learning rate is the usual cure")
+    assert found.kind == "diverging"
+    assert "nan in 64" in found.evidence
+    assert "--optim.lr" in found.advice
+    assert judge(row(5, twins=1.0), error="loss became inf").kind == "data problem"
+
+
+def test_the_best_step_is_the_one_kept_with_most_shared():
+    rows = [{"step": 1}, row(10, ldmi=0.3), row(20, ldmi=0.5), row(30, ldmi=0.4), row(40, ldmi=None)]
+    assert verdict.best_step(rows, [10, 20, 30]) == 20
+    assert verdict.best_step(rows, [10, 30, 40]) == 30
+    assert verdict.best_step(rows, [1, 40]) is None
+    assert verdict.best_step([row(10, ldmi=0.3), row(20, ldmi=0.3)], [10, 20]) == 20
+
+
+STILL = View(crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0)
+SHORT = replace(tiny.RECIPE, projector=Projector(widths=(32, 8), batch_norm=True), batch=16, epochs=4)
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    return images.load(tiny.folder(root, {"train": 160, "test": 48}), side=16, progress=False)
+
+
+def one_image(split):
+    return split.select(torch.zeros(len(split), dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "spoil", "kinds"),
+    [
+        (SHORT, None, verdict.GOOD),
+        (replace(SHORT, loss=Loss(alpha=1e5)), None, ("complete collapse", "dimensional collapse", "over-invariant")),
+        (replace(SHORT, loss=Loss(alpha=0.0)), None, ("under-invariant",)),
+        (
+            replace(SHORT, optim=replace(SHORT.optim, lr=1e6)),
+            None,
+            ("diverging", "complete collapse", "dimensional collapse"),
+        ),
+        (replace(SHORT, loss=Loss(eps=1.0)), None, ("complete collapse", "over-invariant")),
+        (SHORT, one_image, ("data problem",)),
+        (replace(SHORT, views=(STILL, STILL)), None, ("data problem",)),
+    ],
+    ids=["good", "alpha far too large", "alpha 0", "learning rate", "eps", "one image", "no augmentation"],
+)
+def test_runs_made_to_go_wrong_are_named(splits, tmp_path, recipe, spoil, kinds):
+    data = splits if spoil is None else images.Splits(*map(spoil, splits))
+    error = None
+    try:
+        pace = train.Pace(log_steps=5, scores=0, diagnoses=3)
+        train.pretrain(recipe, data, tmp_path, device=torch.device("cpu"), pace=pace, facts={})
+    except FloatingPointError as stopped:
+        error = str(stopped)
+    found = verdict.judge(runs.read_metrics(tmp_path), recipe, steps=40, ended=True, error=error)
+    assert found.kind in kinds, found.text

@@ -1,0 +1,93 @@
+"""What each process does in test_distributed.py (torchrun … tests/world.py JOB OUT); the first writes OUT."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import tiny
+from corinfomax import distributed, images, runs, train
+from corinfomax.objective import CorInfoMaxLoss, Moments, corinfomax_loss
+
+CPU = torch.device("cpu")
+BATCH, DIM, STEPS = 24, 6, 4
+
+
+def loss_and_gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Some steps of a network with BatchNorm in 2-D and 1-D: every term, gradient, moment and buffer."""
+    torch.manual_seed(0)
+    body = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 16),
+        nn.BatchNorm1d(16, momentum=None),
+    )
+    network = nn.Sequential(body, nn.ReLU(), nn.Linear(16, DIM)).to(dtype)
+    distributed.share_batch_norm(network)
+    criterion = CorInfoMaxLoss(DIM)
+    here = distributed.share(BATCH)
+    rng = torch.Generator().manual_seed(1)
+    kept = {}
+    for step in range(STEPS):
+        x1, x2 = torch.randn(2, BATCH, 3, 8, 8, generator=rng, dtype=torch.float64).to(dtype)
+        network.zero_grad()
+        terms = criterion(network(x1[here]), network(x2[here]))
+        terms.loss.backward()
+        distributed.average_gradients(network.parameters())
+        kept |= {f"{step} {name}": term.detach() for name, term in terms._asdict().items()}
+        kept |= {f"{step} gradient {name}": p.grad.clone() for name, p in network.named_parameters()}
+        kept |= {
+            f"{step} {name}": buffer.clone() for name, buffer in (*criterion.named_buffers(), *network.named_buffers())
+        }
+        with torch.no_grad():
+            for p in network.parameters():
+                p -= 0.05 * p.grad
+    return kept
+
+
+def pure_loss() -> dict[str, torch.Tensor]:
+    """The loss as a function: its gradient to this process's rows, put together."""
+    z1, z2 = torch.randn(2, BATCH, DIM, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    here = distributed.share(BATCH)
+    rows = [z[here].clone().requires_grad_() for z in (z1, z2)]
+    terms, moments = corinfomax_loss(*rows, Moments.initial(DIM), alpha=20.0)
+    terms.loss.backward()
+    whole = torch.zeros(2, BATCH, DIM, dtype=torch.float64)
+    whole[:, here] = torch.stack([row.grad for row in rows])
+    return {"loss": terms.loss.detach(), "gradient": distributed.total(whole), **moments._asdict()}
+
+
+def run(out: Path, precision: str) -> None:
+    """Twenty steps of the training loop."""
+    # A large batch, few dimensions and small steps: elsewhere rounding grows tenfold with each step for longer, as it
+    # does within one process when a weight is changed by 1e-15.
+    projector = replace(tiny.RECIPE.projector, widths=(32, 4), batch_norm=True)
+    optim = replace(tiny.RECIPE.optim, lr=0.01)
+    recipe = replace(tiny.RECIPE, batch=40, epochs=10, projector=projector, optim=optim, precision=precision)
+    splits = images.load(out.parent / "data", side=16, progress=False, holdout=0.0, cache=out.parent / "cache")
+    out.mkdir(exist_ok=True)
+    train.pretrain(recipe, splits, out, device=CPU, pace=train.Pace(1, scores=0, diagnoses=0), facts={})
+
+
+def main(job: str, out: Path) -> None:
+    with distributed.group(CPU):
+        if job == "uneven":
+            distributed.share(BATCH + 1)
+        kept = {
+            "double": loss_and_gradients(torch.float64),
+            "float": loss_and_gradients(torch.float32),
+            "pure": pure_loss(),
+        }
+        for precision in ("float32", "float64"):
+            run(out.with_name(f"{precision}-{distributed.size()}"), precision)
+        if distributed.rank() == 0:
+            runs.write_whole(out, lambda path: torch.save(kept, path))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], Path(sys.argv[2]))
