@@ -120,7 +120,13 @@ def test_one_command_does_the_whole_job(whole_job):
         "corinfomax embed",
     ):
         assert expected in done.stdout
-    assert {path.name for path in run.iterdir()} - {".lock"} == {"recipe.json", "metrics.jsonl", "results.json", "checkpoints"}
+    assert {path.name for path in run.iterdir()} - {".lock"} == {
+        "recipe.json",
+        "metrics.jsonl",
+        "results.json",
+        "report.html",
+        "checkpoints",
+    }
     about = runs.read_json(run / "recipe.json")
     assert knobs.from_json(about["recipe"]).projector.widths == (32, 8)
     assert about["command"][0] == "pretrain"
@@ -131,7 +137,25 @@ def test_evaluate_gives_the_runs_scores_again(whole_job, tmp_path, capsys):
     data, run, _ = whole_job
     assert cli.main(["evaluate", str(run), str(data), "--out", str(tmp_path / "again.json")]) == 0
     assert "pretrained" in capsys.readouterr().out
-    assert runs.read_json(tmp_path / "again.json") == runs.read_json(run / "results.json")
+    again, first = runs.read_json(tmp_path / "again.json"), runs.read_json(run / "results.json")
+    assert again == {name: first[name] for name in again}
+
+
+def test_the_verdict_is_said_and_kept(whole_job):
+    _, run, done = whole_job
+    results = runs.read_json(run / "results.json")
+    found = results["verdict"]
+    assert f"verdict: {found['kind']}: {found['evidence']} {found['advice']}" in done.stdout
+    assert "scores" in results
+    assert (run / results["best_checkpoint"]).is_file()
+
+
+def test_a_run_that_breaks_off_has_a_verdict_too(tmp_path, capsys):
+    data = tiny.folder(tmp_path / "flat", {"": 24}, labelled=False)
+    words = ["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS, "--optim.lr", "1e30"]
+    assert cli.main([*words, "--optim.start-lr", "1e30"]) == 2
+    assert "verdict: diverging: It broke off: " in capsys.readouterr().out
+    assert runs.read_json(tmp_path / "run" / "results.json")["verdict"]["kind"] == "diverging"
 
 
 def test_embed_writes_every_image(whole_job, tmp_path):
