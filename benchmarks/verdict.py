@@ -75,30 +75,36 @@ def first_named(case: Case, outcome: Outcome) -> float | None:
 
 def table(outcomes: dict[str, Outcome]) -> str:
     """Every case as a row, and below it the counts."""
-    lines = ["| run | seen | ridge, % | right | said at the end | first said at |", "|---|---|---:|---|---|---:|"]
+    lines = [
+        "| run | seen | ridge, % | what it is | first called so at | said at the end |",
+        "|---|---|---:|---|---:|---|",
+    ]
     for name, outcome in outcomes.items():
         case = CASES[name]
         named = first_named(case, outcome)
-        right = "good" if case.good else " or ".join(sorted(case.right))
+        what = "good" if case.good else " or ".join(sorted(case.right))
+        what = what.replace("complete collapse or dimensional collapse", "collapse")
         when = "" if case.good else "never" if named is None else f"{named:.0%}"
         ridge = "–" if outcome.ridge is None else f"{outcome.ridge:.1f}"
         mark = "" if outcome.last in case.right else "**"
         seen = "yes" if case.tuned else "no"
-        lines.append(f"| {name} | {seen} | {ridge} | {right} | {mark}{outcome.last}{mark} | {when} |")
+        lines.append(f"| {name} | {seen} | {ridge} | {what} | {when} | {mark}{outcome.last}{mark} |")
     for seen in (True, False):
         some = {name: o for name, o in outcomes.items() if CASES[name].tuned == seen}
         good = [o for name, o in some.items() if CASES[name].good]
         bad = {name: o for name, o in some.items() if not CASES[name].good}
         kept = sum(o.last in verdict.GOOD for o in good)
         alarms = sum(any(kind not in verdict.GOOD for _, kind in o.said) for o in good)
-        named = sum(o.last in CASES[name].right for name, o in bad.items())
-        faulted = sum(o.last not in verdict.GOOD for o in bad.values())
+        ended = sum(o.last in CASES[name].right for name, o in bad.items())
         when = [first_named(CASES[name], o) for name, o in bad.items()]
-        early = sum(share is not None and share <= 0.2 for share in when)
+        named, early = (
+            sum(share is not None for share in when),
+            sum(share is not None and share <= 0.2 for share in when),
+        )
         lines.append(
-            f"\n{'Seen' if seen else 'Unseen'}: {kept} of {len(good)} good runs end as good, {alarms} of them had an "
-            f"alarm on the way; {named} of {len(bad)} bad runs end as what they are, {faulted} as bad, {early} were "
-            "named within the first 20 %."
+            f"\n{'Seen' if seen else 'Unseen'}: {kept} of {len(good)} good runs end as good, and {alarms} of them had "
+            f"an alarm at a look; {named} of {len(bad)} bad runs are called what they are, {early} of them within the "
+            f"first 20 %, and {ended} still at the end."
         )
     return "\n".join(lines)
 

@@ -140,8 +140,16 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(splits, tmp_path, monkeyp
 
 
 def test_only_the_last_checkpoints_stay(splits, tmp_path):
-    run_tiny(splits, tmp_path, checkpoint_minutes=0.0, keep=2)
+    run_tiny(splits, tmp_path, checkpoint_minutes=0.0, keep=2, diagnoses=0)
     assert [checkpoint.load(path).step for path in runs.checkpoints(tmp_path)] == [9, 10]
+
+
+def test_the_best_checkpoint_stays_with_the_last(splits, tmp_path):
+    run_tiny(splits, tmp_path, checkpoint_minutes=0.0, keep=1)
+    rows = runs.read_metrics(tmp_path)
+    assert all("ldmi" in row for row in rows)  # a look with every checkpoint
+    best = max(rows, key=lambda row: (row["ldmi"], row["step"]))["step"]
+    assert [runs.step_of(path) for path in runs.checkpoints(tmp_path)] == sorted({best, 10})
 
 
 def test_signal_handlers_are_put_back(splits, tmp_path):

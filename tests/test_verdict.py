@@ -81,7 +81,7 @@ def test_each_kind_is_named_with_its_numbers(changes, kind, words):
         ({"loss": Loss(alpha=2000.0)}, "--loss.alpha 125"),
         ({"loss": Loss(normalize=False)}, "--loss.normalize"),
         ({"loss": Loss(cov_decay=0.99)}, "--loss.cov-decay 0.01"),
-        ({"optim": Optim(lr=30.0)}, "--optim.lr 3"),
+        ({"optim": Optim(lr=30.0)}, "--optim.lr 1"),
         ({"optim": Optim(weight_decay=0.3)}, "--optim.weight-decay 1e-4"),
         ({"projector": Projector(widths=(64, 32))}, "--projector.batch-norm"),
     ],
@@ -104,6 +104,28 @@ def test_what_a_young_run_may_look_like_is_not_held_against_it():
         assert judge(row(step + 100, **changes)).kind != "still warming up"
     first = row(1, loss=FLOOR - 3, big_bang=FLOOR - 1.0)  # the covariance still holds its initial identity
     assert judge(first, row(30)).kind == "still warming up"
+
+
+def test_a_good_end_after_a_long_collapse_says_so():
+    bad = {"spread_gap": 6.0}
+    looks = [row(60), row(200, **bad), row(400, **bad), row(700, **bad), row(900), row(1000)]
+    found = judge(*looks, recipe=replace(RECIPE, optim=Optim(lr=30.0)), ended=True)
+    assert found.kind == "healthy"
+    assert "from step 200 to 700 of 1000 it was in dimensional collapse" in found.evidence
+    assert "--optim.lr 1" in found.advice
+    assert "collapse" not in judge(*looks[:1], *looks[3:], ended=True).text  # one bad look is not long
+
+
+def test_what_is_left_of_the_first_covariance_is_no_divergence():
+    """A past that weighs 0.995 still holds half of the identity after 140 steps: no eigenvalue can be below that."""
+    recipe = replace(RECIPE, loss=Loss(cov_decay=0.995))
+    left = 0.995**140
+    at_one_point = row(140, loss=1.5, big_bang=-2 * math.log(left), spread=1e-4, spread_gap=24.0)
+    found = judge(row(60, loss=1.5), at_one_point, recipe=recipe, steps=150)
+    assert found.kind == "complete collapse"
+    assert "--loss.cov-decay 0.01" in found.advice
+    below = row(140, loss=1.5, big_bang=-2 * math.log(left + 0.3))
+    assert judge(row(60, loss=1.5), below, recipe=recipe, steps=150).kind == "diverging"
 
 
 def test_a_large_eps_does_not_hide_a_collapse():

@@ -87,8 +87,8 @@ def _pretrain(command: Pretrain, argv: list[str], device: torch.device) -> int:
         recipe, name = resumed.recipe, resumed.facts["recipe_name"]
     if data is None:
         raise ValueError("name the images: corinfomax pretrain DATA, or --resume RUN to go on with a run")
-    if command.log_steps < 1 or command.keep < 1 or command.scores < 0:
-        raise ValueError("--log-steps and --keep must be at least 1, --scores at least 0")
+    if command.log_steps < 1 or command.keep < 1 or min(command.scores, command.diagnoses) < 0:
+        raise ValueError("--log-steps and --keep must be at least 1, --scores and --diagnoses at least 0")
     if name is None:
         survey = sources.survey(data, root=where.root, download=where.download)
         name, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
@@ -129,7 +129,7 @@ def _pretrain(command: Pretrain, argv: list[str], device: torch.device) -> int:
         runs.forget_metrics_after(run, resumed.step)
         print(f"going on with {run} after step {resumed.step}")
 
-    pace = train.Pace(command.log_steps, command.checkpoint_minutes, command.keep, command.scores)
+    pace = train.Pace(command.log_steps, command.checkpoint_minutes, command.keep, command.scores, command.diagnoses)
     started = time.monotonic()
     try:
         with runs.held(run) if distributed.rank() == 0 else contextlib.nullcontext():

@@ -17,7 +17,7 @@ from torch import Tensor
 from corinfomax import views
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe
-from corinfomax.networks import Network, arithmetic
+from corinfomax.networks import Network, arithmetic, ready
 from corinfomax.objective import ldmi
 from corinfomax.seeds import generator
 
@@ -143,9 +143,10 @@ def _forward(
     network: Network, images: Images, recipe: Recipe, view: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     features, projections = [], []
-    for start in range(0, len(images), recipe.batch):
-        rows = torch.arange(start, min(start + recipe.batch, len(images)))
-        x = _view(images, recipe, view, rows, device)
+    size = max(recipe.batch, LEAST_IMAGES)
+    for start in range(0, len(images), size):
+        rows = torch.arange(start, min(start + size, len(images)))
+        x = ready(_view(images, recipe, view, rows, device), network)
         with arithmetic(recipe, device):
             h = network.backbone(x)
             z = network.projector(h)

@@ -59,9 +59,11 @@ class Pretrain:
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints."""
     keep: int = 3
-    """How many checkpoints stay; older ones are removed."""
+    """How many checkpoints stay, and the best beside them; other ones are removed."""
     scores: int = 10
     """Quick kNN scores during the run, where there are labels."""
+    diagnoses: int = 25
+    """Label-free looks at the network during the run, which the verdict rests on; 0 is none."""
     where: Annotated[Where, tyro.conf.arg(name="")] = Where()
     knobs: Annotated[Recipe, tyro.conf.arg(name="")] = RECIPES["cpu-small"].recipe
 

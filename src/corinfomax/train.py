@@ -126,7 +126,7 @@ def pretrain(
                 pending.clear()
                 if writes and done in score_at and scorable(splits):
                     row["knn"] = quick_knn(network, splits, recipe, device=device)
-                if writes and (done in look_at or time_to_save):
+                if writes and (done in look_at or (time_to_save and pace.diagnoses)):
                     row |= diagnosis.row(network, watched, recipe, device=device)
                 if writes:
                     runs.append_metrics(run, row)

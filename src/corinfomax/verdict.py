@@ -41,6 +41,7 @@ LAGGING = 50  # steps in which BatchNorm's running statistics are not yet the ne
 SETTLED = 0.3  # share of a run after which the scale of the projections has found its place
 GROWING = 0.05  # relative gain of the best measure over the last third of the steps so far
 STEADY = 0.01
+LOST = 0.1  # share of a run in trouble that is worth a word when it ended well
 ODD = 5.0  # times what is usual, from where on a knob is the first suspect
 USUAL_LR = {"sgd": 1.0, "adamw": 2e-3}
 BEST = "ldmi"  # ranks checkpoints best (docs/verdict.md)
@@ -85,7 +86,22 @@ def judge(
         or _collapse(rows[-1], looks[-1], recipe)
         or _invariance(rows[-1], looks[-1], recipe, share)
         or _rise(rows, recipe)
+        or (_recovered(rows, recipe, steps) if ended else None)
         or _progress(looks, recipe, share, ended)
+    )
+
+
+def _recovered(rows: Sequence[Row], recipe: Recipe, steps: int) -> Verdict | None:
+    """A run that ends well after long trouble, as one with far too high a learning rate does once that has decayed."""
+    places = [place for place, row in enumerate(rows) if "views_differ" in row]
+    said = [(rows[place]["step"], judge(rows[: place + 1], recipe, steps=steps)) for place in places]
+    trouble = [(step, found) for step, found in said if found is not None and found.kind not in GOOD]
+    if not trouble or trouble[-1][0] - trouble[0][0] < LOST * steps:
+        return None
+    (first, _), (last, found) = trouble[0], trouble[-1]
+    evidence = f"It ends sound, but from step {first} to {last} of {steps} it was in {found.kind}."
+    return Verdict(
+        "healthy", evidence, f"That time was lost: {found.advice[0].lower()}{found.advice[1:]}", found.measures
     )
 
 
@@ -193,7 +209,7 @@ def _invariance(last: Row, look: Row, recipe: Recipe, share: float) -> Verdict |
 
 def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -> Verdict:
     last = looks[-1]
-    known = [look for look in looks if look[BEST] is not None and (look["step"] > LAGGING or ended)]
+    known = [look for look in looks if look[BEST] is not None and look["step"] > LAGGING]
     measures = {name: last[name] for name in (BEST, "rank", "agreement", "spread_gap") if last[name] is not None}
     whose = "held-out images" if last["held_out"] else "the images"
     state = (
@@ -201,9 +217,13 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
     ) + f", {last['rank']:.0f} of {_dim(recipe)} directions are in use"
     before = [look for look in known if look["step"] <= last["step"] * 2 / 3]
     if not before or (share < SETTLED and not ended):
-        return Verdict(
-            "still warming up", f"After {share:.0%} of the steps {state}.", "Nothing looks wrong so far.", measures
+        evidence = f"After {share:.0%} of the steps {state}."
+        advice = (
+            f"The run was too short to say more: --epochs {4 * recipe.epochs}."
+            if ended
+            else "Nothing looks wrong so far."
         )
+        return Verdict("still warming up", evidence, advice, measures)
     top, then = max(known, key=lambda look: look[BEST]), before[-1]
     gain = (last[BEST] - then[BEST]) / max(abs(then[BEST]), 1e-3)
     evidence = (
@@ -245,7 +265,7 @@ def _cause(recipe: Recipe) -> str:
         )
     if optim.weight_decay > 0.02 and optim.name == "sgd":
         return f"A weight decay of {optim.weight_decay:g} shrinks the weights to nothing: --optim.weight-decay 1e-4."
-    cure = f"--optim.lr {optim.lr / (10 if optim.lr > USUAL_LR[optim.name] else 3):.2g}"
+    cure = f"--optim.lr {min(optim.lr / 3, USUAL_LR[optim.name]):.2g}"
     also = " and --projector.batch-norm" if not recipe.projector.batch_norm else ""
     return f"A learning rate of {optim.lr:g} is the likely cause: {cure}{also}."
 
