@@ -59,7 +59,7 @@ def table(metrics: Sequence[Metric], *, goals: bool) -> list[str]:
     head += ["at least", "aim", "reached"] if goals else []
     lines = [row(head), row(["---"] * 2 + ["---:"] * (len(head) - 2))]
     for m in metrics:
-        cells = [m.name, m.against, f"**{m.ratio:.2f}**", f"{m.low:.2f} – {m.high:.2f}", str(m.n)]
+        cells = [m.name, m.against, f"**{ratio(m.ratio)}**", f"{ratio(m.low)} – {ratio(m.high)}", str(m.n)]
         cells += [f"{number(m.ours)} {m.unit}", f"{number(m.theirs)} {m.unit}"]
         if goals:
             assert m.at_least is not None
@@ -75,6 +75,11 @@ def reached(m: Metric) -> str:
     if m.at_least is not None and m.ratio >= m.at_least:
         return "yes"
     return "no"
+
+
+def ratio(value: float) -> str:
+    """Two decimals, or two digits that count where those would be all noughts."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def number(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,22 +10,27 @@ import numpy as np
 import torch
 from PIL import Image
 
+from corinfomax import images
 from corinfomax.images import Images
 
 NAMES = 20_000  # a file's names; ext4 allows 65,000
 
 
 def million(folder: Path, count: int, side: int) -> Images:
-    """`count` images of zeros in a memory map of a file that is one hole, as `images.load` would give them."""
-    stride = 3 * side * side
-    path = folder / f"{count}-{side}.bin"
-    with path.open("wb") as stream:
+    """`count` images of zeros from a cache whose pixels are one hole, opened as the package opens its own."""
+    cache, stride = folder / f"{count}-{side}", 3 * side * side
+    cache.mkdir()
+    with (cache / "pixels.bin").open("wb") as stream:
         stream.truncate(count * stride)
-    mapped = np.memmap(path, np.uint8, "c")  # copy-on-write, never written: torch wants it writable
+    index = np.stack((np.arange(count), *[np.full(count, side)] * 2), 1)
+    np.save(cache / "index.npy", index, allow_pickle=False)
+    (cache / "index.json").write_text(json.dumps({"skipped": [], "digest": ""}))
+    opened = images._open(cache, count)  # the layout is the package's own affair: if it changes, this fails
+    assert opened is not None
     return Images(
-        pixels=torch.from_numpy(mapped),
+        pixels=opened.pixels,
         offsets=torch.arange(count) * stride,
-        sizes=torch.full((count, 2), side),
+        sizes=torch.from_numpy(opened.table[:, 1:].copy()),
         paths=tuple(f"train/{i % 1000:04}/{i:08}.jpg" for i in range(count)),
         labels=None,
         classes=(),

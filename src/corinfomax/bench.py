@@ -59,6 +59,7 @@ def describe(recipe: Recipe, images: Images, device: torch.device, *, decode: fl
         threads=torch.get_num_threads(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         native_bfloat16=networks.precision(auto, device) == "bfloat16",
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
         decode=decode,
     )
 

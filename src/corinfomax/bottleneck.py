@@ -42,6 +42,8 @@ class Setting:
     cores: int
     native_bfloat16: bool
     """Whether the device multiplies bfloat16 faster than float32."""
+    load: float = 0.0
+    """Programs that wanted a core before measuring began: the load average."""
     decode: float | None = None
     """Seconds to decode one image file on all cores; once for each image, then the cache is read."""
 
@@ -75,7 +77,8 @@ def advise(timings: Timings, setting: Setting) -> str:
     network = share["forward"] + share["backward"]
     most = f"at most {_percent(1 / now.efficiency - 1)} more images a second"
     on_cpu = setting.device == "cpu"
-    if on_cpu and setting.threads < setting.cores:
+    free = setting.cores - setting.load  # what other programs compute on is not there to take
+    if on_cpu and setting.threads < setting.cores and setting.threads + 0.5 < free:
         return (
             f"Let torch use every core (OMP_NUM_THREADS={setting.cores}): it computes on {setting.threads} of "
             f"{setting.cores}, and {_percent(share['views'] + network)} of the time is computing."
@@ -149,7 +152,12 @@ def as_text(timings: Timings, setting: Setting) -> str:
         f"efficiency is {now.efficiency:.2f}, so {bound} is the bound",
         f"→ {advise(timings, setting)}",
     ]
-    if high - low > 0.2 * now.loop:
+    if setting.device == "cpu" and setting.threads + setting.load > setting.cores + 1:
+        lines.append(
+            f"other programs want {setting.load:.1f} of the {setting.cores} cores: figures are theirs too, and threads "
+            "that wait for each other can be slower than one (OMP_NUM_THREADS=1)"
+        )
+    elif high - low > 0.2 * now.loop:
         lines.append("the rounds differ by more than a fifth: the machine does other things too, so trust shares only")
     return "\n".join(lines)
 
