@@ -68,6 +68,8 @@ def test_what_follows_from_the_medians():
     now = look(timings(views=0.2, read=0.1, loop=1.5, rounds=1))
     assert now.efficiency == pytest.approx(0.7 / 1.5)
     assert now.rest == pytest.approx(0.5)
+    # A loop that once met a busy machine is no reason to blame what cannot be seen.
+    assert look(timings(views=0.2, rounds=4)._replace(loop=[1.0, 1.0, 1.8, 1.9])).rest == pytest.approx(0.0)
     # Feeding that overlaps the update costs nothing: the loop is then shorter than the sum of its parts.
     overlapped = look(timings(views=0.3, loop=0.7))
     assert overlapped.efficiency == pytest.approx(1.0)

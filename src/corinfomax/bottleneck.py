@@ -57,7 +57,7 @@ class Look(NamedTuple):
     efficiency: float
     """Share of the loop that the update would take if its views were always ready; 1 is all."""
     rest: float
-    """What the loop takes beside its parts: logging, checkpoints, order of the images."""
+    """What the loop surely takes beside its parts: logging, checkpoints, order of the images."""
 
 
 def look(timings: Timings) -> Look:
@@ -66,7 +66,9 @@ def look(timings: Timings) -> Look:
     ready, loop = statistics.median(timings.ready), statistics.median(timings.loop)
     # A round's two blocks stood next to each other in time: their ratio is steadier than that of the medians.
     efficiency = statistics.median(r / whole for r, whole in zip(timings.ready, timings.loop, strict=True))
-    rest = max(0.0, loop - ready - parts["read"] - parts["views"])
+    # A difference of four noisy numbers: only what is left at the better quartile of one and the worse of the others.
+    known = sum(quartiles(samples)[2] for samples in (timings.ready, timings.parts["read"], timings.parts["views"]))
+    rest = max(0.0, quartiles(timings.loop)[0] - known)
     return Look(parts, ready, loop, min(1.0, efficiency), rest)
 
 
