@@ -126,7 +126,8 @@ def test_the_update_leaves_the_recipes_network_as_it_was():
 
 def test_the_command_on_made_up_images_and_on_a_folder(tmp_path, capsys):
     words = ["--size", "16", "--cache-side", "16", "--batch", "8", "--seconds", "0.1", "--device", "cpu"]
-    words += ["--backbone.channels", "8", "8", "8", "16", "--projector.widths", "32", "8"]
+    words += ["--backbone.layers", "1", "1", "1", "1", "--backbone.channels", "8", "8", "8", "16"]
+    words += ["--projector.widths", "32", "8"]
     out = tmp_path / "bench.json"
     assert cli.main(["bench", *words, "--out", str(out)]) == 0
     said = capsys.readouterr().out
