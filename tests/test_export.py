@@ -100,11 +100,22 @@ def test_any_timm_network_is_a_timm_folder(tmp_path, in_process, name, size):
     assert done.tensors == len(model.state_dict()) and done.difference <= 1e-6
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert tiny.equal_states(loaded.state_dict(), model.state_dict())
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # who reads one reads all
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_small_stem_comes_with_its_loader_and_is_never_loaded_wrongly(tmp_path, in_process, stride):
-    model, saved = trained(replace(SMALL, stem_stride=stride))
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        replace(SMALL, stem_stride=1),
+        SMALL,
+        replace(SMALL, channels=(64, 8, 8, 16)),
+        Backbone(small_stem=True),
+        Backbone(name="resnet26", small_stem=True, channels=(8, 8, 8, 16)),
+    ],
+    ids=["stride 1", "stride 2", "64 channels", "the paper's", "bottlenecks"],
+)
+def test_a_small_stem_comes_with_its_loader_and_is_never_loaded_wrongly(tmp_path, in_process, backbone):
+    model, saved = trained(backbone)
     done = export.export(model, saved, tmp_path / "out", "timm", results={})
     assert done.loader == "by its load.py and timm alone" and done.difference <= 1e-6
     assert "corinfomax" not in (tmp_path / "out" / "load.py").read_text()
@@ -204,7 +215,8 @@ def run(tmp_path_factory):
     data = tiny.folder(root / "data", {"train": 32, "test": 8})
     knobs = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "2", "--projector.widths", "32", "8"]
     words = ["pretrain", str(data), "--out", str(root / "run"), "--checkpoint-minutes", "0", *knobs]
-    assert cli.main([*words, "--backbone.channels", "8", "8", "8", "16", "--no-report"]) == 0
+    network = ["--backbone.layers", "1", "1", "1", "1", "--backbone.channels", "8", "8", "8", "16"]
+    assert cli.main([*words, *network, "--no-report"]) == 0
     return root / "run", data
 
 

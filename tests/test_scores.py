@@ -124,6 +124,20 @@ def test_what_is_said_of_a_comparison(ours, untrained, pixels, verdict, other, b
         assert f"{abs(got.difference):.1f} points {'more' if verdict == 'better' else 'fewer'}" in sentence
 
 
+def test_a_probe_that_says_the_opposite_is_heard():
+    better, worse = (scores.compare(outcomes(n, 1000), {"raw pixels": outcomes(700, 1000)}, seed=0) for n in (800, 600))
+    said = scores.in_words(better, probe="linear", dissent=worse, dissenter="kNN")
+    assert (
+        said.startswith("Pretraining helped") and "; but kNN does worse on them, 60.0 and 70.0 % on raw pixels" in said
+    )
+    said = scores.in_words(worse, probe="linear", dissent=better, dissenter="kNN")
+    assert said.startswith("Pretraining did harm") and "; but kNN does better on them" in said
+    for agreeing in (better, scores.compare(outcomes(700, 1000), {"x": outcomes(701, 1000)}, seed=0)):
+        assert scores.in_words(better, probe="linear", dissent=agreeing, dissenter="kNN") == scores.in_words(
+            better, probe="linear"
+        )
+
+
 def test_chance_is_no_difference(rng):
     verdicts = [
         scores.compare(

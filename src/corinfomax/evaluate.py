@@ -146,13 +146,16 @@ def verdicts(outcomes: dict[str, Outcomes], *, seed: int) -> tuple[tuple[Compari
     """Whether pretraining helped beyond the better baseline, and how each rival compares; in numbers and in words."""
     right = {name: found[DECIDING][0] for name, found in outcomes.items()}
     first = scores.compare(right["pretrained"], {name: right[name] for name in BASELINES}, seed=seed)
+    nearest = {name: found["kNN"][0] for name, found in outcomes.items()}
+    dissent = scores.compare(nearest["pretrained"], {name: nearest[name] for name in BASELINES}, seed=seed)
     rivals = [
         scores.compare(right["pretrained"], {name: right[name]}, seed=seed)
         for name in right
         if name not in ("pretrained", *BASELINES)
     ]
     words = [scores.beside("pretrained", comparison, probe=DECIDING) for comparison in rivals]
-    return (first, *rivals), (scores.in_words(first, probe=DECIDING), *words)
+    verdict = scores.in_words(first, probe=DECIDING, dissent=dissent, dissenter="kNN")
+    return (first, *rivals), (verdict, *words)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from corinfomax import card, knobs, networks, runs
@@ -71,7 +71,7 @@ def check_extra(form: Format) -> None:
 
 def _write_folder(part: Path, backbone: nn.Module, saved: Checkpoint, results: dict[str, Any]) -> str:
     part.mkdir()
-    save_file(_tensors(backbone), part / "model.safetensors", metadata=_metadata(saved.recipe))
+    _write_tensors(part / "model.safetensors", backbone, saved.recipe)
     runs.write_json(part / "config.json", timm_config(saved.recipe, features=int(backbone.num_features)))  # type: ignore[arg-type]
     plain = not saved.recipe.backbone.small_stem
     if not plain:
@@ -82,7 +82,7 @@ def _write_folder(part: Path, backbone: nn.Module, saved: Checkpoint, results: d
 
 
 def _write_file(part: Path, backbone: nn.Module, saved: Checkpoint, results: dict[str, Any]) -> str:
-    save_file(_tensors(backbone), part, metadata=_metadata(saved.recipe))
+    _write_tensors(part, backbone, saved.recipe)
     return "by torchvision alone" if is_torchvisions(saved.recipe.backbone) else "by timm alone"
 
 
@@ -101,6 +101,11 @@ def _write_onnx(part: Path, backbone: nn.Module, saved: Checkpoint, results: dic
     program.model.metadata_props.update(_metadata(saved.recipe))
     program.save(str(part), external_data=False)
     return "by onnxruntime alone"
+
+
+def _write_tensors(path: Path, backbone: nn.Module, recipe: Recipe) -> None:
+    # save_file makes a file that its owner alone may read; this one is for others.
+    path.write_bytes(save(_tensors(backbone), _metadata(recipe)))
 
 
 def _tensors(backbone: nn.Module) -> dict[str, Tensor]:

@@ -53,7 +53,8 @@ def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
             width = backbone.channels[0]
             model.register_module("bn1", nn.BatchNorm2d(width))
             first.register_module("conv1", _convolution(width, width, stride=1))
-            first.register_module("downsample", None)
+            if first.downsample is not None:  # 64 channels after 64 have none, and then it is no module's name
+                first.register_module("downsample", None)
         model.register_module("conv1", _convolution(3, width, stride=backbone.stem_stride))
         model.register_module("maxpool", nn.Identity())
     return model

@@ -116,8 +116,11 @@ def compare(ours: Float[Tensor, " m"], others: dict[str, Float[Tensor, " m"]], *
     return Comparison(verdict, mean, other, score[other], mean - score[other], low, high, decided, len(ours))
 
 
-def in_words(c: Comparison, *, probe: str) -> str:
-    """One sentence on whether pretraining helped, for people: the verdict, the numbers, how sure they are."""
+def in_words(c: Comparison, *, probe: str, dissent: Comparison | None = None, dissenter: str = "") -> str:
+    """One sentence on whether pretraining helped, for people: the verdict, the numbers, how sure they are.
+
+    Where another probe, `dissenter`, clearly says the opposite, the sentence says so too.
+    """
     got = f"the {probe} probe gets {c.score:.1f} % right on these features and {c.other_score:.1f} % on {c.other}"
     if c.verdict == "unclear" and c.decided < FEWEST:
         few = f"only {c.decided} of {c.images:,} test images are decided differently"
@@ -127,7 +130,12 @@ def in_words(c: Comparison, *, probe: str) -> str:
         "unclear": "Pretraining made no clear difference",
         "worse": "Pretraining did harm",
     }[c.verdict]
-    return f"{verdict}: {got}, {_points(c)}."
+    said = f"{verdict}: {got}, {_points(c)}"
+    if dissent is not None and {c.verdict, dissent.verdict} == {"better", "worse"}:
+        how = "better" if dissent.verdict == "better" else "worse"
+        said += f"; but {dissenter} does {how} on them, {dissent.score:.1f} and {dissent.other_score:.1f} % on "
+        said += f"{dissent.other}, {_points(dissent)}"
+    return f"{said}."
 
 
 def beside(name: str, c: Comparison, *, probe: str) -> str:
