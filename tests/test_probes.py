@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -193,6 +194,14 @@ def test_logistic_survives_separable_classes(rng):
 def test_logistic_says_when_it_did_not_converge(digits):
     with pytest.warns(UserWarning, match="at penalty 0.001 stopped at a gradient of .* raise max_iter from 3"):
         logistic(*digits[:3], penalties=(1e-3,), max_iter=3)
+
+
+def test_knn_on_digits_equals_sklearn_on_every_row(digits):
+    train, labels, test, _ = digits
+    oracle = KNeighborsClassifier(
+        20, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(train.double().numpy(), labels.numpy())
+    assert knn(train, labels, test).tolist() == oracle.predict(test.double().numpy()).tolist()
 
 
 @pytest.mark.parametrize("probe", [ridge, logistic])
