@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ def run_case(case: Case, folder: Path, root: Path, cache: Path) -> None:
     try:
         pace = train.Pace(log_steps=10, checkpoint_minutes=60.0, scores=0)
         network = train.pretrain(case.recipe, splits, folder, device=CPU, pace=pace, facts={})
-        some = [split.select(torch.arange(min(len(split), MOST))) for split in splits if split is not None]
+        sound = replace(case, spoil=lambda split: split).splits(root, cache)  # what it learnt, on images as they are
+        some = [split.select(torch.arange(min(len(split), MOST))) for split in sound if split is not None]
         features = [embed.features(network.backbone, part, case.recipe, device=CPU) for part in some]
         labels = [part.labels for part in some]
         assert labels[0] is not None and labels[1] is not None

@@ -172,13 +172,13 @@ def test_the_best_step_is_the_one_kept_with_most_shared():
 
 
 STILL = View(crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0)
-SHORT = replace(tiny.RECIPE, projector=Projector(widths=(32, 8), batch_norm=True), batch=16, epochs=4)
+SHORT = replace(tiny.RECIPE, projector=Projector(widths=(32, 8), batch_norm=True), epochs=6)
 
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    return images.load(tiny.folder(root, {"train": 160, "test": 48}), side=16, progress=False)
+    return images.load(tiny.folder(root, {"train": 80, "test": 32}), side=16, progress=False)
 
 
 def one_image(split):
@@ -210,5 +210,5 @@ def test_runs_made_to_go_wrong_are_named(splits, tmp_path, recipe, spoil, kinds)
         train.pretrain(recipe, data, tmp_path, device=torch.device("cpu"), pace=pace, facts={})
     except FloatingPointError as stopped:
         error = str(stopped)
-    found = verdict.judge(runs.read_metrics(tmp_path), recipe, steps=40, ended=True, error=error)
+    found = verdict.judge(runs.read_metrics(tmp_path), recipe, steps=60, ended=True, error=error)
     assert found.kind in kinds, found.text
