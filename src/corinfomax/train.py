@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import sys
 import threading
@@ -197,8 +198,12 @@ def scorable(splits: Splits) -> bool:
 def batch_indices(recipe: Recipe, step: int, count: int) -> Int[Tensor, " b"]:
     """Which images make the global batch of a step: a slice of the epoch's permutation, the short last one dropped."""
     epoch, place = divmod(step, count // recipe.batch)
-    order = torch.randperm(count, generator=generator(recipe.seed, "order", epoch))
-    return order[place * recipe.batch : (place + 1) * recipe.batch]
+    return _order(recipe.seed, epoch, count)[place * recipe.batch : (place + 1) * recipe.batch]
+
+
+@functools.lru_cache(maxsize=1)  # a million images take 20 ms to shuffle
+def _order(seed: int, epoch: int, count: int) -> Int[Tensor, " n"]:
+    return torch.randperm(count, generator=generator(seed, "order", epoch))
 
 
 def make_views(
