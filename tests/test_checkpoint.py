@@ -161,7 +161,7 @@ def test_metrics_survive_a_torn_last_line(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1, 2, 3]
-    runs.forget_metrics_after(tmp_path, 2)
+    runs.forget_after(tmp_path, 2)
     runs.append_metrics(tmp_path, {"step": 3})
     assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1, 2, 3]
     assert runs.read_metrics(tmp_path / "none") == []

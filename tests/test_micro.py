@@ -80,3 +80,10 @@ def test_a_run_in_micro_batches_trains_and_one_as_large_as_the_batch_is_the_run_
     assert losses[8] == losses[None]
     assert losses[4] != losses[None]
     assert losses[4] == pytest.approx(losses[None], rel=0.5)
+
+
+def test_a_part_of_one_image_is_a_mistake_and_no_divergence(tmp_path):
+    splits = images.load(tiny.folder(tmp_path / "data", {"train": 9}), side=16, progress=False, holdout=0.0)
+    recipe = replace(tiny.RECIPE, batch=9, micro_batch=4)
+    with pytest.raises(ValueError, match="9 images in parts of 4 leave a part of one"):
+        train.pretrain(recipe, splits, tmp_path, device=CPU, pace=train.Pace(), facts={})

@@ -63,7 +63,11 @@ def test_every_recipes_network_gives_projections(name):
     [
         (Backbone(name="resnet19"), "timm knows no network 'resnet19'"),
         (Backbone(name="vit_tiny_patch16_224", small_stem=True), "small_stem replaces"),
-        (Backbone(name="vit_tiny_patch16_224", layers=(1, 1)), "does not take layers"),
+        (Backbone(name="vit_tiny_patch16_224", layers=(1, 1, 1, 1)), "does not take layers"),
+        (Backbone(layers=(1, 1)), "a ResNet has four stages"),
+        (Backbone(layers=(0, 1, 1, 1)), "the first needs a block"),
+        (Backbone(channels=(8, 16, 32)), "a ResNet has four stages"),
+        (Backbone(layers=(1, 1, 1, 0), channels=(8, 8, 8, 16)), "stage 3 has no block, so its width stays 8"),
     ],
 )
 def test_impossible_backbones_are_errors(backbone, message):

@@ -124,7 +124,7 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(splits, tmp_path, monkeyp
     monkeypatch.undo()
     saved = checkpoint.load(interrupted.value.checkpoint)
     assert saved.step == 7
-    runs.forget_metrics_after(stopped, saved.step)
+    runs.forget_after(stopped, saved.step)
     resumed = run_tiny(splits, stopped, recipe, resume=saved)
     assert tiny.equal_states(whole.state_dict(), resumed.state_dict())
     drop = ("seconds",)
@@ -246,7 +246,21 @@ def test_a_signal_to_the_command_leaves_a_run_that_goes_on(tmp_path):
     data = tiny.folder(tmp_path / "data", {"train": 64, "test": 16})
     run = tmp_path / "run"
     knobs = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "400", "--scores", "0"]
-    small = ["--backbone.channels", "8", "8", "8", "8", "--projector.widths", "16", "8"]
+    small = [
+        "--backbone.layers",
+        "1",
+        "1",
+        "1",
+        "1",
+        "--backbone.channels",
+        "8",
+        "8",
+        "8",
+        "8",
+        "--projector.widths",
+        "16",
+        "8",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CORINFOMAX_CACHE": str(tmp_path / "cache")}
 
     def command(*words):
@@ -272,3 +286,53 @@ def test_a_signal_to_the_command_leaves_a_run_that_goes_on(tmp_path):
     steps = [row["step"] for row in runs.read_metrics(run)]
     assert steps == sorted(set(steps))
     assert len(runs.checkpoints(run)) == 2
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_bitwise_as_one_never_stopped(tmp_path):
+    data = tiny.folder(tmp_path / "data", {"train": 64, "test": 16})
+    knobs = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "10", "--keep", "2", "--no-report"]
+    # A checkpoint and a row for every step: most kills come in the middle of a write.
+    knobs += ["--log-steps", "1", "--checkpoint-minutes", "0", "--scores", "2", "--no-evaluate"]
+    knobs += [
+        "--backbone.layers",
+        "1",
+        "1",
+        "1",
+        "1",
+        "--backbone.channels",
+        "8",
+        "8",
+        "8",
+        "8",
+        "--projector.widths",
+        "16",
+        "8",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CORINFOMAX_CACHE": str(tmp_path / "cache")}
+
+    def command(*words):
+        words = [sys.executable, "-m", "corinfomax", "pretrain", *map(str, words)]
+        return subprocess.Popen(words, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = command(data, "--out", whole, *knobs)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    process = command(data, "--out", killed, *knobs)
+    for least in (9, 31):
+        wait_for(lambda least=least: len(runs.read_metrics(killed)) >= least, process)
+        process.kill()
+        process.communicate()
+        again = ["--resume", killed, "--log-steps", "1", "--checkpoint-minutes", "0", "--scores", "2", "--keep", "2"]
+        process = command(*again, "--no-evaluate", "--no-report")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    ends = [checkpoint.load(checkpoint.last(run)) for run in (whole, killed)]
+    assert [end.step for end in ends] == [80, 80]
+    for part in ("network", "criterion", "optimizer"):
+        assert tiny.equal_states(getattr(ends[0], part), getattr(ends[1], part)), part
+    rows = [[{**row, "seconds": 0} for row in runs.read_metrics(run)] for run in (whole, killed)]
+    assert rows[0] == rows[1]
+    # What the kills left of half-written files is gone.
+    assert not list(killed.rglob("*.part"))

@@ -1,4 +1,4 @@
-"""The command line: `corinfomax pretrain · evaluate · embed · recipes`; what each command does, in order."""
+"""The command line: what each of its commands does, in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from corinfomax import __version__, knobs, recipes, runs, verdict
 from corinfomax.knobs import Recipe
@@ -67,17 +67,35 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_pretrain(command: Pretrain, argv: list[str]) -> int:
-    """The whole job, in this process or in all that torchrun started; the first of them speaks and writes."""
+    """The whole job: training in this process or in all that torchrun started, and the rest in the first of them."""
     from corinfomax import distributed
 
     with distributed.group(_device(command.where.device)) as device, contextlib.ExitStack() as quiet:
-        if distributed.rank() > 0:
+        first = distributed.rank() == 0
+        if not first:
             quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(Path(os.devnull).open("w"))))
-        return _pretrain(command, argv, device)
+        trained = _train(command, argv, device)
+    if trained is None:
+        return 130
+    if first:
+        _finish(command, trained)
+    return 0
 
 
-def _pretrain(command: Pretrain, argv: list[str], device: torch.device) -> int:
-    """Images, recipe, run folder, training, score, verdict, report."""
+class Trained(NamedTuple):
+    """What training leaves to score, judge and report."""
+
+    data: str
+    run: Path
+    network: Network
+    recipe: Recipe
+    facts: dict[str, Any]
+    splits: Splits
+    device: torch.device
+
+
+def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained | None:
+    """Images, recipe, run folder, training; None when it was asked to stop."""
     from corinfomax import checkpoint, distributed, networks, sources, train
 
     resumed: checkpoint.Checkpoint | None = None
@@ -113,46 +131,51 @@ def _pretrain(command: Pretrain, argv: list[str], device: torch.device) -> int:
         "fingerprint": splits.train.fingerprint,
         "versions": _versions(),
     }
-    if distributed.rank() > 0:
-        run = command.resume or command.out or Path("runs")  # the first process writes there, this one does not
-    elif resumed is None:
-        run = _new_run(command.out, f"{Path(data).stem or 'images'}-{name}")
-        runs.write_json(run / "recipe.json", {"recipe": knobs.to_json(recipe), "facts": facts, "command": argv})
-    else:
-        assert command.resume is not None
+    if resumed is not None and resumed.facts["fingerprint"] != facts["fingerprint"]:
+        raise ValueError(
+            f"the images of {data} are not those that {command.resume} was trained on; put those back, or name where "
+            f"they are now: corinfomax pretrain DATA --resume {command.resume}"
+        )
+    first = distributed.rank() == 0
+    if command.resume is not None:
         run = command.resume
-        if resumed.facts["fingerprint"] != facts["fingerprint"]:
-            raise ValueError(
-                f"the images of {data} are not those that {run} was trained on; put those back, or name where they "
-                f"are now: corinfomax pretrain DATA --resume {run}"
-            )
-        runs.forget_metrics_after(run, resumed.step)
-        print(f"going on with {run} after step {resumed.step}")
-
+    elif first:
+        run = _new_run(command.out, f"{Path(data).stem or 'images'}-{name}")
+    else:
+        run = command.out or Path("runs")  # the first process writes there, this one does not
     pace = train.Pace(command.log_steps, command.checkpoint_minutes, command.keep, command.scores, command.diagnoses)
     started = time.monotonic()
-    try:
-        with runs.held(run) if distributed.rank() == 0 else contextlib.nullcontext():
+    with runs.held(run) if first else contextlib.nullcontext():
+        if first and resumed is None:
+            runs.write_json(run / "recipe.json", {"recipe": knobs.to_json(recipe), "facts": facts, "command": argv})
+        elif first and resumed is not None:
+            runs.forget_after(run, resumed.step)
+            print(f"going on with {run} after step {resumed.step}")
+        try:
             network = train.pretrain(recipe, splits, run, device=device, pace=pace, facts=facts, resume=resumed)
-    except train.Interrupted as stop:
-        print(f"stopped; {stop.checkpoint} has all that was done\nto go on: corinfomax pretrain --resume {run}")
-        return 130
-    except FloatingPointError as error:
-        if distributed.rank() == 0:
-            _conclude(run, recipe, len(splits.train), error=str(error))
-        raise
-    if distributed.rank() > 0:
-        return 0
-    print(f"trained in {(time.monotonic() - started) / 60:.1f} min: {runs.checkpoints(run)[-1]}")
-    if command.evaluate and train.scorable(splits):
-        from corinfomax import evaluate
+        except train.Interrupted as stop:
+            print(f"stopped; {stop.checkpoint} has all that was done\nto go on: corinfomax pretrain --resume {run}")
+            return None
+        except FloatingPointError as error:
+            if first:
+                _conclude(run, recipe, len(splits.train), error=str(error))
+            raise
+    if first:
+        print(f"trained in {(time.monotonic() - started) / 60:.1f} min: {runs.checkpoints(run)[-1]}")
+    return Trained(data, run, network, recipe, facts, splits, device)
 
-        _tell(evaluate.evaluate(network.backbone, splits, recipe, device=device), splits, run / "results.json")
+
+def _finish(command: Pretrain, trained: Trained) -> None:
+    """The verdict first, so that nothing after it can cost it; then scores where there are labels, and the page."""
+    from corinfomax import evaluate, train
+
+    data, run, network, recipe, facts, splits, device = trained
     _conclude(run, recipe, len(splits.train))
+    if command.evaluate and train.scorable(splits):
+        _tell(evaluate.evaluate(network.backbone, splits, recipe, device=device), splits, run / "results.json")
     if command.report:
         _report_if_possible(run, network, recipe, facts, splits, device)
     print(f"feature vectors: corinfomax embed {run} {data}")
-    return 0
 
 
 def _conclude(run: Path, recipe: Recipe, images: int, *, error: str | None = None) -> None:
@@ -449,7 +472,7 @@ def _tell(result: Any, splits: Splits, path: Path | None) -> None:
     print(f"{len(splits.train):,} images with labels to fit each probe, {len(splits.test):,} others to score it")
     print("\n".join(result.sentences))
     if path is not None:
-        runs.write_json(path, {**evaluate.as_json(result), "train": len(splits.train), "test": len(splits.test)})
+        runs.add_json(path, {**evaluate.as_json(result), "train": len(splits.train), "test": len(splits.test)})
         print(f"written to {path}")
 
 

@@ -117,7 +117,11 @@ def share_batch_norm(module: nn.Module) -> nn.Module:
     if size() == 1:
         return module
     if any(p.device.type == "cuda" for p in module.parameters()):
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        from timm.layers.norm_act import (
+            convert_sync_batchnorm,
+        )  # torch's would lose the activation in timm's BatchNormAct2d
+
+        return convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     for name, child in list(module.named_modules()):
         if not isinstance(child, _BatchNorm):
             continue

@@ -39,6 +39,18 @@ def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
         raise ValueError(f"timm knows no network {backbone.name!r}; near it: {near}")
     if (cfg := timm.get_pretrained_cfg(backbone.name)) is not None and cfg.fixed_input_size:
         options["img_size"] = size
+    layers, channels = backbone.layers, backbone.channels
+    if layers is not None and (len(layers) != 4 or layers[0] < 1):
+        raise ValueError(f"layers are {layers}; a ResNet has four stages, and the first needs a block")
+    if channels is not None and len(channels) != 4:
+        raise ValueError(f"channels are {channels}; a ResNet has four stages")
+    if layers is not None and channels is not None:
+        for stage in (1, 2, 3):
+            if layers[stage] == 0 and channels[stage] != channels[stage - 1]:
+                raise ValueError(
+                    f"stage {stage} has no block, so its width stays {channels[stage - 1]} and cannot be "
+                    f"{channels[stage]}: give layers and channels that fit, such as --backbone.layers 1 1 1 1"
+                )
     try:
         model = timm.create_model(backbone.name, pretrained=False, num_classes=0, **options)
     except TypeError as error:

@@ -135,7 +135,8 @@ def _projections(
     network: Network, features: Float[Tensor, "n f"], recipe: Recipe, *, device: torch.device
 ) -> Float[Tensor, "n d"]:
     """What the loss would be given for each image's centre view."""
-    z = torch.cat([network.projector(rows.to(device)).float().cpu() for rows in features.split(4096)])
+    dtype = next(network.projector.parameters()).dtype
+    z = torch.cat([network.projector(rows.to(device, dtype)).float().cpu() for rows in features.split(4096)])
     return torch.nn.functional.normalize(z, dim=1) if recipe.loss.normalize else z
 
 

@@ -35,11 +35,14 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 def _sync(path: Path) -> None:
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs no read-only file
     except PermissionError:  # Windows opens no folders
         return
     try:
         os.fsync(handle)
+    except OSError:  # some file systems refuse it for folders; for a file's content it must hold
+        if not path.is_dir():
+            raise
     finally:
         os.close(handle)
 
@@ -81,8 +84,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def forget_metrics_after(run: Path, step: int) -> None:
-    """Leave out the rows after `step`: the resumed run writes them again."""
+def forget_after(run: Path, step: int) -> None:
+    """Leave out rows and checkpoints after `step`: the resumed run writes them again, and the latter are damaged."""
+    for path in checkpoints(run):
+        if step_of(path) > step:
+            path.unlink()
     rows = [row for row in read_metrics(run) if row["step"] <= step]
     write_whole(
         run / "metrics.jsonl", lambda temporary: _write_text(temporary, "".join(json.dumps(row) + "\n" for row in rows))
@@ -123,7 +129,7 @@ def held(run: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ValueError(f"{run} is in use by another process; wait for it, or choose another --out") from error
         except OSError as error:
-            if error.errno != errno.ENOTSUP:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
                 raise
         yield
 

@@ -44,7 +44,7 @@ STEADY = 0.01
 LOST = 0.1  # share of a run in trouble that is worth a word when it ended well
 ODD = 5.0  # times what is usual, from where on a knob is the first suspect
 USUAL_LR = {"sgd": 1.0, "adamw": 2e-3}
-BEST = "ldmi"  # ranks checkpoints best (docs/verdict.md)
+BEST = "ldmi"  # ranks checkpoints as well as any (docs/verdict.md)
 
 
 class Verdict(NamedTuple):
