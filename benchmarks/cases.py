@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from corinfomax import images
+from corinfomax import embed, images, probes
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe, View
 from corinfomax.recipes import RECIPES
@@ -45,6 +46,19 @@ class Case:
 
 
 SIDE = {"cifar10": 32, "mnist5k": 28, "clothing-128": 48, "tiny-imagenet-64-100c": 48}
+
+
+def ridge(backbone: nn.Module, splits: Splits, recipe: Recipe, *, most: int = 5000) -> float:
+    """Top-1 in percent of a ridge probe on at most `most` images of each split, drawn at random: files lie by class."""
+    assert splits.test is not None
+    some = []
+    for split in splits:
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(2))
+        some.append(split.select(order[:most]))
+    train, test = some
+    x, y = (embed.features(backbone, part, recipe) for part in some)
+    assert train.labels is not None and test.labels is not None
+    return probes.accuracy(probes.ridge(x, train.labels, y).predicted, test.labels)
 
 
 def one_image(split: Images) -> Images:

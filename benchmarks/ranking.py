@@ -1,6 +1,6 @@
 """How label-free measures rank recipes and checkpoints against a ridge probe: Spearman's correlations, as markdown.
 
-    python benchmarks/ranking.py --root data --out /tmp/ranking-runs
+    python benchmarks/ranking.py --root data --out runs/ranking
 
 Per data set eight recipes, the same but for one knob, and ten checkpoints of the first. Runs that are in --out already
 are only read. About half a CPU minute a recipe on one thread.
@@ -14,17 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cases import SMALL, Case, changed
+from cases import SMALL, Case, changed, ridge
 
-from corinfomax import checkpoint, diagnosis, embed, probes, runs, train
-from corinfomax.images import Splits
+from corinfomax import checkpoint, diagnosis, runs, train
 from corinfomax.knobs import Recipe, View
-from corinfomax.networks import Network
 
 CPU = torch.device("cpu")
-MOST = 5000  # images to fit and to score the ridge probe on
 COUNT = 10_000  # images to train on
-BASE = changed(SMALL, epochs=3, optim={"warmup_epochs": 0.5})
+BASE = changed(SMALL, size=24, epochs=4, optim={"warmup_epochs": 0.5})
 MILD = BASE.views[0]
 GREY = View(crop_area=MILD.crop_area, jitter=0.0, grey=0.0)
 RECIPES: dict[str, Recipe] = {
@@ -66,14 +63,6 @@ def spearman(a: list[float], b: list[float]) -> float:
     return float(np.corrcoef(ra, rb)[0, 1])
 
 
-def ridge(network: Network, splits: Splits, recipe: Recipe) -> float:
-    """Top-1 of a ridge probe on the backbone's features, in percent."""
-    some = [split.select(torch.arange(min(len(split), MOST))) for split in splits if split is not None]
-    features = [embed.features(network.backbone, part, recipe, device=CPU) for part in some]
-    assert some[0].labels is not None and some[1].labels is not None
-    return probes.accuracy(probes.ridge(features[0], some[0].labels, features[1]).predicted, some[1].labels)
-
-
 def run(name: str, data: str, folder: Path, root: Path, cache: Path | None) -> list[dict[str, float]]:
     """The measures and the probe of every checkpoint kept, oldest first: all of the base's, the last of the others."""
     if (folder / "done.json").exists():
@@ -93,7 +82,7 @@ def run(name: str, data: str, folder: Path, root: Path, cache: Path | None) -> l
         network, _ = checkpoint.load_network(saved[place])
         measures = diagnosis.look(network, part.images, recipe, device=CPU)
         assert measures is not None
-        found.append({m: getattr(measures, m) for m in MEASURES} | {"ridge": ridge(network, splits, recipe)})
+        found.append({m: getattr(measures, m) for m in MEASURES} | {"ridge": ridge(network.backbone, splits, recipe)})
     for path in saved:
         path.unlink()
     runs.write_json(folder / "done.json", found)

@@ -1,6 +1,6 @@
 """Train every case of `cases.py` and hold the verdict against what is right: the table of docs/verdict.md, as markdown.
 
-    python benchmarks/verdict.py --root data --out /tmp/verdict-runs
+    python benchmarks/verdict.py --root data --out runs/verdict
 
 Runs that are in --out already are only judged. About 25 CPU seconds a case on one thread.
 """
@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, ridge
 
-from corinfomax import embed, probes, runs, train, verdict
+from corinfomax import runs, train, verdict
 
 CPU = torch.device("cpu")
-MOST = 3000  # images to fit and to score the ridge probe on
 
 
 class Outcome(NamedTuple):
@@ -42,11 +41,7 @@ def run_case(case: Case, folder: Path, root: Path, cache: Path) -> None:
         pace = train.Pace(log_steps=10, checkpoint_minutes=60.0, scores=0)
         network = train.pretrain(case.recipe, splits, folder, device=CPU, pace=pace, facts={})
         sound = replace(case, spoil=lambda split: split).splits(root, cache)  # what it learnt, on images as they are
-        some = [split.select(torch.arange(min(len(split), MOST))) for split in sound if split is not None]
-        features = [embed.features(network.backbone, part, case.recipe, device=CPU) for part in some]
-        labels = [part.labels for part in some]
-        assert labels[0] is not None and labels[1] is not None
-        results["ridge"] = probes.accuracy(probes.ridge(features[0], labels[0], features[1]).predicted, labels[1])
+        results["ridge"] = ridge(network.backbone, sound, case.recipe)
     except FloatingPointError as error:
         results["error"] = str(error)
     for path in runs.checkpoints(folder):

@@ -83,8 +83,8 @@ def pretrain(
     here, writes = distributed.share(recipe.batch), distributed.rank() == 0
     if recipe.micro_batch is not None and (here.stop - here.start) % recipe.micro_batch == 1:
         raise ValueError(
-            f"{here.stop - here.start} images in parts of {recipe.micro_batch} leave a part of one, and BatchNorm needs "
-            "at least 2; choose a --micro-batch that divides them"
+            f"{here.stop - here.start} images in parts of {recipe.micro_batch} leave a part of one, and BatchNorm "
+            "needs at least 2; choose a --micro-batch that divides them"
         )
 
     learner = build(recipe, device)
