@@ -262,6 +262,7 @@ def test_a_published_recipe_starts_on_a_folder_in_imagenets_layout(tmp_path, cap
             tiny.folder(tmp_path / "imagenet" / split / wnid, {"": 1}, labelled=False, side=40)
     words = ["--recipe", "imagenet100-r50", "--root", str(tmp_path), "--out", str(tmp_path / "run")]
     small = ["--batch", "50", "--epochs", "1", "--size", "32", "--cache-side", "32", "--no-evaluate", "--scores", "0"]
+    small += ["--no-report", "--diagnoses", "0"]
     assert cli.main(["pretrain", name, *words, *small]) == 0
     assert "100 images to train on, 100 to score on, 100 classes" in capsys.readouterr().out
     about = runs.read_json(tmp_path / "run" / "recipe.json")
