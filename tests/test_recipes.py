@@ -77,7 +77,7 @@ def test_published_views(name):
 
 def test_published_rows_obey_the_rule_for_alpha():
     for name, row in PUBLISHED.items():
-        expected = recipes.ALPHA_PER_DIM * row[8][-1] * (2 if name == "cifar100" else 1)
+        expected = knobs.ALPHA_PER_DIM * row[8][-1] * (2 if name == "cifar100" else 1)
         assert row[9] == pytest.approx(expected, rel=1e-3)
 
 
