@@ -2,7 +2,7 @@
 
     python benchmarks/verdict.py --root data --out runs/verdict
 
-Runs that are in --out already are only judged. About 25 CPU seconds a case on one thread.
+Runs that are in --out already are only judged. About a CPU minute a case on one thread.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from cases import CASES, Case, ridge
 from corinfomax import runs, train, verdict
 
 CPU = torch.device("cpu")
+RECOVERED = "It ends sound, but"
 
 
 class Outcome(NamedTuple):
     """What was said of one run, and when."""
 
     last: str
+    """What was said at the end."""
+    recovered: bool
+    """Whether that was that it ends sound after trouble."""
     said: list[tuple[float, str]]
     """Share of the run and kind, at every look."""
     ridge: float | None
@@ -62,12 +66,17 @@ def judge_case(case: Case, folder: Path) -> Outcome:
     assert last is not None
     if "error" in done:
         said.append((rows[-1]["step"] / steps if rows else 0.0, last.kind))
-    return Outcome(last.kind, said, done.get("ridge"), last.advice)
+    return Outcome(last.kind, last.evidence.startswith(RECOVERED), said, done.get("ridge"), last.advice)
 
 
 def first_named(case: Case, outcome: Outcome) -> float | None:
     """The share of the run after which a bad run was first called what it is."""
     return next((share for share, kind in outcome.said if kind in case.right), None)
+
+
+def right_at_the_end(case: Case, outcome: Outcome) -> bool:
+    """Whether the last word is what the run is, or what it was where it has recovered."""
+    return outcome.last in case.right or (case.recovers and outcome.recovered)
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
@@ -83,16 +92,17 @@ def table(outcomes: dict[str, Outcome]) -> str:
         what = what.replace("complete collapse or dimensional collapse", "collapse")
         when = "" if case.good else "never" if named is None else f"{named:.0%}"
         ridge = "–" if outcome.ridge is None else f"{outcome.ridge:.1f}"
-        mark = "" if outcome.last in case.right else "**"
+        mark = "" if right_at_the_end(case, outcome) else "**"
+        last = outcome.last + " after trouble" * outcome.recovered
         seen = "yes" if case.tuned else "no"
-        lines.append(f"| {name} | {seen} | {ridge} | {what} | {when} | {mark}{outcome.last}{mark} |")
+        lines.append(f"| {name} | {seen} | {ridge} | {what} | {when} | {mark}{last}{mark} |")
     for seen in (True, False):
         some = {name: o for name, o in outcomes.items() if CASES[name].tuned == seen}
         good = [o for name, o in some.items() if CASES[name].good]
         bad = {name: o for name, o in some.items() if not CASES[name].good}
         kept = sum(o.last in verdict.GOOD for o in good)
         alarms = sum(any(kind not in verdict.GOOD for _, kind in o.said) for o in good)
-        ended = sum(o.last in CASES[name].right for name, o in bad.items())
+        ended = sum(right_at_the_end(CASES[name], o) for name, o in bad.items())
         when = [first_named(CASES[name], o) for name, o in bad.items()]
         named, early = (
             sum(share is not None for share in when),
@@ -101,7 +111,7 @@ def table(outcomes: dict[str, Outcome]) -> str:
         lines.append(
             f"\n{'Seen' if seen else 'Unseen'}: {kept} of {len(good)} good runs end as good, and {alarms} of them had "
             f"an alarm at a look; {named} of {len(bad)} bad runs are called what they are, {early} of them within the "
-            f"first 20 %, and {ended} still at the end."
+            f"first 20 %, and the last word on {ended} is right."
         )
     return "\n".join(lines)
 

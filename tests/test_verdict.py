@@ -63,6 +63,7 @@ def test_before_the_first_look_there_is_none():
         ({"spread": 0.005, "spread_gap": 11.0}, "over-invariant", "0.5%"),
         ({"agreement": 0.99}, "over-invariant", "99%"),
         ({"attraction": 1.6 / 32}, "under-invariant", "cosine of 0.20"),
+        ({"agreement": 0.05}, "under-invariant", "5%|crop-area"),
     ],
 )
 def test_each_kind_is_named_with_its_numbers(changes, kind, words):

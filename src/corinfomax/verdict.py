@@ -35,6 +35,7 @@ ONE_POINT = 1e-3  # 1 − |mean projection|²: what the projections of two image
 FEW_DIRECTIONS = 3.0  # nats a dimension: 0 for an even spectrum, 3 with half the directions at e^-4.4 of the others
 PULLED = 0.01  # as ONE_POINT, when training had time to spread them
 INVARIANT = 0.97  # share of the variance that is between images: nothing of a view is left
+UNRELATED = 0.08  # the same share: views have so little in common that images can hardly be told apart
 APART = 1.2  # squared distance of two views, 2 for unrelated ones: a cosine below 0.4
 YOUNG = 20  # steps in which the loss still forgets that its covariance began at the identity
 LAGGING = 50  # steps in which BatchNorm's running statistics are not yet the network's: held-out spreads look poor
@@ -199,6 +200,12 @@ def _invariance(last: Row, look: Row, recipe: Recipe, share: float) -> Verdict |
             f"{look['agreement']:.0%} of what is left tells images apart."
         )
         return Verdict("over-invariant", evidence, _cause(recipe), measures)
+    if last["step"] > LAGGING and share >= SETTLED and look["agreement"] < UNRELATED:
+        evidence = (
+            f"Only {look['agreement']:.0%} of what projections differ by is between images, the rest between views of "
+            "one image."
+        )
+        return Verdict("under-invariant", evidence, _cause_apart(recipe), measures)
     if last["step"] > YOUNG and recipe.loss.normalize and distance > APART:
         evidence = (
             f"Two views of an image have a mean cosine of {1 - distance / 2:.2f}, hardly more than two images have."
