@@ -18,7 +18,7 @@ FLOORS = (
     ("sources",),
     ("images", "checkpoint"),
     ("embed", "micro", "diagnosis", "pictures", "page"),
-    ("supervised", "card"),
+    ("supervised", "card", "neighbors"),
     ("train", "evaluate", "weights", "export"),
     ("bench", "report"),
     ("options",),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from corinfomax import __version__, knobs, recipes, runs, verdict
 from corinfomax.knobs import Recipe
-from corinfomax.options import Bench, Embed, Evaluate, Export, Pretrain, Recipes, Report, Where, parse
+from corinfomax.options import Bench, Embed, Evaluate, Export, Neighbors, Pretrain, Recipes, Report, Where, parse
 from corinfomax.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
                 return run_evaluate(command)
             case Embed() as command:
                 return run_embed(command)
+            case Neighbors() as command:
+                return run_neighbors(command)
             case Export() as command:
                 return run_export(command)
             case Report() as command:
@@ -269,6 +271,37 @@ def run_embed(command: Embed) -> int:
     embed.write(command.out, vectors, parts)
     count, width = sum(map(len, parts.values())), vectors["train"].shape[1]
     print(f"{command.out}: {count:,} images × {width} features, splits {', '.join(parts)}")
+    return 0
+
+
+def run_neighbors(command: Neighbors) -> int:
+    """Say and show what is most like each picture."""
+    import torch
+
+    from corinfomax import images, neighbors, page, weights
+
+    if not command.query or command.count < 1:
+        raise ValueError("name at least one picture with --query, and a --count of at least 1")
+    device = _device(command.where.device)
+    given = weights.load(command.weights, architecture=command.architecture)
+    print(f"loaded {given.said}")
+    parts = images.load_every(
+        command.data,
+        side=given.recipe.cache_side,
+        root=command.where.root,
+        download=command.where.download,
+        cache=command.where.cache,
+    )
+    for name, part in parts.items():
+        _tell_skipped(name, part)
+    pool = neighbors.pool_of(parts)
+    backbone = given.backbone.to(device).to(memory_format=torch.channels_last)
+    found = neighbors.search(backbone, pool, given.recipe, command.query, k=command.count, device=device)
+    for one in found:
+        print(neighbors.as_text(one, pool))
+    text = neighbors.as_page(found, pool, data=command.data)
+    runs.write_whole(command.out, lambda temporary: page.write_text(temporary, text))
+    print(f"page: {command.out}")
     return 0
 
 

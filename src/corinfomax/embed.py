@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,10 +32,20 @@ def features(
     `recipe` gives size, mean, std and precision; `progress` names a progress bar. The model's mode is put back
     afterwards.
     """
+    return torch.cat(list(feature_blocks(model, images, recipe, device=device, batch=batch, progress=progress)))
+
+
+def feature_blocks(
+    model: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 512,
+    progress: str | None = None,
+) -> Iterator[Float[Tensor, "_ f"]]:
+    """The rows of `features`, a batch at a time, so that they need never be in memory together."""
     device = torch.device(device)
-    was_training = model.training
-    model.eval()
-    rows = []
     starts = tqdm(
         range(0, len(images), batch),
         desc=progress,
@@ -43,16 +53,24 @@ def features(
         leave=False,
         disable=True if progress is None else None,
     )
+    for start in starts:
+        indices = torch.arange(start, min(start + batch, len(images)))
+        pixels, sizes = images.batch(indices)
+        yield of_pixels(model, pixels, sizes, recipe, device)
+
+
+def of_pixels(
+    model: nn.Module, pixels: UInt8[Tensor, "n 3 h w"], sizes: Int[Tensor, "n 2"], recipe: Recipe, device: torch.device
+) -> Float[Tensor, "n f"]:
+    """What `model` makes of the centre views of these images, as `features` gives it."""
+    was_training = model.training
+    model.eval()
     try:
         with torch.inference_mode(), arithmetic(recipe, device):
-            for start in starts:
-                indices = torch.arange(start, min(start + batch, len(images)))
-                pixels, sizes = images.batch(indices)
-                x = views.centre_view(pixels.to(device), sizes, size=recipe.size, mean=recipe.mean, std=recipe.std)
-                rows.append(model(ready(x, model)).float().cpu())
+            x = views.centre_view(pixels.to(device), sizes, size=recipe.size, mean=recipe.mean, std=recipe.std)
+            return model(ready(x, model)).float().cpu()
     finally:
         model.train(was_training)
-    return torch.cat(rows)
 
 
 ENDINGS = (".npz", ".parquet")

@@ -112,6 +112,29 @@ class Embed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Neighbors:
+    """Show the images of DATA that are most like given pictures, in the terminal and as an HTML page.
+
+    WEIGHTS are whatever evaluate takes: a run, a file of weights, or timm:NETWORK. Every image is looked at, and no
+    more is kept than the best.
+    """
+
+    weights: Annotated[str, tyro.conf.Positional]
+    """A run folder, a file of weights, or timm:NETWORK."""
+    data: Annotated[str, tyro.conf.Positional]
+    """Folder, list or name of the images to look through."""
+    query: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A picture; may be given several times."""
+    count: int = 12
+    """How many images to show for each."""
+    architecture: str | None = None
+    """The timm network of state dicts that do not tell theirs, such as resnet18."""
+    out: Path = Path("neighbors.html")
+    """The page."""
+    where: Annotated[Where, tyro.conf.arg(name="")] = Where()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export:
     """Write the trained backbone for others to load without this package, and verify it in a fresh process.
 
@@ -172,7 +195,7 @@ class Bench:
 
 def parse(
     argv: list[str], base: Recipe | None = None
-) -> Pretrain | Evaluate | Embed | Export | Report | Recipes | Bench:
+) -> Pretrain | Evaluate | Embed | Neighbors | Export | Report | Recipes | Bench:
     """The command that was typed; the knobs not typed are those of `base`, else of --recipe, else of cpu-small."""
     if base is None:
         name = _typed(argv, "--recipe")
@@ -182,6 +205,7 @@ def parse(
         Annotated[Pretrain, subcommand("pretrain", default=Pretrain(knobs=base))]
         | Annotated[Evaluate, subcommand("evaluate")]
         | Annotated[Embed, subcommand("embed")]
+        | Annotated[Neighbors, subcommand("neighbors")]
         | Annotated[Export, subcommand("export")]
         | Annotated[Report, subcommand("report")]
         | Annotated[Recipes, subcommand("recipes")]

@@ -16,42 +16,70 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from corinfomax import knobs, recipes, verdict
+from corinfomax import __version__, knobs, recipes, verdict
 from corinfomax.knobs import ALPHA_PER_DIM, Recipe
 
 SCRIPTS = ("uplot/uPlot.iife.min.js", "theme.js", "charts.js", "map.js", "tables.js")
 STYLES = ("uplot/uPlot.min.css", "report.css")
+POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
 POINTS = 1_000  # of a curve: more than a screen has pixels for
 
 
 def render(content: dict[str, Any]) -> str:
     """The page of `content`, as `report.gather` gives it."""
+    scripts, styles = ([_asset(name) for name in names] for names in (SCRIPTS, STYLES))
+    policy = f"{POLICY}; script-src {' '.join(map(_hash, scripts))}; style-src {' '.join(map(_hash, styles))}"
+    charts = curves(content["metrics"], content["recipe"])
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            content,
+            policy=policy,
+            scripts=[Markup(text) for text in scripts],
+            styles=[Markup(text) for text in styles],
+            tone=tone(content["verdict"]),
+            headlines=headlines(content),
+            charts=charts,
+            columns=_columns(content["results"].get("scores") or {}),
+            knob_rows=knob_rows(content["recipe"], content["facts"]["recipe_name"]),
+            command=command(content["about"]["command"], content["facts"]["recipe_name"]),
+            spent=spent(content),
+            payload=as_script(
+                {"charts": charts, "speed": speed(content), "spectra": content["spectra"], "map": _map(content["map"])}
+            ),
+        )
+    )
+
+
+def render_neighbors(rows: list[dict[str, Any]], *, data: str, images: int) -> str:
+    """The page of pictures and what is most like them among `images` images; rows as in the report's gallery."""
+    style = _asset("report.css")
+    return (
+        _environment()
+        .get_template("neighbors.html")
+        .render(
+            rows=rows,
+            data=data,
+            images=images,
+            labelled=any(card["label"] is not None for row in rows for card in row["near"]),
+            style=Markup(style),
+            policy=f"{POLICY}; style-src {_hash(style)}",
+            version=__version__,
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"visible": visible, "number": number, "duration": duration}
-    scripts, styles = ([_asset(name) for name in names] for names in (SCRIPTS, STYLES))
-    policy = (
-        "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
-        f"script-src {' '.join(map(_hash, scripts))}; style-src {' '.join(map(_hash, styles))}"
-    )
-    charts = curves(content["metrics"], content["recipe"])
-    return environment.from_string(_asset("report.html")).render(
-        content,
-        policy=policy,
-        scripts=[Markup(text) for text in scripts],
-        styles=[Markup(text) for text in styles],
-        tone=tone(content["verdict"]),
-        headlines=headlines(content),
-        charts=charts,
-        columns=_columns(content["results"].get("scores") or {}),
-        knob_rows=knob_rows(content["recipe"], content["facts"]["recipe_name"]),
-        command=command(content["about"]["command"], content["facts"]["recipe_name"]),
-        spent=spent(content),
-        payload=as_script(
-            {"charts": charts, "speed": speed(content), "spectra": content["spectra"], "map": _map(content["map"])}
-        ),
-    )
+    return environment
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,22 @@ def nearest(x: Float[Tensor, "n f"], *, k: int, queries: Int[Tensor, " q"] | Non
         rows.append(top.indices.cpu())
         cosine.append(top.values.cpu())
     return Near(torch.cat(rows), torch.cat(cosine))
+
+
+def best_of(queries: Float[Tensor, "q f"], blocks: Iterable[Float[Tensor, "_ f"]], *, k: int) -> Near:
+    """The k rows of all blocks, counted through, that are most similar to each query; exact, one block at a time.
+
+    Queries and blocks have unit rows. k is cut to the number of rows; of equal cosines the earlier row comes first.
+    """
+    rows, cosine, start = torch.zeros(len(queries), 0, dtype=torch.long), torch.zeros(len(queries), 0), 0
+    for block in blocks:
+        for some in block.split(max(1, BLOCK // max(len(queries), 1))):
+            here = torch.arange(start, start + len(some)).expand(len(queries), -1)
+            rows, cosine = torch.cat((rows, here), 1), torch.cat((cosine, queries @ some.T), 1)
+            order = cosine.argsort(dim=1, descending=True, stable=True)[:, :k]
+            rows, cosine = rows.gather(1, order), cosine.gather(1, order)
+            start += len(some)
+    return Near(rows, cosine)
 
 
 def correlation(a: Float[Tensor, "m 3 s s"], b: Float[Tensor, "m 3 s s"]) -> Float[Tensor, " m"]:
