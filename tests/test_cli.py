@@ -172,8 +172,10 @@ def test_a_run_that_breaks_off_has_a_verdict_too(tmp_path, capsys):
     assert runs.read_json(tmp_path / "run" / "results.json")["verdict"]["kind"] == "diverging"
 
 
-def test_embed_writes_every_image(whole_job, tmp_path):
+def test_embed_writes_every_image(whole_job, tmp_path, capsys):
     data, run, _ = whole_job
+    assert cli.main(["embed", str(run), str(data), "--out", str(tmp_path / "a b.parquet")]) == 0
+    assert "uvx embedding-atlas '" in capsys.readouterr().out
     assert cli.main(["embed", str(run), str(data), "--out", str(tmp_path / "a.npz")]) == 0
     table = np.load(tmp_path / "a.npz", allow_pickle=False)
     assert table["features"].shape == (52, 16)

@@ -55,6 +55,9 @@ def test_embeddings_are_kept_with_paths_and_labels(splits, backbone, tmp_path, e
         features = np.array(table["features"], np.float32)
     assert features.shape == (80, 16)
     np.testing.assert_array_equal(features, torch.cat(list(vectors.values())).numpy())
+    centred = features.astype(np.float64) - features.mean(0, dtype=np.float64)
+    values = np.linalg.svd(centred, compute_uv=False)
+    np.testing.assert_allclose(np.linalg.norm([table["x"], table["y"]], axis=1), values[:2], rtol=1e-4)
     assert list(table["split"]) == ["train"] * 60 + ["test"] * 20
     assert list(table["path"]) == [*splits.train.paths, *splits.test.paths]
     assert all(label in path for path, label in zip(table["path"], table["label"], strict=True))
@@ -64,7 +67,7 @@ def test_embeddings_are_kept_with_paths_and_labels(splits, backbone, tmp_path, e
 def test_embeddings_without_labels_have_no_label_column(splits, backbone, tmp_path):
     unlabelled = replace(splits.train, labels=None, classes=())
     embed.write(tmp_path / "a.npz", {"train": torch.zeros(60, 4)}, {"train": unlabelled})
-    assert set(np.load(tmp_path / "a.npz").keys()) == {"split", "path", "features"}
+    assert set(np.load(tmp_path / "a.npz").keys()) == {"split", "path", "features", "x", "y"}
     with pytest.raises(ValueError, match=r"a\.csv must end in \.npz or \.parquet"):
         embed.write(tmp_path / "a.csv", {"train": torch.zeros(60, 4)}, {"train": unlabelled})
 

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -271,6 +272,9 @@ def run_embed(command: Embed) -> int:
     embed.write(command.out, vectors, parts)
     count, width = sum(map(len, parts.values())), vectors["train"].shape[1]
     print(f"{command.out}: {count:,} images × {width} features, splits {', '.join(parts)}")
+    if command.out.suffix == ".parquet":
+        file = shlex.quote(str(command.out))
+        print(f"to look at them: uvx embedding-atlas {file} --x x --y y  (or --vector features, a map of neighbours)")
     return 0
 
 

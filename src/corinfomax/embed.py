@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from corinfomax import runs, views
+from corinfomax import maps, runs, views
 from corinfomax.images import Images
 from corinfomax.knobs import Recipe
 from corinfomax.networks import arithmetic, ready
@@ -87,20 +87,23 @@ def check_ending(path: Path) -> None:
 def write(path: Path, vectors: Mapping[str, Float[Tensor, "_ f"]], parts: Mapping[str, Images]) -> None:
     """The vectors of one or more splits, by name, with their images' paths, and labels where all have them.
 
-    Columns `split`, `path`, `features` and `label` (the class's name), as .npz without pickle, or as .parquet. Raises
-    ValueError as `check_ending` does.
+    Columns `split`, `path`, `features`, `x` and `y` (their first two principal components) and `label` (the class's
+    name), as .npz without pickle, or as .parquet. Raises ValueError as `check_ending` does.
     """
     check_ending(path)
-    features = torch.cat([vectors[name] for name in parts]).numpy()
+    features = torch.cat([vectors[name] for name in parts])
+    x, y = maps.principal(features)[0].T.numpy()
     columns = {
         "split": np.repeat(list(parts), [len(part) for part in parts.values()]),
         "path": np.array([name for part in parts.values() for name in part.paths]),
+        "x": x,
+        "y": y,
     }
     if all(part.labels is not None for part in parts.values()):
         columns["label"] = np.concatenate(
             [np.array(part.classes)[part.labels.numpy()] for part in parts.values() if part.labels is not None]
         )
-    runs.write_whole(path, lambda temporary: WRITERS[path.suffix](temporary, columns, features))
+    runs.write_whole(path, lambda temporary: WRITERS[path.suffix](temporary, columns, features.numpy()))
 
 
 def _write_npz(path: Path, columns: dict[str, np.ndarray], features: np.ndarray) -> None:
