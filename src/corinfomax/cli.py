@@ -99,7 +99,7 @@ class Trained(NamedTuple):
 
 def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained | None:
     """Images, recipe, run folder, training; None when it was asked to stop."""
-    from corinfomax import checkpoint, distributed, networks, sources, train
+    from corinfomax import checkpoint, distributed, networks, sources, track, train
 
     resumed: checkpoint.Checkpoint | None = None
     data, where, recipe, name = command.data, command.where, command.knobs, command.recipe
@@ -110,6 +110,8 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
         raise ValueError("name the images: corinfomax pretrain DATA, or --resume RUN to go on with a run")
     if command.log_steps < 1 or command.keep < 1 or min(command.scores, command.diagnoses) < 0:
         raise ValueError("--log-steps and --keep must be at least 1, --scores and --diagnoses at least 0")
+    if command.track is not None:
+        track.check(command.track)
     if name is None:
         survey = sources.survey(data, root=where.root, download=where.download)
         name, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
@@ -148,14 +150,22 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
         run = command.out or Path("runs")  # the first process writes there, this one does not
     pace = train.Pace(command.log_steps, command.checkpoint_minutes, command.keep, command.scores, command.diagnoses)
     started = time.monotonic()
-    with runs.held(run) if first else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        tell: track.Tell = lambda row: None  # noqa: E731
+        if first:
+            stack.enter_context(runs.held(run))
         if first and resumed is None:
             runs.write_json(run / "recipe.json", {"recipe": knobs.to_json(recipe), "facts": facts, "command": argv})
         elif first and resumed is not None:
             runs.forget_after(run, resumed.step)
             print(f"going on with {run} after step {resumed.step}")
+        if first and command.track is not None:
+            told = {flag: str(value) for flag, value in knobs.flags(recipe)}
+            tell = stack.enter_context(track.to(command.track, run, told))
         try:
-            network = train.pretrain(recipe, splits, run, device=device, pace=pace, facts=facts, resume=resumed)
+            network = train.pretrain(
+                recipe, splits, run, device=device, pace=pace, facts=facts, resume=resumed, tell=tell
+            )
         except train.Interrupted as stop:
             print(f"stopped; {stop.checkpoint} has all that was done\nto go on: corinfomax pretrain --resume {run}")
             return None

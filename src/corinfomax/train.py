@@ -67,8 +67,11 @@ def pretrain(
     pace: Pace,
     facts: dict[str, Any],
     resume: Checkpoint | None = None,
+    tell: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Network:
     """Train a network on `splits.train` without its labels; metrics and checkpoints go into the folder `run`.
+
+    `tell` is given each row of the metrics as well.
 
     Everything random is keyed on (recipe.seed, step), so a resumed run goes on as if it had never stopped; views are
     drawn for the whole batch before processes share it, so their number changes nothing but rounding. Inside
@@ -136,6 +139,7 @@ def pretrain(
                     row |= diagnosis.row(network, watched, recipe, device=device)
                 if writes:
                     runs.append_metrics(run, row)
+                    tell(row)
                 progress.show(row)
             if asked_to_stop:
                 if writes:

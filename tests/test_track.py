@@ -1,0 +1,72 @@
+"""Trackers get every number of every row, under the run's name, and only when asked for."""
+
+import sys
+import types
+from unittest import mock
+
+import pytest
+
+import tiny
+from corinfomax import cli, runs, track
+from test_cli import KNOBS
+
+ROW = {"step": 10, "loss": 1.5, "ldmi": None, "spectrum": [0.5, 0.5], "gap": float("nan"), "kind": "healthy", "knn": 40}
+
+
+def test_numbers_are_what_a_curve_can_show():
+    assert track.numbers(ROW) == {"loss": 1.5, "knn": 40.0}
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_wandb_and_trackio_are_told_and_closed(name, tmp_path, monkeypatch):
+    fake = mock.create_autospec(types.ModuleType("fake"), instance=True)
+    fake.init, fake.log, fake.finish = mock.Mock(), mock.Mock(), mock.Mock()
+    monkeypatch.setitem(sys.modules, name, fake)
+    with (
+        pytest.raises(RuntimeError, match="in training"),
+        track.to(name, tmp_path / "run", {"optim.lr": "0.6"}) as tell,
+    ):
+        tell(ROW)
+        raise RuntimeError("in training")
+    told = fake.init.call_args.kwargs
+    assert told["project"] == "corinfomax"
+    assert told["name"] == "run"
+    assert told["config"] == {"optim.lr": "0.6"}
+    assert (told.get("id") == "run") == (name == "wandb")
+    fake.log.assert_called_once_with({"loss": 1.5, "knn": 40.0}, step=10)
+    fake.finish.assert_called_once_with()
+
+
+def test_mlflow_is_told(tmp_path, monkeypatch):
+    fake = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    with track.to("mlflow", tmp_path / "run", {"epochs": "3"}) as tell:
+        tell(ROW)
+    fake.start_run.assert_called_once_with(run_name="run")
+    fake.log_params.assert_called_once_with({"epochs": "3"})
+    fake.log_metrics.assert_called_once_with({"loss": 1.5, "knn": 40.0}, step=10)
+
+
+def test_a_tracker_that_is_not_installed_is_a_sentence_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    data = tiny.folder(tmp_path / "data", {"": 16}, labelled=False)
+    run = tmp_path / "run"
+    assert cli.main(["pretrain", str(data), "--out", str(run), "--track", "wandb", *KNOBS]) == 2
+    assert "pip install wandb" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_a_run_is_followed_in_tensorboard_row_by_row(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data = tiny.folder(tmp_path / "data", {"train": 16, "test": 8})
+    run = tmp_path / "run"
+    words = ["pretrain", str(data), "--out", str(run), "--track", "tensorboard", "--log-steps", "1", "--no-report"]
+    assert cli.main([*words, *KNOBS]) == 0
+    seen = EventAccumulator(str(run / "tensorboard"))
+    seen.Reload()
+    rows = runs.read_metrics(run)
+    assert [event.step for event in seen.Scalars("loss")] == [row["step"] for row in rows]
+    assert [event.value for event in seen.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
+    assert len(seen.Scalars("ldmi") if "ldmi" in seen.Tags()["scalars"] else seen.Scalars("rank")) >= 1
