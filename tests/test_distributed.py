@@ -1,6 +1,7 @@
 """Several processes give what one gives: loss, every gradient, the moments, whole runs."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,37 +15,53 @@ from corinfomax import checkpoint, runs
 HERE = Path(__file__).parent
 
 
-def torchrun(count, job, out):
-    """Run tests/world.py in `count` processes; what it printed and its exit code."""
-    words = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(count),
-        str(HERE / "world.py"),
-        job,
-        str(out),
-    ]
+def start(*words):
+    """Start Python on these words, as one thread."""
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-
-    return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, check=False, env=os.environ | environment, timeout=300
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+
+
+def ended(*started):
+    """The exit code and the errors of each process when all have ended."""
+    try:
+        errors = [each.communicate(timeout=300)[1] for each in started]
+    finally:
+        for each in started:
+            each.kill()
+    return [(each.returncode, error) for each, error in zip(started, errors, strict=True)]
+
+
+def two_nodes(job, out):
+    """Two agents with addresses of their own, as on two machines, a process each; they meet at the first one's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d"]
+    words += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+    return [
+        start(*words, "--local-addr", address, HERE / "world.py", job, out) for address in ("127.0.0.1", "127.0.0.2")
+    ]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The folder of what 1, 2 and 4 processes made."""
+    """The folder of what 1, 2 and 4 processes and two nodes made."""
     folder = tmp_path_factory.mktemp("worlds")
     tiny.folder(folder / "data", {"": 80}, labelled=False)
-    for count in (1, 2, 4):
-        done = torchrun(count, "all", folder / f"{count}.pt")
-        assert done.returncode == 0, done.stderr
+    ((code, error),) = ended(start(HERE / "world.py", "all", folder / "n.pt", 1, 2, 4))
+    assert code == 0, error
+    for code, error in ended(*two_nodes("all", folder / "nodes.pt")):
+        assert code == 0, error
     return folder
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 4, "nodes"])
 def test_loss_gradients_moments_and_statistics_are_those_of_one_process(results, count):
     alone, several = (torch.load(results / f"{n}.pt") for n in (1, count))
     # float32: a batch's sums in another order, through four steps of a network with BatchNorm.
@@ -59,7 +76,7 @@ def test_loss_gradients_moments_and_statistics_are_those_of_one_process(results,
             assert apart <= relative * length + absolute, f"{precision} {name}: {got} and {want}"
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 4, "nodes"])
 def test_a_run_of_the_training_loop_is_that_of_one_process(results, count):
     # Rounding grows up to tenfold with each step; float32 starts at 1e-7, so its first steps alone can be compared.
     for precision, steps, tolerance in (("float64", 20, 1e-9), ("float32", 3, 1e-5)):
@@ -76,6 +93,6 @@ def test_a_run_of_the_training_loop_is_that_of_one_process(results, count):
 
 
 def test_an_uneven_split_is_one_sentence(tmp_path):
-    done = torchrun(2, "uneven", tmp_path / "out")
-    assert done.returncode != 0
-    assert "25 images a step cannot be shared equally by 2 processes; choose a multiple" in done.stderr
+    ((code, error),) = ended(start(HERE / "world.py", "uneven", tmp_path / "n.pt", 2))
+    assert code != 0
+    assert "25 images a step cannot be shared equally by 2 processes; choose a multiple" in error

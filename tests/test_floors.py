@@ -10,7 +10,7 @@ import pytest
 HOUSE = Path(__file__).parents[1] / "src" / "corinfomax"
 FLOORS = (
     ("__init__",),  # names only: it imports when asked
-    ("knobs", "runs", "bottleneck", "track"),
+    ("knobs", "runs", "bottleneck", "track", "slurm"),
     ("recipes", "verdict"),
     ("seeds", "distributed"),
     ("objective", "views", "files", "networks", "optim", "probes", "scores", "similar", "maps"),

@@ -1,6 +1,9 @@
-"""What each process does in test_distributed.py (torchrun … tests/world.py JOB OUT); the first writes OUT."""
+"""Each process of test_distributed.py: tests/world.py JOB OUT [COUNT …]; the first of each world writes OUT."""
 
+import os
+import socket
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,7 +76,8 @@ def run(out: Path, precision: str) -> None:
     train.pretrain(recipe, splits, out, device=CPU, pace=train.Pace(1, scores=0, diagnoses=0), facts={})
 
 
-def main(job: str, out: Path) -> None:
+def work(job: str, out: Path) -> None:
+    """What one process of the world does."""
     with distributed.group(CPU):
         if job == "uneven":
             distributed.share(BATCH + 1)
@@ -83,11 +87,45 @@ def main(job: str, out: Path) -> None:
             "pure": pure_loss(),
         }
         for precision in ("float32", "float64"):
-            run(out.with_name(f"{precision}-{distributed.size()}"), precision)
+            run(out.with_name(f"{precision}-{out.stem}"), precision)
         if distributed.rank() == 0:
             runs.write_whole(out, lambda path: torch.save(kept, path))
 
 
+def fork(count: int, job: str, out: Path) -> bool:
+    """Do the job in `count` processes with the environment that torchrun would give; whether all ended well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+            os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            code = 1
+            try:
+                work(job, out)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    ends = [os.waitpid(child, 0)[1] for child in children]  # every one is waited for
+    return not any(ends)
+
+
+def main(job: str, out: Path, counts: list[int]) -> int:
+    """Without counts this process is one that torchrun started; with them, worlds of so many are forked in turn."""
+    if not counts:
+        work(job, out)
+        return 0
+    # Forked from here they need not import everything again.
+    return 0 if all(fork(count, job, out.with_name(f"{count}{out.suffix}")) for count in counts) else 1
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), [int(word) for word in sys.argv[3:]]))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from corinfomax import __version__, knobs, recipes, runs, verdict
+from corinfomax import __version__, knobs, recipes, runs, slurm, verdict
 from corinfomax.knobs import Recipe
 from corinfomax.options import Bench, Embed, Evaluate, Export, Neighbors, Pretrain, Recipes, Report, Where, parse
 from corinfomax.recipes import RECIPES
@@ -71,6 +71,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_pretrain(command: Pretrain, argv: list[str]) -> int:
     """The whole job: training in this process or in all that torchrun started, and the rest in the first of them."""
+    if command.sbatch is not None:
+        nodes, gpus = command.sbatch
+        print(slurm.script(slurm.without_flag(argv, "--sbatch", 2), nodes=nodes, gpus=gpus), end="")
+        return 0
+
     from corinfomax import distributed
 
     with distributed.group(_device(command.where.device)) as device, contextlib.ExitStack() as quiet:

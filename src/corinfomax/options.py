@@ -64,6 +64,8 @@ class Pretrain:
     """Quick kNN scores during the run, where there are labels."""
     diagnoses: int = 25
     """Label-free looks at the network during the run, which the verdict rests on; 0 is none."""
+    sbatch: tuple[int, int] | None = None
+    """Train nothing: print a SLURM script for so many nodes with so many GPUs each, to give to sbatch."""
     track: Literal["tensorboard", "trackio", "wandb", "mlflow"] | None = None
     """Send the metrics to this tracker as well, which must be installed; nothing leaves the machine without it."""
     where: Annotated[Where, tyro.conf.arg(name="")] = Where()
