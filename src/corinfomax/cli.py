@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from corinfomax.images import Images, Splits
     from corinfomax.networks import Network
 
+SKIPPED = "skip.txt"
+"""The list of images to leave out: what doctor writes unless told where, and a run's own copy in its folder."""
+
 # torch takes seconds to import; every command imports what needs it inside, so that --help and mistakes answer at once.
 
 
@@ -96,7 +99,7 @@ class Trained(NamedTuple):
 
 def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained | None:
     """Images, recipe, run folder, training; None when it was asked to stop."""
-    from corinfomax import checkpoint, distributed, networks, sources, train
+    from corinfomax import checkpoint, distributed, files, networks, sources, train
 
     resumed: checkpoint.Checkpoint | None = None
     data, where, recipe, name = command.data, command.where, command.knobs, command.recipe
@@ -108,7 +111,7 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
     if command.log_steps < 1 or command.keep < 1 or min(command.scores, command.diagnoses) < 0:
         raise ValueError("--log-steps and --keep must be at least 1, --scores and --diagnoses at least 0")
     if name is None:
-        survey = sources.survey(data, root=where.root, download=where.download)
+        survey = sources.survey(data, root=where.root, download=where.download, skip=_left_out(where))
         name, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
         again = parse(argv, base)  # the same words, now over the chosen recipe
         assert isinstance(again, Pretrain)
@@ -126,6 +129,7 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
         "cache": None if where.cache is None else str(where.cache.absolute()),
         "holdout": where.holdout,
         "test_split": where.test_split,
+        "skip": None if where.skip is None else SKIPPED,
         "recipe_name": name,
         "images": len(splits.train),
         "fingerprint": splits.train.fingerprint,
@@ -147,6 +151,9 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
     started = time.monotonic()
     with runs.held(run) if first else contextlib.nullcontext():
         if first and resumed is None:
+            if where.skip is not None:  # the run's own copy: what was left out stays known when the list is changed
+                names = sorted(_left_out(where))
+                runs.write_whole(run / SKIPPED, lambda path: files.write_names(path, names))
             runs.write_json(run / "recipe.json", {"recipe": knobs.to_json(recipe), "facts": facts, "command": argv})
         elif first and resumed is not None:
             runs.forget_after(run, resumed.step)
@@ -259,7 +266,9 @@ def run_embed(command: Embed) -> int:
         root=command.where.root,
         download=command.where.download,
         cache=command.where.cache,
+        skip=_left_out(command.where),
     )
+    _tell_left_out(command.data, command.where)
     for name, part in parts.items():
         _tell_skipped(name, part)
     vectors = {
@@ -280,7 +289,7 @@ def run_report(command: Report) -> int:
         raise ValueError(f"{command.run} is no folder; name that of a run: corinfomax report RUN")
     device = _device(command.where.device)
     network, saved = checkpoint.load_network(command.run)
-    where = _where_it_was(command.where, saved.facts)
+    where = _where_it_was(command.where, command.run, saved.facts)
     splits = _load(command.data or saved.facts["data"], where, saved.recipe.cache_side)
     same = splits.train.fingerprint == saved.facts["fingerprint"]
     if not same:
@@ -366,7 +375,7 @@ def run_bench(command: Bench, argv: list[str]) -> int:
             name = "cifar10" if device.type == "cuda" else "cpu-small"
             base, why = RECIPES[name].recipe, f"{name}: {RECIPES[name].about}"
         else:
-            survey = sources.survey(data, root=where.root, download=where.download)
+            survey = sources.survey(data, root=where.root, download=where.download, skip=_left_out(where))
             _, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
         again = parse(argv, base)
         assert isinstance(again, Bench)
@@ -376,7 +385,7 @@ def run_bench(command: Bench, argv: list[str]) -> int:
         pictures = bench.made_up(recipe)
     else:
         pictures = _load(data, where, recipe.cache_side).train
-        decode = bench.decoding(sources.find(data, root=where.root)["train"], recipe.cache_side)
+        decode = bench.decoding(sources.find(data, root=where.root, skip=_left_out(where))["train"], recipe.cache_side)
         recipe = _fit_batch(recipe, len(pictures))
     recipe = replace(recipe, precision=networks.precision(recipe, device))
     setting = bench.describe(recipe, pictures, device, decode=decode)
@@ -399,17 +408,18 @@ def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:
     assert run is not None
     fresh = Pretrain()
     kept = {name: getattr(fresh, name) for name in ("recipe", "out", "knobs")}
-    if command != replace(command, **kept, where=replace(where, holdout=None, test_split=None, download=False)):
+    lying = replace(where, holdout=None, test_split=None, skip=None, download=False)
+    if command != replace(command, **kept, where=lying):
         raise ValueError(
             "a resumed run keeps its recipe and its splits: beside --resume only how often it logs, where the images "
             "are now, and the device"
         )
     _, loaded = checkpoint.load_last(run)
-    return command.data or loaded.facts["data"], _where_it_was(where, loaded.facts), loaded
+    return command.data or loaded.facts["data"], _where_it_was(where, run, loaded.facts), loaded
 
 
-def _where_it_was(where: Where, facts: dict[str, Any]) -> Where:
-    """Where a run found its images and which it tested on; what is typed now comes first."""
+def _where_it_was(where: Where, run: Path, facts: dict[str, Any]) -> Where:
+    """Where a run found its images, which it left out and which it tested on; what is typed now comes first."""
     root, cache = (
         given or (None if facts[name] is None else Path(facts[name]))
         for name, given in (("root", where.root), ("cache", where.cache))
@@ -420,11 +430,13 @@ def _where_it_was(where: Where, facts: dict[str, Any]) -> Where:
         cache=cache,
         holdout=facts["holdout"] if where.holdout is None else where.holdout,
         test_split=facts["test_split"] if where.test_split is None else where.test_split,
+        skip=where.skip or (run / facts["skip"] if facts.get("skip") else None),
     )
 
 
 def _load(data: str, where: Where, side: int) -> Splits:
     splits = _splits(data, where, side)
+    _tell_left_out(data, where)
     for name, split in zip(("train", "test"), splits, strict=True):
         if split is not None:
             _tell_skipped(name, split)
@@ -447,12 +459,39 @@ def _splits(data: str, where: Where, side: int) -> Splits:
         download=where.download,
         cache=where.cache,
         test_split=where.test_split,
+        skip=_left_out(where),
     )
 
 
+def _left_out(where: Where) -> frozenset[str]:
+    """The paths that --skip names."""
+    from corinfomax import files
+
+    return frozenset() if where.skip is None else files.read_names(where.skip)
+
+
+def _tell_left_out(data: str, where: Where) -> None:
+    """How many images --skip left out, and which of its names are none of the data's."""
+    from corinfomax import files, sources
+
+    if where.skip is None:
+        return
+    names = _left_out(where)
+    there = {path for source in sources.find(data, root=where.root).values() for path in source.paths}
+    print(f"{len(names & there):,} images left out, as {where.skip} says")
+    if unknown := sorted(names - there):
+        print(
+            f"{len(unknown):,} of the {len(names):,} names in {where.skip} are of no image in {data}, first "
+            f"{files.quoted(unknown[0])}; paths start from the folder that DATA names"
+        )
+
+
 def _tell_skipped(name: str, split: Images) -> None:
+    from corinfomax import files
+
     if split.skipped:
-        print(f"{len(split.skipped)} unreadable images left out of {name}, such as {': '.join(split.skipped[0])}")
+        path, reason = split.skipped[0]
+        print(f"{len(split.skipped)} unreadable images left out of {name}, such as {files.quoted(path)}: {reason}")
 
 
 def _fit_batch(recipe: Recipe, count: int) -> Recipe:

@@ -29,6 +29,8 @@ class Where:
     """Score on this split; else test, else val, else a tenth of the labelled training images."""
     cache: Path | None = None
     """Folder of the decoded images; else $CORINFOMAX_CACHE, else ~/.cache/corinfomax."""
+    skip: Path | None = None
+    """Leave out the images that this list names, a path a line, as if they were not there; doctor writes one."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
 
