@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from corinfomax import __version__, knobs, recipes, runs, verdict
 from corinfomax.knobs import Recipe
-from corinfomax.options import Bench, Embed, Evaluate, Export, Pretrain, Recipes, Report, Where, parse
+from corinfomax.options import Bench, Doctor, Embed, Evaluate, Export, Pretrain, Recipes, Report, Where, parse
 from corinfomax.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ SKIPPED = "skip.txt"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 2 a mistake of the person's, said in a sentence, 130 stopped."""
+    """Run one command; the exit code: 0 done, 1 doctor found what must be mended, 2 a mistake, said in a sentence,
+    130 stopped."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         match parse(argv):
@@ -49,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
                 return show_recipes(command)
             case Bench() as command:
                 return run_bench(command, argv)
+            case Doctor() as command:
+                return run_doctor(command)
     except KeyboardInterrupt:
         print("corinfomax: stopped", file=sys.stderr)
         return 130
@@ -152,8 +156,7 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
     with runs.held(run) if first else contextlib.nullcontext():
         if first and resumed is None:
             if where.skip is not None:  # the run's own copy: what was left out stays known when the list is changed
-                names = sorted(_left_out(where))
-                runs.write_whole(run / SKIPPED, lambda path: files.write_names(path, names))
+                runs.write_text(run / SKIPPED, files.names_as_text(sorted(_left_out(where))))
             runs.write_json(run / "recipe.json", {"recipe": knobs.to_json(recipe), "facts": facts, "command": argv})
         elif first and resumed is not None:
             runs.forget_after(run, resumed.step)
@@ -398,6 +401,50 @@ def run_bench(command: Bench, argv: list[str]) -> int:
     if command.out is not None:
         runs.write_json(command.out, {**bottleneck.as_json(timings, setting), "recipe": knobs.to_json(recipe)})
     return 0
+
+
+def run_doctor(command: Doctor) -> int:
+    """Look at the images, say what is wrong with them and what training would take, and write the list to leave out."""
+    from corinfomax import bench, examine, health, networks, sources
+
+    if not 0 <= command.seconds < math.inf:
+        raise ValueError(f"--seconds is {command.seconds:g}; how long to time steps is 0 or above")
+    where, out, skip = command.where, command.out or Path(SKIPPED), _left_out(command.where)
+    health.check_out(out, where.skip)
+    device = _device(where.device)
+    splits = sources.find(command.data, root=where.root, download=where.download, skip=skip)
+    order = sorted(splits, key=("train", "val", "test").index)
+    _tell_left_out(command.data, where)
+    survey = sources.survey(command.data, root=where.root, skip=skip)
+    _, recipe, why = recipes.choose(command.data, survey.images, survey.short_side, cuda=device.type == "cuda")
+    recipe = replace(recipe, precision=networks.precision(recipe, device))
+    # Timed first: on a CPU the peak of memory is then that of training, before the images are looked at.
+    recipe = _fit_batch(recipe, survey.images)
+    pace = bench.pace(recipe, device, seconds=command.seconds) if command.seconds else None
+    parts = [examine.examine(name, splits[name], recipe.cache_side) for name in order]
+    found = health.findings(parts, recipe)
+    lines = health.skip_list(found, command.data, skip)
+    gone = skip.union(*(finding.skip for finding in found))
+
+    print(*map(health.overview, parts), sep="\n")
+    for finding in found:
+        print(f"{'to mend' if finding.grave else 'remark'}: {finding.text}")
+    if not found:
+        print("nothing is wrong with these images")
+    print(f"recipe {why}")
+    if pace is not None:
+        print(bench.foreseen(pace, recipe, len(set(parts[0].paths) - gone), device))
+    print(f"the decoded copies take {sum(part.cached for part in parts) / 1e6:,.0f} MB of disk")
+    words = ["corinfomax pretrain", shlex.quote(command.data)]
+    if lines is not None:
+        runs.write_text(out, "\n".join(lines) + "\n")
+        print(f"{out}: {len(gone):,} images to leave out, and why; others that may be left out are comments in it")
+    if gone:
+        words.append(f"--skip {shlex.quote(str(out))}")
+    if (colours := health.channels(parts[0])) is not None:
+        words += [f"--{name} " + " ".join(f"{value:.4f}" for value in each) for name, each in colours._asdict().items()]
+    print("→ " + " ".join(words))
+    return int(any(finding.grave for finding in found))
 
 
 def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:

@@ -88,10 +88,15 @@ def each(
                 bar.update(len(results))
 
 
+def too_many(unreadable: int, count: int) -> bool:
+    """Whether so many of `count` images are unreadable that the rest is not the data: over 1 % and over one, or all."""
+    return unreadable > max(1, 0.01 * count) or unreadable == count
+
+
 def check_skipped(source: Source, skipped: list[tuple[int, str]]) -> None:
-    """Raise where too many images were unreadable to call the rest the data: over 1 % and over one, or all."""
+    """Raise where `too_many` of the images were unreadable."""
     count = len(source.paths)
-    if len(skipped) <= max(1, 0.01 * count) and len(skipped) < count:
+    if not too_many(len(skipped), count):
         return
     named = ", ".join(f"{source.paths[row]} ({reason})" for row, reason in skipped[:5])
     raise DataError(

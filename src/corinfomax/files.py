@@ -169,10 +169,9 @@ def read_names(file: Path) -> frozenset[str]:
     return frozenset(_unquoted(file, at, line) for at, line in _lines(file))
 
 
-def write_names(file: Path, names: Iterable[str]) -> None:
-    """Write a list that `read_names` reads."""
-    with file.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.writelines(f"{quoted(name)}\n" for name in names)
+def names_as_text(names: Iterable[str]) -> str:
+    """A list that `read_names` reads."""
+    return "".join(f"{quoted(name)}\n" for name in names)
 
 
 def _unquoted(file: Path, at: int, line: str) -> str:
