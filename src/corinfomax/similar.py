@@ -126,12 +126,16 @@ def close(x: Float[Tensor, "n f"], distance: float) -> Iterator[Int[Tensor, "m 2
     first, squared, one = x[:, 0].contiguous(), x.square().sum(1, keepdim=True) / 2, torch.ones(len(x), 1)
     rows, columns = torch.cat((x, -squared, one), 1), torch.cat((x, one, -squared), 1).T.contiguous()
     least = -(distance**2) / 2 - 1e-5  # of −|a − b|²/2, and what rounding takes from it
+    # One place for every tile: freed and asked for anew, they left gigabytes of holes in the heap.
+    half, is_close = x.new_empty(TILE * TILE), torch.empty(TILE * TILE, dtype=torch.bool)
     for start in range(0, len(x), TILE):
         stop = min(start + TILE, len(x))
         reach = int(torch.searchsorted(first, first[stop - 1] + distance + 1e-5, right=True))
         for left in range(start, reach, TILE):
-            tile = rows[start:stop] @ columns[:, left : min(left + TILE, reach)]
-            a, b = (tile >= least).nonzero().unbind(1)
+            wide = min(TILE, reach - left)
+            tile, near = (place[: (stop - start) * wide].view(-1, wide) for place in (half, is_close))
+            torch.mm(rows[start:stop], columns[:, left : left + wide], out=tile)
+            a, b = torch.ge(tile, least, out=near).nonzero().unbind(1)
             pairs = torch.stack((a + start, b + left), 1)
             yield order[pairs[pairs[:, 0] < pairs[:, 1]]]
 
