@@ -8,12 +8,13 @@ import itertools
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,13 +65,68 @@ def describe(recipe: Recipe, images: Images, device: torch.device, *, decode: fl
     )
 
 
+class Pace(NamedTuple):
+    """How fast training steps are here, and what they need."""
+
+    step: float
+    """Seconds a step; the median of the rounds."""
+    steps: int
+    """Steps that were timed."""
+    memory: int | None
+    """Peak bytes: of the device, or on a CPU of this whole process so far; None where the system does not say."""
+
+
+def pace(recipe: Recipe, device: torch.device, *, seconds: float) -> Pace:
+    """Run the training loop of `recipe` on made-up images for about `seconds`, at least two steps after two others.
+
+    Raises KeyboardInterrupt after Ctrl-C, MemoryError and the like as training would.
+    """
+    recipe, images = _still(recipe), made_up(recipe)
+    rounds: list[float] = []
+    began = time.perf_counter()
+    while not rounds or time.perf_counter() - began < seconds:
+        rounds.append(_loop(recipe, images, device, 2))
+    return Pace(statistics.median(rounds), 2 * len(rounds), _peak_memory(device))
+
+
+def foreseen(pace: Pace, recipe: Recipe, images: int, device: torch.device) -> str:
+    """A sentence: what a run of `recipe` on so many images takes here, and how that is known."""
+    steps = recipe.epochs * (images // recipe.batch)
+    minutes = steps * pace.step / 60
+    time = f"{minutes:,.1f} min" if minutes < 90 else f"{minutes / 60:,.1f} hours"
+    memory = "" if pace.memory is None else f" and {pace.memory / 1e9:,.1f} GB of memory"
+    return (
+        f"training takes about {time}{memory} on this {device.type}: {recipe.epochs} epochs of {images:,} images are "
+        f"{steps:,} steps of {recipe.batch}, each {1e3 * pace.step:,.0f} ms by {pace.steps} steps timed now on made-up "
+        "images; scores and report come on top"
+    )
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _still(recipe: Recipe) -> Recipe:
+    """The recipe with a learning rate of 0: the work is the same, and nothing runs away on made-up images."""
+    return replace(recipe, optim=replace(recipe.optim, lr=0.0, start_lr=0.0, min_lr=0.0))
+
+
 def measure(recipe: Recipe, images: Images, device: torch.device, *, seconds: float = 30.0) -> Timings:
     """Time the steps of this recipe on these images for about `seconds`, at least three rounds of three steps.
 
-    The learning rate is 0 all along: the work is the same, and nothing runs away on made-up images.
+    The learning rate is 0 all along.
     Raises KeyboardInterrupt after Ctrl-C, MemoryError and the like as training would.
     """
-    recipe = replace(recipe, optim=replace(recipe.optim, lr=0.0, start_lr=0.0, min_lr=0.0))
+    recipe = _still(recipe)
     learner = train.build(recipe, device)
     counter = itertools.count()
 

@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from corinfomax import __version__, knobs, recipes, runs, slurm, verdict
 from corinfomax.knobs import Recipe
-from corinfomax.options import Bench, Embed, Evaluate, Export, Neighbors, Pretrain, Recipes, Report, Where, parse
+from corinfomax.options import (
+    Bench,
+    Doctor,
+    Embed,
+    Evaluate,
+    Export,
+    Neighbors,
+    Pretrain,
+    Recipes,
+    Report,
+    Where,
+    parse,
+)
 from corinfomax.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -25,11 +37,15 @@ if TYPE_CHECKING:
     from corinfomax.images import Images, Splits
     from corinfomax.networks import Network
 
+SKIPPED = "skip.txt"
+"""The list of images to leave out: what doctor writes unless told where, and a run's own copy in its folder."""
+
 # torch takes seconds to import; every command imports what needs it inside, so that --help and mistakes answer at once.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 2 a mistake of the person's, said in a sentence, 130 stopped."""
+    """Run one command; the exit code: 0 done, 1 doctor found what must be mended, 2 a mistake, said in a sentence,
+    130 stopped."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         match parse(argv):
@@ -49,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
                 return show_recipes(command)
             case Bench() as command:
                 return run_bench(command, argv)
+            case Doctor() as command:
+                return run_doctor(command)
     except KeyboardInterrupt:
         print("corinfomax: stopped", file=sys.stderr)
         return 130
@@ -104,7 +122,7 @@ class Trained(NamedTuple):
 
 def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained | None:
     """Images, recipe, run folder, training; None when it was asked to stop."""
-    from corinfomax import checkpoint, distributed, networks, sources, track, train
+    from corinfomax import checkpoint, distributed, files, networks, sources, track, train
 
     resumed: checkpoint.Checkpoint | None = None
     data, where, recipe, name = command.data, command.where, command.knobs, command.recipe
@@ -118,7 +136,7 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
     if command.track is not None:
         track.check(command.track)
     if name is None:
-        survey = sources.survey(data, root=where.root, download=where.download)
+        survey = sources.survey(data, root=where.root, download=where.download, skip=_left_out(where))
         name, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
         again = parse(argv, base)  # the same words, now over the chosen recipe
         assert isinstance(again, Pretrain)
@@ -136,6 +154,7 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
         "cache": None if where.cache is None else str(where.cache.absolute()),
         "holdout": where.holdout,
         "test_split": where.test_split,
+        "skip": None if where.skip is None else SKIPPED,
         "recipe_name": name,
         "images": len(splits.train),
         "fingerprint": splits.train.fingerprint,
@@ -160,6 +179,8 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
         if first:
             stack.enter_context(runs.held(run))
         if first and resumed is None:
+            if where.skip is not None:  # the run's own copy: what was left out stays known when the list is changed
+                runs.write_text(run / SKIPPED, files.names_as_text(sorted(_left_out(where))))
             runs.write_json(run / "recipe.json", {"recipe": knobs.to_json(recipe), "facts": facts, "command": argv})
         elif first and resumed is not None:
             runs.forget_after(run, resumed.step)
@@ -265,21 +286,13 @@ def run_embed(command: Embed) -> int:
     """Write the features of every image of every split."""
     import torch
 
-    from corinfomax import checkpoint, embed, images
+    from corinfomax import checkpoint, embed
 
     embed.check_ending(command.out)
     device = _device(command.where.device)
     network, saved = checkpoint.load_network(command.weights)
     backbone = network.backbone.to(device).to(memory_format=torch.channels_last)
-    parts = images.load_every(
-        command.data,
-        side=saved.recipe.cache_side,
-        root=command.where.root,
-        download=command.where.download,
-        cache=command.where.cache,
-    )
-    for name, part in parts.items():
-        _tell_skipped(name, part)
+    parts = _every(command.data, command.where, saved.recipe.cache_side)
     vectors = {
         name: embed.features(backbone, part, saved.recipe, device=device, progress=f"embedding {name}")
         for name, part in parts.items()
@@ -297,22 +310,14 @@ def run_neighbors(command: Neighbors) -> int:
     """Say and show what is most like each picture."""
     import torch
 
-    from corinfomax import images, neighbors, page, weights
+    from corinfomax import neighbors, page, weights
 
     if not command.query or command.count < 1:
         raise ValueError("name at least one picture with --query, and a --count of at least 1")
     device = _device(command.where.device)
     given = weights.load(command.weights, architecture=command.architecture)
     print(f"loaded {given.said}")
-    parts = images.load_every(
-        command.data,
-        side=given.recipe.cache_side,
-        root=command.where.root,
-        download=command.where.download,
-        cache=command.where.cache,
-    )
-    for name, part in parts.items():
-        _tell_skipped(name, part)
+    parts = _every(command.data, command.where, given.recipe.cache_side)
     pool = neighbors.pool_of(parts)
     backbone = given.backbone.to(device).to(memory_format=torch.channels_last)
     found = neighbors.search(backbone, pool, given.recipe, command.query, k=command.count, device=device)
@@ -332,7 +337,7 @@ def run_report(command: Report) -> int:
         raise ValueError(f"{command.run} is no folder; name that of a run: corinfomax report RUN")
     device = _device(command.where.device)
     network, saved = checkpoint.load_network(command.run)
-    where = _where_it_was(command.where, saved.facts)
+    where = _where_it_was(command.where, command.run, saved.facts)
     splits = _load(command.data or saved.facts["data"], where, saved.recipe.cache_side)
     same = splits.train.fingerprint == saved.facts["fingerprint"]
     if not same:
@@ -418,7 +423,7 @@ def run_bench(command: Bench, argv: list[str]) -> int:
             name = "cifar10" if device.type == "cuda" else "cpu-small"
             base, why = RECIPES[name].recipe, f"{name}: {RECIPES[name].about}"
         else:
-            survey = sources.survey(data, root=where.root, download=where.download)
+            survey = sources.survey(data, root=where.root, download=where.download, skip=_left_out(where))
             _, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
         again = parse(argv, base)
         assert isinstance(again, Bench)
@@ -428,7 +433,7 @@ def run_bench(command: Bench, argv: list[str]) -> int:
         pictures = bench.made_up(recipe)
     else:
         pictures = _load(data, where, recipe.cache_side).train
-        decode = bench.decoding(sources.find(data, root=where.root)["train"], recipe.cache_side)
+        decode = bench.decoding(sources.find(data, root=where.root, skip=_left_out(where))["train"], recipe.cache_side)
         recipe = _fit_batch(recipe, len(pictures))
     recipe = replace(recipe, precision=networks.precision(recipe, device))
     setting = bench.describe(recipe, pictures, device, decode=decode)
@@ -443,6 +448,50 @@ def run_bench(command: Bench, argv: list[str]) -> int:
     return 0
 
 
+def run_doctor(command: Doctor) -> int:
+    """Look at the images, say what is wrong with them and what training would take, and write the list to leave out."""
+    from corinfomax import bench, examine, health, networks, sources
+
+    if not 0 <= command.seconds < math.inf:
+        raise ValueError(f"--seconds is {command.seconds:g}; how long to time steps is 0 or above")
+    where, out, skip = command.where, command.out or Path(SKIPPED), _left_out(command.where)
+    health.check_out(out, where.skip)
+    device = _device(where.device)
+    splits = sources.find(command.data, root=where.root, download=where.download, skip=skip)
+    order = sorted(splits, key=("train", "val", "test").index)
+    _tell_left_out(command.data, where)
+    survey = sources.survey(command.data, root=where.root, skip=skip)
+    _, recipe, why = recipes.choose(command.data, survey.images, survey.short_side, cuda=device.type == "cuda")
+    recipe = replace(recipe, precision=networks.precision(recipe, device))
+    # Timed first: on a CPU the peak of memory is then that of training, before the images are looked at.
+    recipe = _fit_batch(recipe, survey.images)
+    pace = bench.pace(recipe, device, seconds=command.seconds) if command.seconds else None
+    parts = [examine.examine(name, splits[name], recipe.cache_side) for name in order]
+    found = health.findings(parts, recipe)
+    lines = health.skip_list(found, command.data, skip)
+    gone = skip.union(*(finding.skip for finding in found))
+
+    print(*map(health.overview, parts), sep="\n")
+    for finding in found:
+        print(f"{'to mend' if finding.grave else 'remark'}: {finding.text}")
+    if not found:
+        print("nothing is wrong with these images")
+    print(f"recipe {why}")
+    if pace is not None:
+        print(bench.foreseen(pace, recipe, len(set(parts[0].paths) - gone), device))
+    print(f"the decoded copies take {sum(part.cached for part in parts) / 1e6:,.0f} MB of disk")
+    words = ["corinfomax pretrain", shlex.quote(command.data)]
+    if lines is not None:
+        runs.write_text(out, "\n".join(lines) + "\n")
+        print(f"{out}: {len(gone):,} images to leave out, and why; others that may be left out are comments in it")
+    if gone:
+        words.append(f"--skip {shlex.quote(str(out))}")
+    if (colours := health.channels(parts[0])) is not None:
+        words += [f"--{name} " + " ".join(f"{value:.4f}" for value in each) for name, each in colours._asdict().items()]
+    print("→ " + " ".join(words))
+    return int(any(finding.grave for finding in found))
+
+
 def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:
     """The data, where it lies, and the last checkpoint of the run to go on with."""
     from corinfomax import checkpoint
@@ -451,17 +500,18 @@ def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:
     assert run is not None
     fresh = Pretrain()
     kept = {name: getattr(fresh, name) for name in ("recipe", "out", "knobs")}
-    if command != replace(command, **kept, where=replace(where, holdout=None, test_split=None, download=False)):
+    lying = replace(where, holdout=None, test_split=None, skip=None, download=False)
+    if command != replace(command, **kept, where=lying):
         raise ValueError(
             "a resumed run keeps its recipe and its splits: beside --resume only how often it logs, where the images "
             "are now, and the device"
         )
     _, loaded = checkpoint.load_last(run)
-    return command.data or loaded.facts["data"], _where_it_was(where, loaded.facts), loaded
+    return command.data or loaded.facts["data"], _where_it_was(where, run, loaded.facts), loaded
 
 
-def _where_it_was(where: Where, facts: dict[str, Any]) -> Where:
-    """Where a run found its images and which it tested on; what is typed now comes first."""
+def _where_it_was(where: Where, run: Path, facts: dict[str, Any]) -> Where:
+    """Where a run found its images, which it left out and which it tested on; what is typed now comes first."""
     root, cache = (
         given or (None if facts[name] is None else Path(facts[name]))
         for name, given in (("root", where.root), ("cache", where.cache))
@@ -472,11 +522,13 @@ def _where_it_was(where: Where, facts: dict[str, Any]) -> Where:
         cache=cache,
         holdout=facts["holdout"] if where.holdout is None else where.holdout,
         test_split=facts["test_split"] if where.test_split is None else where.test_split,
+        skip=where.skip or (run / facts["skip"] if facts.get("skip") else None),
     )
 
 
 def _load(data: str, where: Where, side: int) -> Splits:
     splits = _splits(data, where, side)
+    _tell_left_out(data, where)
     for name, split in zip(("train", "test"), splits, strict=True):
         if split is not None:
             _tell_skipped(name, split)
@@ -499,12 +551,52 @@ def _splits(data: str, where: Where, side: int) -> Splits:
         download=where.download,
         cache=where.cache,
         test_split=where.test_split,
+        skip=_left_out(where),
     )
 
 
+def _left_out(where: Where) -> frozenset[str]:
+    """The paths that --skip names."""
+    from corinfomax import files
+
+    return frozenset() if where.skip is None else files.read_names(where.skip)
+
+
+def _tell_left_out(data: str, where: Where) -> None:
+    """How many images --skip left out, and which of its names are none of the data's."""
+    from corinfomax import files, sources
+
+    if where.skip is None:
+        return
+    names = _left_out(where)
+    there = {path for source in sources.find(data, root=where.root).values() for path in source.paths}
+    print(f"{len(names & there):,} images left out, as {where.skip} says")
+    if unknown := sorted(names - there):
+        print(
+            f"{len(unknown):,} of the {len(names):,} names in {where.skip} are of no image in {data}, first "
+            f"{files.quoted(unknown[0])}; paths start from the folder that DATA names"
+        )
+
+
+def _every(data: str, where: Where, side: int) -> dict[str, Images]:
+    """Every split, with a word on what was left out."""
+    from corinfomax import images
+
+    parts = images.load_every(
+        data, side=side, root=where.root, download=where.download, cache=where.cache, skip=_left_out(where)
+    )
+    _tell_left_out(data, where)
+    for name, part in parts.items():
+        _tell_skipped(name, part)
+    return parts
+
+
 def _tell_skipped(name: str, split: Images) -> None:
+    from corinfomax import files
+
     if split.skipped:
-        print(f"{len(split.skipped)} unreadable images left out of {name}, such as {': '.join(split.skipped[0])}")
+        path, reason = split.skipped[0]
+        print(f"{len(split.skipped)} unreadable images left out of {name}, such as {files.quoted(path)}: {reason}")
 
 
 def _fit_batch(recipe: Recipe, count: int) -> Recipe:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -34,10 +35,22 @@ UPRIGHT: dict[object, Image.Transpose] = {
 
 Decoded = UInt8[np.ndarray, "3 _ _"] | str
 """An image, or why it cannot be read."""
+T = TypeVar("T")
 
 
 def decode_all(source: Source, side: int, progress: bool) -> Generator[Decoded, None, None]:
     """Each image of `source` in order, or why it cannot be read; a few chunks a core are in memory at any time."""
+    return each(source, lambda image: decode(image, side), progress)
+
+
+def each(
+    source: Source, look: Callable[[Image.Image], T], progress: bool, *, said: str = "decoding"
+) -> Generator[T | str, None, None]:
+    """What `look` makes of each opened image of `source`, in order, or why it cannot be read.
+
+    Threads of all cores look; a few chunks a core are in memory at any time. Whatever `look` raises makes the image
+    unreadable. `said` is what the progress bar calls it.
+    """
     count, workers = len(source.paths), os.cpu_count() or 1
     array = source.array() if source.array else None
 
@@ -46,12 +59,12 @@ def decode_all(source: Source, side: int, progress: bool) -> Generator[Decoded, 
             return Image.fromarray(array[row])
         return Image.open(Path(source.root, source.paths[row]), formats=FORMATS)
 
-    def decode_chunk(rows: range) -> list[Decoded]:
-        results: list[Decoded] = []
+    def look_at(rows: range) -> list[T | str]:
+        results: list[T | str] = []
         for row in rows:
             try:
                 with open_image(row) as image:
-                    results.append(decode(image, side))
+                    results.append(look(image))
             except UnidentifiedImageError:
                 results.append("not an image" if source.stamps[row, 0] else "empty file")
             except Exception as error:  # a malformed file makes Pillow's parsers raise nearly anything
@@ -59,26 +72,31 @@ def decode_all(source: Source, side: int, progress: bool) -> Generator[Decoded, 
         return results
 
     chunks = (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
-    pending: deque[Future[list[Decoded]]] = deque()
+    pending: deque[Future[list[T | str]]] = deque()
     with (
         warnings.catch_warnings(),
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=count, desc="decoding", unit=" images", disable=None if progress else True) as bar,
+        tqdm(total=count, desc=said, unit=" images", disable=None if progress else True) as bar,
     ):
         # What Pillow warns of (broken EXIF, many pixels) does not keep the pixels from being read.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         for rows in chunks:
-            pending.append(pool.submit(decode_chunk, rows))
+            pending.append(pool.submit(look_at, rows))
             while len(pending) > 2 * workers or (pending and rows.stop == count):
                 results = pending.popleft().result()
                 yield from results
                 bar.update(len(results))
 
 
+def too_many(unreadable: int, count: int) -> bool:
+    """Whether so many of `count` images are unreadable that the rest is not the data: over 1 % and over one, or all."""
+    return unreadable > max(1, 0.01 * count) or unreadable == count
+
+
 def check_skipped(source: Source, skipped: list[tuple[int, str]]) -> None:
-    """Raise where too many images were unreadable to call the rest the data: over 1 % and over one, or all."""
+    """Raise where `too_many` of the images were unreadable."""
     count = len(source.paths)
-    if len(skipped) <= max(1, 0.01 * count) and len(skipped) < count:
+    if not too_many(len(skipped), count):
         return
     named = ", ".join(f"{source.paths[row]} ({reason})" for row, reason in skipped[:5])
     raise DataError(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import stat
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,10 +139,71 @@ def from_list(file: Path) -> dict[str, Source]:
 
     Empty lines and lines that start with # are left out. Raises DataError for a path given twice or without a file.
     """
+    return _from_rows(file, [Row(at, line) for at, line in _lines(file)])
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """The number and text of each line that is not empty and no comment."""
     # Path names need not be UTF-8: surrogateescape is how Python itself spells the others.
-    lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-    rows = [Row(at, line) for at, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
-    return _from_rows(file, rows)
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    return ((at, line) for at, line in enumerate(text.split("\n"), 1) if line.strip() and not line.startswith("#"))
+
+
+def quoted(path: str) -> str:
+    """`path` as one line that is safe to show and that `read_names` reads back.
+
+    It is the path itself where that can be printed, and else a JSON string in ASCII: names may hold line breaks, bytes
+    that are no UTF-8, and codes that a terminal obeys.
+    """
+    plain = path.isprintable() and path == path.strip() and not path.startswith(("#", '"'))
+    return path if plain else json.dumps(path)
+
+
+def read_names(file: Path) -> frozenset[str]:
+    """The paths that a list names, one a line as `quoted` writes them; empty lines and those that start with # are not.
+
+    Raises MissingDataError where there is no such file, DataError with the line where a quoted name is no JSON string.
+    """
+    if not file.is_file():
+        raise MissingDataError(f"there is no list {file} of images to leave out; corinfomax doctor writes one")
+    return frozenset(_unquoted(file, at, line) for at, line in _lines(file))
+
+
+def names_as_text(names: Iterable[str]) -> str:
+    """A list that `read_names` reads."""
+    return "".join(f"{quoted(name)}\n" for name in names)
+
+
+def _unquoted(file: Path, at: int, line: str) -> str:
+    if not line.startswith('"'):
+        return line
+    try:
+        return str(json.loads(line))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"line {at} of {file} starts with a quote and is no JSON string ({error.msg}): {line!r}; quotes are for "
+            "names that are not plain text"
+        ) from error
+
+
+def without(source: Source, names: Collection[str]) -> Source | None:
+    """The images of `source` whose paths `names` does not have, as if the others were not there; None if none is left.
+
+    Classes stay what the whole folder says they are.
+    """
+    kept = [row for row, path in enumerate(source.paths) if path not in names]
+    if len(kept) == len(source.paths):
+        return source
+    if not kept:
+        return None
+    read = source.array
+    return replace(
+        source,
+        paths=tuple(source.paths[row] for row in kept),
+        stamps=source.stamps if read else source.stamps[kept],
+        labels=None if source.labels is None else tuple(source.labels[row] for row in kept),
+        array=(lambda: read()[kept]) if read else None,
+    )
 
 
 def from_table(file: Path) -> dict[str, Source]:

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Collection
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -122,12 +123,13 @@ def load(
     download: bool = False,
     cache: Path | None = None,
     test_split: str | None = None,
+    skip: Collection[str] = (),
     progress: bool = True,
 ) -> Splits:
     """Images to train on and, where there are any, to test on; decoded on first use, mapped from the cache after that.
 
-    `data`, `root` and `download` are those of `sources.find`. The short side of larger images is reduced to `side`
-    pixels; smaller images are kept.
+    `data`, `root`, `download` and `skip` are those of `sources.find`. The short side of larger images is reduced to
+    `side` pixels; smaller images are kept.
     The test images are, in this order: a `holdout` share of the training images, drawn from `seed`, and then no other
     split is opened; `test_split`; the split test, or else val, unless it lacks the labels that train has; a tenth of
     the training images if they have labels and `holdout` is not 0; none.
@@ -142,7 +144,7 @@ def load(
         raise ValueError(f"holdout is {holdout}; it is a share of the training images, from 0 up to but not 1")
     if holdout and test_split:
         raise ValueError(f"holdout {holdout} and test_split {test_split!r} both say what to test on; give one of them")
-    sources = find(data, root=root, download=download)
+    sources = find(data, root=root, download=download, skip=skip)
     folder = cache or default_cache()
     classes = tuple(sorted(set(sources["train"].labels or ())))
     train = _images(sources["train"], classes, side, folder, progress)
@@ -162,13 +164,14 @@ def load_every(
     root: Path | None = None,
     download: bool = False,
     cache: Path | None = None,
+    skip: Collection[str] = (),
     progress: bool = True,
 ) -> dict[str, Images]:
     """Every split of `data` by name, whole and in the order of its paths; arguments and errors as of `load`.
 
     Classes are those of all splits together.
     """
-    sources = find(data, root=root, download=download)
+    sources = find(data, root=root, download=download, skip=skip)
     classes = tuple(sorted({label for source in sources.values() for label in source.labels or ()}))
     return {
         name: _images(source, classes, side, cache or default_cache(), progress) for name, source in sources.items()

@@ -29,6 +29,8 @@ class Where:
     """Score on this split; else test, else val, else a tenth of the labelled training images."""
     cache: Path | None = None
     """Folder of the decoded images; else $CORINFOMAX_CACHE, else ~/.cache/corinfomax."""
+    skip: Path | None = None
+    """Leave out the images that this list names, a path a line, as if they were not there; doctor writes one."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
 
@@ -197,9 +199,27 @@ class Bench:
     knobs: Annotated[Recipe, tyro.conf.arg(name="")] = RECIPES["cpu-small"].recipe
 
 
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Look at every image before training: what cannot be read, copies, leaks between splits, odd ones, time needed.
+
+    Says it in words, and writes a list of the images to leave out, for --skip. The exit code is 1 if something would
+    stop training or make its scores untrue: unreadable images, training images that are also in val or test, classes
+    that only those have. All else is a remark, and the exit code 0.
+    """
+
+    data: Annotated[str, tyro.conf.Positional]
+    """Folder, list or name of the images."""
+    out: Path | None = None
+    """The list; skip.txt here unless given. Not written where there is nothing to leave out."""
+    seconds: float = 5.0
+    """About how long to time training steps for the estimate; 0 is no estimate."""
+    where: Annotated[Where, tyro.conf.arg(name="")] = Where()
+
+
 def parse(
     argv: list[str], base: Recipe | None = None
-) -> Pretrain | Evaluate | Embed | Neighbors | Export | Report | Recipes | Bench:
+) -> Pretrain | Evaluate | Embed | Neighbors | Export | Report | Recipes | Bench | Doctor:
     """The command that was typed; the knobs not typed are those of `base`, else of --recipe, else of cpu-small."""
     if base is None:
         name = _typed(argv, "--recipe")
@@ -214,6 +234,7 @@ def parse(
         | Annotated[Report, subcommand("report")]
         | Annotated[Recipes, subcommand("recipes")]
         | Annotated[Bench, subcommand("bench", default=Bench(knobs=base))]
+        | Annotated[Doctor, subcommand("doctor")]
     )
     return tyro.cli(commands, prog="corinfomax", description=ABOUT, args=argv)
 

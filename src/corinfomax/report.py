@@ -30,8 +30,8 @@ SEEN = 16  # images of the contact sheet
 QUERIES, NEIGHBOURS = 12, 6
 GROUPS, GROUP_SIZE, STRANGERS = 12, 6, 18
 CROWD = 10  # neighbours that an image is judged by
-COARSE, FINE = 8, 24  # sides in pixels at which twins are looked for, and told from likenesses
-MAYBE, SURE = 0.95, 0.99  # correlation at those: copies reach 0.999, different photographs of one kind of thing 0.98
+COARSE = 8  # side in pixels at which twins are looked for
+MAYBE = 0.95  # least correlation there
 DIRECTIONS = 128  # leading directions of the features in which neighbours are looked for among all images
 
 
@@ -155,8 +155,8 @@ def _twins(pool: Pool, squares: Float[Tensor, "n 3 s s"], crowd: Near) -> simila
     pairs = pairs.sort(1).values.unique(dim=0)
     pairs = pairs[_alike(squares, pairs) >= MAYBE]
     rows, places = pairs.unique(return_inverse=True)
-    alike = _alike(pool.squares(rows, side=FINE), places)
-    return similar.grouped(pairs[alike >= SURE], alike[alike >= SURE])
+    alike = _alike(pool.squares(rows, side=similar.FINE), places)
+    return similar.grouped(pairs[alike >= similar.SURE], alike[alike >= similar.SURE])
 
 
 def _alike(squares: Float[Tensor, "n 3 s s"], pairs: Int[Tensor, "m 2"]) -> Float[Tensor, " m"]:

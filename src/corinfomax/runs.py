@@ -49,7 +49,12 @@ def _sync(path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """`content` as an indented JSON file, whole or not at all."""
-    write_whole(path, lambda temporary: _write_text(temporary, json.dumps(content, indent=2) + "\n"))
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` as a UTF-8 file with the line ends it has, whole or not at all."""
+    write_whole(path, lambda temporary: _write_text(temporary, text))
 
 
 def add_json(path: Path, content: dict[str, Any]) -> None:
@@ -58,7 +63,7 @@ def add_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_json(path: Path) -> Any:
@@ -90,9 +95,7 @@ def forget_after(run: Path, step: int) -> None:
         if step_of(path) > step:
             path.unlink()
     rows = [row for row in read_metrics(run) if row["step"] <= step]
-    write_whole(
-        run / "metrics.jsonl", lambda temporary: _write_text(temporary, "".join(json.dumps(row) + "\n" for row in rows))
-    )
+    write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 BLOCK = 1 << 24  # cosines held at once: 64 MiB
+FINE = 24  # side in pixels at which copies are told from likenesses
+SURE = 0.99  # correlation there: copies reach 0.999, different photographs of one kind of thing 0.98
+TILE = 2048  # rows and columns of the distances that `close` holds at once: 16 MiB
+SKETCH = 32  # leading directions in which copies are looked for
 
 
 class Near(NamedTuple):
@@ -71,6 +75,85 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     # Two blank pictures have no correlation, and are one picture all the same.
     equal = (a - b).abs().amax((1, 2, 3)) < 1 / 255
     return torch.where(equal, 1.0, (x * y).sum(1))
+
+
+class Copies(NamedTuple):
+    """Pairs of pictures that are likely one."""
+
+    pairs: Int[Tensor, "m 2"]
+    """Rows, the lower one first, in no order of the pairs."""
+    alike: Float[Tensor, " m"]
+    """Their correlation."""
+    whole: bool
+    """Whether all pairs were looked at; not so where more pictures than could be looked at resemble each other."""
+
+
+def copies(
+    squares: UInt8[Tensor, "n 3 s s"], *, least: float = SURE, most: int = 5_000_000, sample: int = 8192
+) -> Copies:
+    """Every two pictures with a correlation of at least `least`, mirrored or not; none of them may be of one colour.
+
+    Exact, without looking at all pairs in full: for unit rows a correlation of c is a distance of √(2 − 2c), and a
+    projection brings nothing further apart. So whatever is further apart in a sketch of SKETCH numbers, the leading
+    directions of the mirror-symmetric half of each picture (which has all that a picture and its mirror image share),
+    is no copy; the others are correlated in full, at most `most` pairs.
+    """
+    if len(squares) < 2:
+        return Copies(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0), True)
+    blocks = squares.split(TILE)
+    some = _even(squares[:: max(1, len(squares) // sample)])
+    mean = some.mean(0)
+    _, directions = torch.linalg.eigh((some - mean).T @ (some - mean))
+    axes = directions.flip(1)[:, :SKETCH]
+    sketch = torch.cat([(_even(block) - mean) @ axes for block in blocks])
+    found, alike, looked = [], [], 0
+    for pairs in close(sketch, (2 - 2 * least) ** 0.5):
+        for few in pairs.split(TILE):
+            a, b = (squares[rows].float() / 255 for rows in few.unbind(1))
+            same = correlation(a, b)
+            found.append(few[same >= least])
+            alike.append(same[same >= least])
+        looked += len(pairs)
+        if looked > most:
+            break
+    empty = torch.zeros(0, 2, dtype=torch.long), torch.zeros(0)
+    return Copies(torch.cat([empty[0], *found]).sort(1).values, torch.cat([empty[1], *alike]), looked <= most)
+
+
+def _even(squares: UInt8[Tensor, "n 3 s s"]) -> Float[Tensor, "n f"]:
+    """The mirror-symmetric half of each picture's unit pixels, as an orthogonal projection of them."""
+    x = squares.float()
+    unit = F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1).view_as(x)
+    left, right = unit[..., : (x.shape[3] + 1) // 2], unit.flip(3)[..., : (x.shape[3] + 1) // 2]
+    half = (left + right) / 2**0.5  # two equal halves in one: √2 keeps the length
+    if x.shape[3] % 2:
+        half[..., -1] /= 2**0.5  # the middle column is there once
+    return half.flatten(1)
+
+
+def close(x: Float[Tensor, "n f"], distance: float) -> Iterator[Int[Tensor, "m 2"]]:
+    """Every two rows of `x` at most that `distance` apart, by and by, each pair once.
+
+    Rows are compared in the order of their first column, as far as it alone allows: the more they differ in it, the
+    fewer pairs are computed. Memory is bounded but for the pairs of one tile.
+    """
+    order = x[:, 0].argsort()
+    x = x[order]
+    first, squared, one = x[:, 0].contiguous(), x.square().sum(1, keepdim=True) / 2, torch.ones(len(x), 1)
+    rows, columns = torch.cat((x, -squared, one), 1), torch.cat((x, one, -squared), 1).T.contiguous()
+    least = -(distance**2) / 2 - 1e-5  # of −|a − b|²/2, and what rounding takes from it
+    # One place for every tile: freed and asked for anew, they left gigabytes of holes in the heap.
+    half, is_close = x.new_empty(TILE * TILE), torch.empty(TILE * TILE, dtype=torch.bool)
+    for start in range(0, len(x), TILE):
+        stop = min(start + TILE, len(x))
+        reach = int(torch.searchsorted(first, first[stop - 1] + distance + 1e-5, right=True))
+        for left in range(start, reach, TILE):
+            wide = min(TILE, reach - left)
+            tile, near = (place[: (stop - start) * wide].view(-1, wide) for place in (half, is_close))
+            torch.mm(rows[start:stop], columns[:, left : left + wide], out=tile)
+            a, b = torch.ge(tile, least, out=near).nonzero().unbind(1)
+            pairs = torch.stack((a + start, b + left), 1)
+            yield order[pairs[pairs[:, 0] < pairs[:, 1]]]
 
 
 class Twins(NamedTuple):

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import difflib
 import statistics
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from corinfomax.files import DataError, MissingDataError, Source, from_folder, from_list, from_table
+from corinfomax.files import DataError, MissingDataError, Source, from_folder, from_list, from_table, without
 from corinfomax.named import NAMED
 
 
-def find(data: str | Path, *, root: Path | None = None, download: bool = False) -> dict[str, Source]:
-    """Splits of `data` by name: `train` always, `val` and `test` where it has them.
+def find(
+    data: str | Path, *, root: Path | None = None, download: bool = False, skip: Collection[str] = ()
+) -> dict[str, Source]:
+    """Splits of `data` by name: `train` always, `val` and `test` where it has them; without the images in `skip`.
 
     `data` is the name of a set in NAMED, else a folder, a list (.txt) or a table (.csv). A string that names a set
     means the set, wherever the program runs; `./cifar10`, or a Path, means the folder. `root` is where the named sets
-    lie, ./data unless given; `download` lets torchvision fetch CIFAR when it is not there.
+    lie, ./data unless given; `download` lets torchvision fetch CIFAR when it is not there. `skip` has paths as
+    `Source.paths` has them; those of no image say nothing, and a split without any other image is none.
     Raises MissingDataError where there is nothing of that name, DataError where what is there cannot be used.
     """
+    kept = {name: without(source, skip) for name, source in _all(data, root, download).items()}
+    if kept["train"] is None:
+        raise DataError(f"every training image of {data} is among those to leave out; shorten that list")
+    return {name: source for name, source in kept.items() if source is not None}
+
+
+def _all(data: str | Path, root: Path | None, download: bool) -> dict[str, Source]:
     if isinstance(data, str) and data in NAMED:
         return NAMED[data](data, root or Path("data"), download)
     place = Path(data).expanduser()
@@ -52,12 +63,19 @@ class Survey(NamedTuple):
     """Median over some of them, in pixels."""
 
 
-def survey(data: str | Path, *, root: Path | None = None, download: bool = False, looks: int = 64) -> Survey:
+def survey(
+    data: str | Path,
+    *,
+    root: Path | None = None,
+    download: bool = False,
+    skip: Collection[str] = (),
+    looks: int = 64,
+) -> Survey:
     """How many training images `data` has, and their median short side, read from the headers of up to `looks` files.
 
     Raises as `find` does, and DataError when none of the files looked at is an image.
     """
-    train = find(data, root=root, download=download)["train"]
+    train = find(data, root=root, download=download, skip=skip)["train"]
     if train.array is not None:
         return Survey(len(train.paths), min(train.array().shape[1:3]))
     sides = []
