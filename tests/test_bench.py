@@ -116,7 +116,7 @@ def test_measured_is_what_training_runs(monkeypatch):
 
 
 def test_the_update_leaves_the_recipes_network_as_it_was():
-    learner = train.build(replace(tiny.RECIPE, optim=replace(tiny.RECIPE.optim, lr=0.0)), CPU)
+    learner = build(replace(tiny.RECIPE, optim=replace(tiny.RECIPE.optim, lr=0.0)), CPU)
     before = {name: p.clone() for name, p in learner.network.named_parameters()}
     R1 = learner.criterion.R1
     bench._step_apart(tiny.RECIPE, learner, bench.made_up(tiny.RECIPE), 0, CPU)
