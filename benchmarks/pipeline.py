@@ -13,6 +13,7 @@ from benchmarks.metrics import Metric, metric
 from benchmarks.steps import CPU, as_images, body, whole
 from corinfomax import train
 from corinfomax.knobs import Recipe
+from corinfomax.learner import build, update
 from corinfomax.recipes import RECIPES
 
 
@@ -27,12 +28,12 @@ def run(effort: Effort) -> Iterator[Metric]:
         recipes[f"compact ResNet of cpu-small, batch {small.batch}, {small.size} px"] = small
     for name, recipe in recipes.items():
         images = as_images(pictures(8 * recipe.batch, recipe.cache_side))
-        learner = train.build(recipe, CPU)
+        learner = build(recipe, CPU)
         pixels, sizes = images.batch(torch.arange(recipe.batch))
         pair = train.make_views(recipe, pixels, sizes, 0, CPU)
         contestants = {
             "ours": body(recipe, images),
-            "bare": lambda recipe=recipe, learner=learner, pair=pair: train.update(recipe, learner, pair, 0, CPU),
+            "bare": lambda recipe=recipe, learner=learner, pair=pair: update(recipe, learner, pair, 0, CPU),
         }
         seconds = alternate(contestants, effort, least=1.0)
         each = {which: [1e3 * s / recipe.batch for s in samples] for which, samples in seconds.items()}

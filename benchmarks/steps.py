@@ -19,6 +19,7 @@ from benchmarks.metrics import Metric, metric
 from corinfomax import networks, train
 from corinfomax.images import Images
 from corinfomax.knobs import Backbone, Projector, Recipe
+from corinfomax.learner import build, update
 from corinfomax.recipes import RECIPES
 
 CPU = torch.device("cpu")
@@ -86,13 +87,13 @@ def as_images(pixels: Tensor) -> Images:
 
 def body(recipe: Recipe, images: Images) -> Callable[[], object]:
     """One call is one step of the loop of training: indices, images, views, update."""
-    learner = train.build(recipe, CPU)
+    learner = build(recipe, CPU)
     steps = iter(range(10**9))
 
     def call() -> None:
         step = next(steps)
         pixels, sizes = images.batch(train.batch_indices(recipe, step, len(images)))
-        train.update(recipe, learner, train.make_views(recipe, pixels, sizes, step, CPU), step, CPU)
+        update(recipe, learner, train.make_views(recipe, pixels, sizes, step, CPU), step, CPU)
 
     return call
 

@@ -10,6 +10,7 @@ import torch
 import tiny
 from corinfomax import bench, cli, networks, train
 from corinfomax.bottleneck import PARTS, Setting, Timings, advise, as_text, look, quartiles
+from corinfomax.learner import build
 
 CPU = torch.device("cpu")
 SETTING = Setting(
@@ -116,7 +117,7 @@ def test_measured_is_what_training_runs(monkeypatch):
 
 
 def test_the_update_leaves_the_recipes_network_as_it_was():
-    learner = train.build(replace(tiny.RECIPE, optim=replace(tiny.RECIPE.optim, lr=0.0)), CPU)
+    learner = build(replace(tiny.RECIPE, optim=replace(tiny.RECIPE.optim, lr=0.0)), CPU)
     before = {name: p.clone() for name, p in learner.network.named_parameters()}
     R1 = learner.criterion.R1
     bench._step_apart(tiny.RECIPE, learner, bench.made_up(tiny.RECIPE), 0, CPU)

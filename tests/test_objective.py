@@ -204,6 +204,25 @@ def test_degenerate_input_stays_finite(n, d, kind, dtype, autocast):
             assert z2.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d", "scale"), [(16, 8, 1e-4), (16, 8, 3e3), (4, 32, 1.0), (256, 64, 1.0)])
+def test_half_precision_input_gives_the_loss_of_the_same_numbers_in_float64(dtype, n, d, scale):
+    """Tiny norms, huge norms, D > N: the loss itself is exact, the gradient rounded once, when it comes back."""
+    halves = [(scale * torch.randn(n, d, generator=torch.Generator().manual_seed(v))).to(dtype) for v in (0, 1)]
+    losses, gradients = [], []
+    for kind in (dtype, torch.float64):
+        z1, z2 = (z.to(kind, copy=True).requires_grad_() for z in halves)
+        loss = CorInfoMaxLoss(d)(z1, z2).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append(z1.grad.double())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # rows are normalised in float32
+    # float16 has no numbers between 6e-8 and 0: what is smaller is lost, hence the scaler.
+    rounding, least = torch.finfo(dtype).eps, 6e-8 if dtype == torch.float16 else 0.0
+    assert gradients[0].isfinite().all()
+    assert float((gradients[0] - gradients[1]).norm()) <= rounding * float(gradients[1].norm()) + least * (n * d) ** 0.5
+
+
 def test_autocast_leaves_the_loss_in_float64():
     z1, z2 = unit(64, 16, 0, torch.float32), unit(64, 16, 1, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -68,3 +68,30 @@ def test_set_learning_rate_reaches_every_group():
     optimizer = optim.build(nn.Sequential(nn.Linear(2, 2)), Optim())
     optim.set_learning_rate(optimizer, 0.123)
     assert [group["lr"] for group in optimizer.param_groups] == [0.123, 0.123]
+
+
+@pytest.mark.parametrize("most", [None, 1e-3, 0.5, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clipping_is_torchs_and_gives_the_norm_before_it(most, dtype):
+    torch.manual_seed(0)
+    ours, theirs = (nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).to(dtype) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 5, dtype=dtype)
+    for model in (ours, theirs):
+        model(x).square().sum().backward()
+    theirs[1].bias.grad = ours[1].bias.grad = None  # a frozen parameter has none
+    before = torch.cat([p.grad.flatten() for p in ours.parameters() if p.grad is not None]).norm()
+    norm = optim.clip(ours.parameters(), most)
+    torch.testing.assert_close(norm, before)
+    if most is not None:
+        nn.utils.clip_grad_norm_(theirs.parameters(), most)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert a.grad is b.grad is None or a.grad.equal(b.grad)
+    after = torch.cat([p.grad.flatten() for p in ours.parameters() if p.grad is not None]).norm()
+    assert float(after) == pytest.approx(min(float(before), most or math.inf), rel=1e-3)
+
+
+@pytest.mark.parametrize("most", [0.0, -1.0, math.nan])
+def test_a_clip_that_is_no_norm_is_an_error(most):
+    with pytest.raises(ValueError, match="largest norm must be above 0"):
+        Optim(clip=most)

@@ -47,7 +47,7 @@ def test_a_run_writes_metrics_and_a_checkpoint(splits, tmp_path):
     assert saved.step == 10
     assert saved.recipe == tiny.RECIPE
     assert tiny.equal_states(loaded.state_dict(), network.state_dict())
-    assert runs.checkpoints(tmp_path) == [runs.checkpoint_path(tmp_path, 10)]
+    assert runs.checkpoints(tmp_path)[-1] == runs.checkpoint_path(tmp_path, 10)
 
 
 def test_metrics_are_the_loss_of_the_step_by_hand(splits, tmp_path):
@@ -145,9 +145,9 @@ def test_only_the_last_checkpoints_stay(splits, tmp_path):
 
 
 def test_the_best_checkpoint_stays_with_the_last(splits, tmp_path):
-    run_tiny(splits, tmp_path, checkpoint_minutes=0.0, keep=1)
-    rows = runs.read_metrics(tmp_path)
-    assert all("ldmi" in row for row in rows)  # a look with every checkpoint
+    run_tiny(splits, tmp_path, checkpoint_minutes=60.0, keep=1)
+    rows = [row for row in runs.read_metrics(tmp_path) if "ldmi" in row]
+    assert len(rows) > 5  # scheduled ones alone: the clock saves without a look
     best = max(rows, key=lambda row: (row["ldmi"], row["step"]))["step"]
     assert [runs.step_of(path) for path in runs.checkpoints(tmp_path)] == sorted({best, 10})
 
@@ -273,7 +273,7 @@ def test_a_signal_to_the_command_leaves_a_run_that_goes_on(tmp_path):
     out, err = first.communicate(timeout=30)
     assert first.returncode == 130, err
     assert f"--resume {run}" in out
-    (saved,) = runs.checkpoints(run)
+    saved = runs.checkpoints(run)[-1]
     step = checkpoint.load(saved).step
     assert 0 < step < 3200
 
@@ -285,4 +285,4 @@ def test_a_signal_to_the_command_leaves_a_run_that_goes_on(tmp_path):
     assert f"going on with {run} after step {step}" in out
     steps = [row["step"] for row in runs.read_metrics(run)]
     assert steps == sorted(set(steps))
-    assert len(runs.checkpoints(run)) == 2
+    assert runs.step_of(runs.checkpoints(run)[-1]) > step

@@ -1,5 +1,6 @@
 """Each process of test_distributed.py: tests/world.py JOB OUT [COUNT …]; the first of each world writes OUT."""
 
+import math
 import os
 import socket
 import sys
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import tiny
-from corinfomax import distributed, images, runs, train
+from corinfomax import distributed, images, learner, runs, train
 from corinfomax.objective import CorInfoMaxLoss, Moments, corinfomax_loss
 
 CPU = torch.device("cpu")
@@ -69,16 +70,38 @@ def run(out: Path, precision: str) -> None:
     # A large batch, few dimensions and small steps: elsewhere rounding grows tenfold with each step for longer, as it
     # does within one process when a weight is changed by 1e-15.
     projector = replace(tiny.RECIPE.projector, widths=(32, 4), batch_norm=True)
-    optim = replace(tiny.RECIPE.optim, lr=0.01)
+    optim = replace(tiny.RECIPE.optim, lr=0.01, clip=2.0)
     recipe = replace(tiny.RECIPE, batch=40, epochs=10, projector=projector, optim=optim, precision=precision)
     splits = images.load(out.parent / "data", side=16, progress=False, holdout=0.0, cache=out.parent / "cache")
     out.mkdir(exist_ok=True)
     train.pretrain(recipe, splits, out, device=CPU, pace=train.Pace(1, scores=0, diagnoses=0), facts={})
 
 
+def fail(out: Path) -> None:
+    """In step 5 the projections of the last process are no numbers; each says what it heard of it, after step 8."""
+    splits = images.load(out.parent / "data", side=16, progress=False, holdout=0.0, cache=out.parent / "cache")
+    real, calls = learner.ready, []
+
+    def poisoned(x: torch.Tensor, model: nn.Module) -> torch.Tensor:
+        calls.append(x)
+        bad = len(calls) == 11 and distributed.rank() == distributed.size() - 1
+        return real(x, model) * (math.nan if bad else 1.0)
+
+    learner.ready = poisoned
+    run = out.parent / "failed"
+    run.mkdir(exist_ok=True)
+    try:
+        train.pretrain(tiny.RECIPE, splits, run, device=CPU, pace=train.Pace(4, scores=0, diagnoses=0), facts={})
+    except FloatingPointError as error:
+        out.with_name(f"{out.name}-{distributed.rank()}").write_text(str(error))
+
+
 def work(job: str, out: Path) -> None:
     """What one process of the world does."""
     with distributed.group(CPU):
+        if job == "fail":
+            fail(out)
+            return
         if job == "uneven":
             distributed.share(BATCH + 1)
         kept = {

@@ -24,6 +24,7 @@ from corinfomax.decode import decode_all
 from corinfomax.files import Source
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe
+from corinfomax.learner import Learner, build, update
 from corinfomax.seeds import generator
 
 ROUNDS = 5
@@ -127,7 +128,7 @@ def measure(recipe: Recipe, images: Images, device: torch.device, *, seconds: fl
     Raises KeyboardInterrupt after Ctrl-C, MemoryError and the like as training would.
     """
     recipe = _still(recipe)
-    learner = train.build(recipe, device)
+    learner = build(recipe, device)
     counter = itertools.count()
 
     def apart() -> dict[str, float]:
@@ -150,7 +151,7 @@ def measure(recipe: Recipe, images: Images, device: torch.device, *, seconds: fl
             parts[part].append(statistics.median(lap[part] for lap in laps))
         with _stopwatch(device) as watch:
             for _ in range(steps):
-                train.update(recipe, learner, pair, next(counter), device)
+                update(recipe, learner, pair, next(counter), device)
         ready.append(watch() / steps)
         loop.append(_loop(recipe, images, device, steps))
         for name, less in _operations(recipe).items():
@@ -158,9 +159,7 @@ def measure(recipe: Recipe, images: Images, device: torch.device, *, seconds: fl
     return Timings(parts, ready, loop, operations)
 
 
-def _step_apart(
-    recipe: Recipe, learner: train.Learner, images: Images, step: int, device: torch.device
-) -> dict[str, float]:
+def _step_apart(recipe: Recipe, learner: Learner, images: Images, step: int, device: torch.device) -> dict[str, float]:
     """Seconds of each part of one step, the device waited for after each."""
     laps = dict.fromkeys(PARTS, 0.0)
     _wait(device)
@@ -180,7 +179,7 @@ def _step_apart(
     lap("read")
     pair = train.make_views(recipe, pixels, sizes, step, device)
     lap("views")
-    train.update(recipe, learner, pair, step, device, lap)
+    update(recipe, learner, pair, step, device, lap)
     # The backward pass of the loss is inside "backward": time it alone, on rows of the same shape, and move it over.
     rows = torch.randn(2, recipe.batch, recipe.projector.widths[-1], device=device).unbind()
     z1, z2 = (row.requires_grad_() for row in rows)

@@ -30,6 +30,9 @@ class Checkpoint(NamedTuple):
     criterion: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     """`name/parameter`, such as `momentum_buffer/backbone.conv1.weight`."""
+    loop: dict[str, Tensor] = {}  # noqa: RUF012 (never written to)
+    """What the loop had in hand: `numbers` of the steps since the last row of metrics, a float16 gradient's `scale`;
+    of a step that failed its batch (`indices`, `pixels`)."""
 
 
 def save(
@@ -41,23 +44,25 @@ def save(
     step: int,
     recipe: knobs.Recipe,
     facts: dict[str, Any],
+    loop: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the state after `step` steps to `path`, whole or not at all."""
-    names = {id(p): name for name, p in network.named_parameters()}
+    """Write the state after `step` steps to `path`, whole or not at all. OSError with the path where it cannot be."""
     tensors = {f"network/{name}": tensor for name, tensor in network.state_dict().items()}
     tensors |= {f"criterion/{name}": tensor for name, tensor in criterion.state_dict().items()}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if value is not None:  # SGD's momentum before its first step
-                tensors[f"optimizer/{key}/{names[id(parameter)]}"] = torch.as_tensor(value)
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(optimizer, network).items()}
+    tensors |= {f"loop/{name}": tensor for name, tensor in (loop or {}).items()}
     about = json.dumps({"format": FORMAT, "step": step, "recipe": knobs.to_json(recipe), "facts": facts})
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"corinfomax": about, "digest": _digest(about, dense)}
-    try:
-        runs.write_whole(path, lambda temporary: save_file(dense, temporary, metadata=metadata))
-    except SafetensorError as error:
-        size = sum(tensor.nbytes for tensor in dense.values())
-        raise OSError(f"cannot write {path}, {size / 1e6:,.0f} MB: {error}") from error
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(dense, temporary, metadata=metadata)
+        except SafetensorError as error:
+            size = sum(tensor.nbytes for tensor in dense.values())
+            raise OSError(f"{error} ({size / 1e6:,.0f} MB)") from error
+
+    runs.write_whole(path, write)
 
 
 def load(path: Path) -> Checkpoint:
@@ -81,11 +86,23 @@ def load(path: Path) -> Checkpoint:
     about = json.loads(metadata["corinfomax"])
     if about["format"] != FORMAT:
         raise ValueError(f"{path} is of format {about['format']}; this version reads {FORMAT}")
-    parts: dict[str, dict[str, Tensor]] = {"network": {}, "criterion": {}, "optimizer": {}}
+    parts: dict[str, dict[str, Tensor]] = {"network": {}, "criterion": {}, "optimizer": {}, "loop": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = tensor
     return Checkpoint(knobs.from_json(about["recipe"]), about["step"], about["facts"], **parts)
+
+
+def load_begun(run: Path) -> Checkpoint:
+    """What there is to go on with in a run folder: the last whole checkpoint, or the recipe alone before the first one.
+
+    The latter is of step 0 and without tensors. Errors as of `load_last`.
+    """
+    about = run / "recipe.json"
+    if runs.checkpoints(run) or not about.exists():
+        return load_last(run)[1]
+    content = runs.read_json(about)
+    return Checkpoint(knobs.from_json(content["recipe"]), 0, content["facts"], {}, {}, {})
 
 
 def load_network(weights: Path) -> tuple[Network, Checkpoint]:
@@ -137,9 +154,21 @@ def _digest(about: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state by `name/parameter`, not copied."""
+    names = {id(p): name for name, p in network.named_parameters()}
+    return {
+        f"{key}/{names[id(parameter)]}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if value is not None  # SGD's momentum before its first step
+    }
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor], network: nn.Module) -> None:
     """Put a checkpoint's optimiser tensors back. ValueError when they do not belong to this network's parameters."""
     parameters = dict(network.named_parameters())
+    optimizer.state.clear()
     for name, tensor in saved.items():
         key, _, parameter_name = name.partition("/")
         parameter = parameters.get(parameter_name)

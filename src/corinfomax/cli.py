@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("CORINFOMAX_TRACEBACK"):
             raise
-        print(f"corinfomax: {error}", file=sys.stderr)
+        said = error.strerror if isinstance(error, OSError) and error.filename is None else None
+        print(f"corinfomax: {said or error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
@@ -96,6 +97,8 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
 
     from corinfomax import distributed
 
+    if command.replay is not None:
+        return _replay(command)
     with distributed.group(_device(command.where.device)) as device, contextlib.ExitStack() as quiet:
         first = distributed.rank() == 0
         if not first:
@@ -105,6 +108,17 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
         return 130
     if first:
         _finish(command, trained)
+    return 0
+
+
+def _replay(command: Pretrain) -> int:
+    """Show the step that a run broke off in."""
+    from corinfomax import replay
+
+    assert command.replay is not None
+    if command != replace(Pretrain(), replay=command.replay, where=command.where):
+        raise ValueError("--replay does one step of a file and nothing else: beside it only --device")
+    print(replay.as_text(replay.replay(command.replay, _device(command.where.device))))
     return 0
 
 
@@ -199,6 +213,10 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
             if first:
                 _conclude(run, recipe, len(splits.train), error=str(error))
             raise
+        except OSError as error:
+            raise OSError(
+                f"{error.strerror or error}; when that is mended: corinfomax pretrain --resume {run}"
+            ) from error
     if first:
         print(f"trained in {(time.monotonic() - started) / 60:.1f} min: {runs.checkpoints(run)[-1]}")
     return Trained(data, run, network, recipe, facts, splits, device)
@@ -506,7 +524,7 @@ def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:
             "a resumed run keeps its recipe and its splits: beside --resume only how often it logs, where the images "
             "are now, and the device"
         )
-    _, loaded = checkpoint.load_last(run)
+    loaded = checkpoint.load_begun(run)
     return command.data or loaded.facts["data"], _where_it_was(where, run, loaded.facts), loaded
 
 
@@ -623,10 +641,12 @@ def _tell(result: Any, splits: Splits, path: Path | None) -> None:
 def _device(name: str) -> torch.device:
     import torch
 
+    from corinfomax import distributed
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = distributed.own(torch.device(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

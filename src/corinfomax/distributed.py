@@ -29,20 +29,27 @@ def group(device: torch.device) -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield device
         return
+    device = own(device)
     if device.type == "cuda":
-        place = int(os.environ["LOCAL_RANK"])
-        if place >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {place} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
-                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
-            )
-        device = torch.device("cuda", place)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def own(device: torch.device) -> torch.device:
+    """This process's GPU, where torchrun started several; touches none. ValueError where there are too few."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or device.type != "cuda":
+        return device
+    place, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if place >= count:
+        raise ValueError(
+            f"process {place} of this machine has no GPU of its own: there are {count}; start torchrun with "
+            f"--nproc-per-node {count}"
+        )
+    return torch.device("cuda", place)
 
 
 def size() -> int:
@@ -80,9 +87,13 @@ def share(count: int) -> slice:
     return slice(rank() * each, (rank() + 1) * each)
 
 
-def any_of(here: bool) -> bool:
-    """Whether it is so in any process. Makes the host wait."""
-    return bool(total(torch.tensor(float(here), device=_device()))) if size() > 1 else here
+def largest(*here: float) -> list[float]:
+    """Each number's largest value in any process. Makes the host wait."""
+    if size() == 1:
+        return list(here)
+    x = torch.tensor(here, dtype=torch.float64, device=_device())
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x.tolist()
 
 
 def total(x: Tensor) -> Tensor:

@@ -120,6 +120,12 @@ class Optim:
     weight_decay: float = 1e-4
     decay_norms: bool = True
     """Apply weight decay to norms and biases too, as the paper does."""
+    clip: float | None = None
+    """Largest norm of the gradient of all weights together; a longer one is scaled down to it. None is no limit."""
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}; the gradient's largest norm must be above 0, or None")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +170,10 @@ class Recipe:
     micro_batch: int | None = None
     """Images of a view whose activations are held at once, for less memory; None is the whole batch. The gradient stays
     the whole batch's; BatchNorm sees parts."""
-    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Arithmetic of the network: auto is bfloat16 where the hardware multiplies it, else float32; float64 is for
-    comparing runs, as rounding grows with the steps. The loss is always float64."""
+    precision: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Arithmetic of the network: auto is bfloat16 where the hardware multiplies it, else float32; float16 (CUDA alone,
+    the gradient scaled) is for GPUs without bfloat16; float64 is for comparing runs, as rounding grows with the steps.
+    The loss is always float64."""
     seed: int = 0
     """Every random number follows from it."""
 
@@ -183,6 +190,10 @@ class Recipe:
             raise ValueError(f"std is {self.std}; each must be above 0")
         if not self.projector.widths or min(self.projector.widths) < 1:
             raise ValueError(f"projector widths must be one or more numbers above 0, got {self.projector.widths}")
+
+
+LATER: dict[str, dict[str, Any]] = {"recipe.optim": {"clip": None}}
+"""Knobs that older recipes on disk lack, with what those did."""
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
@@ -211,6 +222,8 @@ def from_json(content: Any) -> Recipe:
 def _from_json(kind: Any, content: Any, where: str) -> Any:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
+        if isinstance(content, dict):
+            content = LATER.get(where, {}) | content
         if not isinstance(content, dict) or set(content) != set(hints):
             odd = sorted(set(content) ^ set(hints)) if isinstance(content, dict) else content
             raise ValueError(f"{where} must have the fields {', '.join(hints)}; missing or unknown: {odd}")

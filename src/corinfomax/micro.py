@@ -26,11 +26,12 @@ def backward(
     criterion: CorInfoMaxLoss,
     pair: Sequence[Float[Tensor, "n 3 s s"]],
     part: int,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> Terms:
     """Accumulate the gradient of the loss of both views into the network, `part` images of a view at a time.
 
     `project(images, i)` runs the network on the i-th part, counted over both views: the same for the same i, dropout
-    included.
+    included. The gradient is that of `scale(loss)`.
     """
     parts = [images for view in pair for images in view.split(part)]
     with torch.no_grad():
@@ -38,7 +39,7 @@ def backward(
     half = len(parts) // 2
     leaves = [torch.cat(view).requires_grad_() for view in (projections[:half], projections[half:])]
     terms = criterion(*leaves)
-    terms.loss.backward()
+    scale(terms.loss).backward()
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     gradients = [gradient for leaf in leaves if leaf.grad is not None for gradient in leaf.grad.split(part)]
     for i, (images, gradient) in enumerate(zip(parts, gradients, strict=True)):

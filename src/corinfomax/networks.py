@@ -99,7 +99,7 @@ def build_projector(features: int, projector: Projector) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(features, dim, bias=False))
 
 
-def precision(recipe: Recipe, device: torch.device) -> Literal["float32", "bfloat16", "float64"]:
+def precision(recipe: Recipe, device: torch.device) -> Literal["float32", "bfloat16", "float16", "float64"]:
     """The network's arithmetic: the recipe's, or for "auto" bfloat16 where the hardware multiplies it natively."""
     if recipe.precision != "auto":
         return recipe.precision
@@ -120,4 +120,5 @@ def ready(x: Float[Tensor, "n 3 h w"], model: nn.Module) -> Float[Tensor, "n 3 h
 
 def arithmetic(recipe: Recipe, device: torch.device) -> torch.autocast:
     """The context in which the network runs: autocast to the recipe's precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(recipe, device) == "bfloat16")
+    lower = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision(recipe, device))
+    return torch.autocast(device.type, lower or torch.bfloat16, enabled=lower is not None)

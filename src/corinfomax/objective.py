@@ -70,8 +70,9 @@ def corinfomax_loss(
     whole batch, the same in each process, and the gradient is the whole loss's to these rows; 2·D + 1 and then 2·D² + 1
     numbers are summed, and nothing in the backward pass. Sum the parameters' gradients over processes to go on.
 
-    Raises ValueError for a wrong shape or a non-finite value. On CUDA looking at values would make the host wait, so
-    there a non-finite batch gives a non-finite loss and leaves the moments as they were.
+    Raises ValueError for a wrong shape or a non-finite value. On CUDA looking at values would make the host wait, and
+    of several processes one would stop alone: there a non-finite batch gives a non-finite loss and leaves the moments
+    as they were.
 
     >>> z = F.normalize(torch.randn(8, 4), dim=1)
     >>> terms, moments = corinfomax_loss(z, z, Moments.initial(4), alpha=16.0)
@@ -151,7 +152,8 @@ class CorInfoMaxLoss(nn.Module):
     Where torch.distributed runs, the batch is that of all processes (see `corinfomax_loss`), and the gradient is such
     that the mean over processes, which DistributedDataParallel takes, is the gradient of the whole loss.
 
-    Raises ValueError for wrong shapes, and for non-finite input except on CUDA (see `corinfomax_loss`).
+    Raises ValueError for wrong shapes, and for non-finite input except on CUDA and in several processes (see
+    `corinfomax_loss`).
 
     >>> criterion = CorInfoMaxLoss(64)
     >>> z1, z2 = torch.randn(2, 512, 64)
@@ -284,8 +286,8 @@ def _check_pair(z1: Tensor, z2: Tensor, *, dim: int | None = None) -> None:
         raise ValueError(f"z1 and z2 must be floating-point; got {z1.dtype} and {z2.dtype}")
     if z1.device != z2.device:
         raise ValueError(f"z1 and z2 must be on one device; got {z1.device} and {z2.device}")
-    if z1.device.type == "cuda":
-        return  # reading a value would make the host wait
+    if z1.device.type == "cuda" or distributed.size() > 1:
+        return  # reading a value would make the host wait; one process's error would leave the others waiting for it
     for name, z in (("z1", z1), ("z2", z2)):
         bad = int((~z.detach().isfinite()).any(1).sum())
         if bad:

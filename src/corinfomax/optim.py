@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from corinfomax.knobs import Optim
 
@@ -45,3 +47,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Every group's learning rate becomes `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def clip(parameters: Iterable[nn.Parameter], most: float | None) -> Float[Tensor, ""]:
+    """The norm of all gradients as one vector; with `most` they are then scaled so that it is at most that.
+
+    Stays on the device. Infinite where the sum of squares is, from about 1e19 in float32.
+    """
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+    if most is not None:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm

@@ -52,6 +52,8 @@ class Pretrain:
     """The run's folder; a new one in ./runs unless given."""
     resume: Path | None = None
     """Go on with the run in this folder, from its last checkpoint; DATA says where its images are if they moved."""
+    replay: Path | None = None
+    """Do nothing but the step in this file, failed-step-N.safetensors of a run that broke off, and show its layers."""
     evaluate: bool = True
     """Score the finished backbone where there are labels."""
     report: bool = True

@@ -18,19 +18,30 @@ CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """`write(temporary)` into a sibling file, synced to the disk, then renamed onto `path`: never half a file.
 
-    What a killed process left of an earlier try is removed: a file of the run has one writer at a time.
+    What a killed process left of an earlier try is removed: a file of the run has one writer at a time. OSError with
+    the path and the system's reason where it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            left.unlink(missing_ok=True)
+        try:
+            write(temporary)
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)  # the new name too is on the disk
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError inside says in words what could not be written."""
     try:
-        write(temporary)
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)  # the new name too is on the disk
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _sync(path: Path) -> None:
@@ -74,9 +85,18 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is no readable JSON: {error}") from error
 
 
+def sync_metrics(run: Path) -> None:
+    """Every line of metrics.jsonl so far is on the disk, as a checkpoint that goes on from them is."""
+    path = run / "metrics.jsonl"
+    if path.exists():
+        with _named(path):
+            _sync(path)
+
+
 def append_metrics(run: Path, row: dict[str, Any]) -> None:
     """One more line of metrics.jsonl."""
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    path = run / "metrics.jsonl"
+    with _named(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -90,7 +110,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Leave out rows and checkpoints after `step`: the resumed run writes them again, and the latter are damaged."""
+    """Leave out rows and checkpoints after `step`: the resumed run writes them again, and the latter are damaged.
+
+    What a killed process was writing is removed too.
+    """
+    for left in (*run.glob(".*.part"), *(run / "checkpoints").glob(".*.part")):
+        left.unlink(missing_ok=True)
     for path in checkpoints(run):
         if step_of(path) > step:
             path.unlink()
@@ -126,7 +151,9 @@ def held(run: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with (run / ".lock").open("w") as file:
+    with _named(run):
+        file = (run / ".lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +13,14 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from corinfomax import checkpoint, diagnosis, distributed, embed, micro, optim, probes, runs, verdict, views
+from corinfomax import checkpoint, diagnosis, distributed, embed, optim, probes, runs, verdict, views
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe
-from corinfomax.networks import Network, arithmetic, ready
-from corinfomax.objective import CorInfoMaxLoss, Terms
-from corinfomax.seeds import generator, key
-
-CURE = "a lower learning rate or a larger batch is the usual cure"
+from corinfomax.learner import NUMBERS, Learner, NotFiniteError, build, capture, find_fault, put_back, scale, update
+from corinfomax.networks import Network
+from corinfomax.seeds import generator
+from corinfomax.signals import stop_signals
 
 
 class Interrupted(Exception):  # noqa: N818 (no error)
@@ -35,14 +29,6 @@ class Interrupted(Exception):  # noqa: N818 (no error)
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(f"stopped; {checkpoint} has all that was done")
         self.checkpoint = checkpoint
-
-
-class Learner(NamedTuple):
-    """What training changes: the network, the loss with its moments, the optimiser with its state."""
-
-    network: Network
-    criterion: CorInfoMaxLoss
-    optimizer: torch.optim.Optimizer
 
 
 class Pace(NamedTuple):
@@ -77,8 +63,11 @@ def pretrain(
     drawn for the whole batch before processes share it, so their number changes nothing but rounding. Inside
     `distributed.group` every process calls this; the first alone writes.
 
-    Raises FloatingPointError when the loss is no number any more, and Interrupted after Ctrl-C or SIGTERM, with a
-    checkpoint of the last whole step.
+    What metrics.jsonl says, times apart, is a matter of the steps alone: rows and looks come at steps counted
+    beforehand, and a checkpoint has what the next row needs.
+
+    Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint of the last whole step; NotFiniteError when a loss,
+    gradient or weight is no number any more, with what reproduces it in a file.
     """
     images = splits.train
     steps_per_epoch = len(images) // recipe.batch
@@ -91,112 +80,122 @@ def pretrain(
         )
 
     learner = build(recipe, device)
-    network, criterion, optimizer = learner
-    first = 0
-    if resume is not None:
-        network.load_state_dict(resume.network)
-        criterion.load_state_dict(resume.criterion)
-        checkpoint.restore_optimizer(optimizer, resume.optimizer, network)
-        first = resume.step
+    first, pending = 0, torch.empty(0, len(NUMBERS), dtype=learner.criterion.R1.dtype, device=device)
+    if resume is not None and resume.step > 0:
+        put_back(learner, resume)
+        first, pending = resume.step, resume.loop.get("numbers", pending).to(device)
 
-    def save(done: int) -> None:
-        path = runs.checkpoint_path(run, done)
-        checkpoint.save(
-            path, network=network, criterion=criterion, optimizer=optimizer, step=done, recipe=recipe, facts=facts
-        )
-        saved = runs.checkpoints(run)
-        best = verdict.best_step(progress.rows, map(runs.step_of, saved))
-        for old in saved[: -pace.keep]:
-            if runs.step_of(old) != best:
-                old.unlink()
+    def take(step: int) -> Float[Tensor, " 4"]:
+        indices = batch_indices(recipe, step, len(images))
+        pixels, _ = images.batch(indices[here])
+        pair = make_views(recipe, pixels, images.sizes[indices], step, device, here)
+        lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
+        optim.set_learning_rate(learner.optimizer, lr)
+        return update(recipe, learner, pair, step, device)
 
-    pending: list[Tensor] = []
     score_at = {round(steps * (i + 1) / pace.scores) for i in range(pace.scores)}
     watched = diagnosis.choose(splits, recipe, device=device)
     look_at = diagnosis.schedule(steps, recipe.batch, pace.diagnoses, watched)
-    saved_at = time.monotonic()
-    with Progress(recipe, first, steps, runs.read_metrics(run) if first else []) as progress, stop_signals() as stop:
-        for step in range(first, steps):
-            indices = batch_indices(recipe, step, len(images))
-            pixels, _ = images.batch(indices[here])
-            x1, x2 = make_views(recipe, pixels, images.sizes[indices], step, device, here)
-
-            lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
-            optim.set_learning_rate(optimizer, lr)
-            terms = update(recipe, learner, (x1, x2), step, device)
-
-            pending.append(torch.stack([term.detach() for term in terms]))
-            done = step + 1
-            asked_to_stop = done < steps and agreed(stop, done, pace)
-            time_to_save = writes and time.monotonic() - saved_at > 60 * pace.checkpoint_minutes
-            due = done % pace.log_steps == 0 or done == steps or done in score_at or done in look_at
-            if due or asked_to_stop or time_to_save:
-                row = log_row(pending, done, optimizer, criterion, progress)
-                pending.clear()
-                if writes and done in score_at and scorable(splits):
-                    row["knn"] = quick_knn(network, splits, recipe, device=device)
-                if writes and (done in look_at or (time_to_save and pace.diagnoses)):
-                    row |= diagnosis.row(network, watched, recipe, device=device)
-                if writes:
-                    runs.append_metrics(run, row)
-                    tell(row)
-                progress.show(row)
-            if asked_to_stop:
-                if writes:
-                    save(done)
-                raise Interrupted(runs.checkpoint_path(run, done))
-            if writes and (time_to_save or done == steps):
-                save(done)
-                saved_at = time.monotonic()
-    return network
-
-
-def build(recipe: Recipe, device: torch.device) -> Learner:
-    """Network, loss and optimiser as they are before the first step; the weights follow from the recipe's seed."""
-    torch.manual_seed(key(recipe.seed, "weights"))
-    network = Network(recipe.backbone, recipe.projector, size=recipe.size)
-    network = network.to(device, torch.float64 if recipe.precision == "float64" else None)
-    network = network.to(memory_format=torch.channels_last)
-    distributed.share_batch_norm(network)
-    criterion = CorInfoMaxLoss(recipe.projector.widths[-1], **vars(recipe.loss)).to(device)
-    return Learner(network, criterion, optim.build(network, recipe.optim))
+    good, saved_at = capture(learner, first, recipe), time.monotonic()
+    rows = runs.read_metrics(run) if first and writes else []
+    with Progress(recipe, first, steps, rows) as progress, stop_signals() as stop:
+        try:
+            for step in range(first, steps):
+                pending = torch.cat((pending, take(step)[None]))
+                done = step + 1
+                last, asked_to_stop = done == steps, stop.agreed(done)
+                if last or done % pace.log_steps == 0 or done in score_at or done in look_at:
+                    row = log_row(pending, done, learner, progress)
+                    pending = pending[:0]
+                    good = capture(learner, done, recipe)
+                    if writes and done in score_at and scorable(splits):
+                        row["knn"] = quick_knn(learner.network, splits, recipe, device=device)
+                    if writes and done in look_at:
+                        row |= diagnosis.row(learner.network, watched, recipe, device=device)
+                    if writes:
+                        runs.append_metrics(run, row)
+                        tell(row)
+                    progress.show(row)
+                if asked_to_stop and (fault := find_fault(learner, pending, done)) is not None:
+                    raise fault
+                time_to_save = time.monotonic() - saved_at > 60 * pace.checkpoint_minutes or (
+                    done in look_at and progress.best == done
+                )
+                if writes and (last or asked_to_stop or time_to_save):
+                    save(run, learner, pending, done, recipe, facts, progress.rows, pace.keep)
+                    saved_at = time.monotonic()
+                if asked_to_stop and not last:
+                    raise Interrupted(runs.checkpoint_path(run, done))
+        except NotFiniteError as fault:
+            # Every process comes here after the same step, and goes once more to the one that failed.
+            put_back(learner, good)
+            for step in range(good.step, fault.step):
+                take(step)
+            if not writes:
+                raise
+            raise NotFiniteError(
+                fault.step, f"{fault}; {keep_failure(run, learner, fault, recipe, facts, images)}"
+            ) from fault
+    return learner.network
 
 
-def update(
-    recipe: Recipe,
+def save(
+    run: Path,
     learner: Learner,
-    pair: Sequence[Float[Tensor, "n 3 s s"]],
-    step: int,
-    device: torch.device,
-    lap: Callable[[str], object] = lambda part: None,
-) -> Terms:
-    """One update on ready views: forward, loss, backward, optimiser; `lap` is told of each of them when it is done."""
-    network, criterion, optimizer = learner
+    pending: Float[Tensor, "k 4"],
+    done: int,
+    recipe: Recipe,
+    facts: dict[str, Any],
+    rows: list[dict[str, Any]],
+    keep: int,
+) -> None:
+    """A checkpoint after `done` steps, unless something in it is not finite: the next row of metrics then says so.
 
-    def project(x: Tensor, part: int) -> Tensor:
-        # For dropout and stochastic depth, where a backbone has them; each process and part its own.
-        torch.manual_seed(key(recipe.seed, f"network {distributed.rank()} {part}", step))
-        with arithmetic(recipe, device):
-            return network(ready(x, network))
+    All but the last `keep` and the best are removed.
+    """
+    if find_fault(learner, pending, done) is not None:
+        return
+    network, criterion, optimizer, scaler = learner
+    runs.sync_metrics(run)
+    checkpoint.save(
+        runs.checkpoint_path(run, done),
+        network=network,
+        criterion=criterion,
+        optimizer=optimizer,
+        step=done,
+        recipe=recipe,
+        facts=facts,
+        loop={"numbers": pending, **scale(scaler)},
+    )
+    saved = runs.checkpoints(run)
+    best = verdict.best_step(rows, map(runs.step_of, saved))
+    for old in saved[:-keep]:
+        if runs.step_of(old) != best:
+            old.unlink()
 
-    optimizer.zero_grad(set_to_none=True)
+
+def keep_failure(
+    run: Path, learner: Learner, fault: NotFiniteError, recipe: Recipe, facts: dict[str, Any], images: Images
+) -> str:
+    """Write the learner as it is before the step that failed, and that step's batch; how to see it again."""
+    network, criterion, optimizer, scaler = learner
+    indices = batch_indices(recipe, fault.step, len(images))
+    pixels, sizes = images.batch(indices)
+    path = run / f"failed-step-{fault.step}.safetensors"
     try:
-        if recipe.micro_batch is not None and recipe.micro_batch < len(pair[0]):
-            terms = micro.backward(project, network, criterion, pair, recipe.micro_batch)
-        else:
-            z1, z2 = project(pair[0], 0), project(pair[1], 1)  # apart: each view has its own BatchNorm statistics
-            lap("forward")
-            terms = criterion(z1, z2)
-            lap("loss")
-            terms.loss.backward()
-    except ValueError as error:  # on the CPU the loss looks at its input
-        lr = optimizer.param_groups[0]["lr"]
-        raise FloatingPointError(f"in step {step}, at learning rate {lr:.3g}: {error}; {CURE}") from error
-    distributed.average_gradients(network.parameters())
-    lap("backward")
-    optimizer.step()
-    lap("optimizer")
-    return terms
+        checkpoint.save(
+            path,
+            network=network,
+            criterion=criterion,
+            optimizer=optimizer,
+            step=fault.step,
+            recipe=recipe,
+            facts={**facts, "failure": str(fault), "lr": optimizer.param_groups[0]["lr"]},
+            loop={"indices": indices, "pixels": pixels, "sizes": sizes, **scale(scaler)},
+        )
+    except OSError as error:
+        return f"its batch is not kept: {error}"
+    return f"its batch is kept; to see it again, layer by layer: corinfomax pretrain --replay {path}"
 
 
 def scorable(splits: Splits) -> bool:
@@ -232,38 +231,19 @@ def make_views(
     ]
 
 
-def agreed(stop: threading.Event, done: int, pace: Pace) -> bool:
-    """Whether to stop after this step; several processes ask each other only when they log, as that makes them wait."""
-    if distributed.size() == 1:
-        return stop.is_set()
-    return done % pace.log_steps == 0 and distributed.any_of(stop.is_set())
-
-
-def log_row(
-    pending: list[Tensor], done: int, optimizer: torch.optim.Optimizer, criterion: CorInfoMaxLoss, progress: Progress
-) -> dict[str, Any]:
-    """The means of the steps since the last row. The one place where numbers leave the device."""
-    terms = torch.stack(pending).cpu()
-    bad = (~terms.isfinite().all(1)).nonzero()[:, 0]
-    if len(bad):
-        before, at = done - len(terms), done - len(terms) + int(bad[0])
-        eigenvalues = [float(torch.linalg.eigvalsh(R.cpu()).min()) for R in (criterion.R1, criterion.R2)]
-        loss, attraction, big_bang = terms[bad[0]].tolist()
-        raise FloatingPointError(
-            f"the loss became {loss:.3g} in step {at} (attraction {attraction:.3g}, big bang {big_bang:.3g}, smallest "
-            f"eigenvalue of the covariances {min(eigenvalues):.3g}; looked at every {len(terms)} steps, last good "
-            f"look after step {before}); {CURE}"
-        )
-    loss, attraction, big_bang = terms.mean(0).tolist()
-    return {
-        "step": done,
-        "loss": loss,
-        "attraction": attraction,
-        "big_bang": big_bang,
-        "gap": big_bang - criterion.floor,
-        "lr": optimizer.param_groups[0]["lr"],
-        "seconds": round(progress.seconds, 3),
-    }
+def log_row(pending: Float[Tensor, "k 4"], done: int, learner: Learner, progress: Progress) -> dict[str, Any]:
+    """The means of the steps since the last row, raised if not finite. The one place where numbers leave the device."""
+    fault = find_fault(learner, pending, done)
+    if fault is not None:
+        raise fault
+    numbers = pending.cpu()
+    means = dict(zip(NUMBERS, numbers.mean(0).tolist(), strict=True))
+    row = {"step": done, **means, "gap": means["big_bang"] - learner.criterion.floor}
+    if learner.scaler.is_enabled():  # without the updates that the scaler left out
+        norms = numbers[:, 3][numbers[:, 3].isfinite()]
+        row["gradient_norm"] = float(norms.mean()) if len(norms) else None
+        row["scale"] = learner.scaler.get_scale()
+    return {**row, "lr": learner.optimizer.param_groups[0]["lr"], "seconds": round(progress.seconds, 3)}
 
 
 def quick_knn(network: Network, splits: Splits, recipe: Recipe, *, device: torch.device) -> float:
@@ -279,28 +259,6 @@ def _at_most(images: Images, count: int) -> Images:
     if len(images) <= count:
         return images
     return images.select(torch.randperm(len(images), generator=generator(0, "quick kNN"))[:count])
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that a step is never cut in half; a second Ctrl-C stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals reach the main thread alone
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Progress:
@@ -327,6 +285,11 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
+
+    @property
+    def best(self) -> int | None:
+        """After how many steps the look was that is best so far."""
+        return verdict.best_step(self.rows, (row["step"] for row in self.rows))
 
     @property
     def seconds(self) -> float:
@@ -358,6 +321,8 @@ class Progress:
 
     def judge(self) -> None:
         """Say what the run looks like when that has changed; after the last step the command says it."""
+        if distributed.rank() > 0:
+            return
         found = verdict.judge(self.rows, self.recipe, steps=self.steps)
         if found is not None and found.kind != self.kind and self.rows[-1]["step"] < self.steps:
             self.bar.write(f"step {self.rows[-1]['step']}: {found.text}", file=sys.stderr)

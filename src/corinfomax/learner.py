@@ -1,0 +1,167 @@
+"""What training changes, network, loss, optimiser and scaler: built, updated, judged, copied and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from corinfomax import checkpoint, distributed, micro, optim
+from corinfomax.checkpoint import Checkpoint
+from corinfomax.knobs import Recipe
+from corinfomax.networks import Network, arithmetic, ready
+from corinfomax.objective import CorInfoMaxLoss
+from corinfomax.seeds import key
+
+NUMBERS = ("loss", "attraction", "big_bang", "gradient_norm")
+"""What a step is told by, in this order."""
+CURE = "a lower learning rate or a larger batch is the usual cure"
+
+
+class NotFiniteError(FloatingPointError):
+    """Loss, gradient or weights became nan or infinite in `step`, counted from 0."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class Learner(NamedTuple):
+    """The network, the loss with its moments, the optimiser with its state, the scale of a float16 gradient."""
+
+    network: Network
+    criterion: CorInfoMaxLoss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    """Passes everything through as it is unless the precision is float16."""
+
+
+def build(recipe: Recipe, device: torch.device) -> Learner:
+    """The learner before the first step; the weights follow from the recipe's seed.
+
+    ValueError for float16 elsewhere than on CUDA.
+    """
+    half = recipe.precision == "float16"
+    if half and device.type != "cuda":
+        raise ValueError(f"precision float16 trains on CUDA alone, this is {device.type}: --precision bfloat16")
+    torch.manual_seed(key(recipe.seed, "weights"))
+    network = Network(recipe.backbone, recipe.projector, size=recipe.size)
+    network = network.to(device, torch.float64 if recipe.precision == "float64" else None)
+    network = network.to(memory_format=torch.channels_last)
+    distributed.share_batch_norm(network)
+    criterion = CorInfoMaxLoss(recipe.projector.widths[-1], **vars(recipe.loss)).to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    return Learner(network, criterion, optim.build(network, recipe.optim), scaler)
+
+
+def update(
+    recipe: Recipe,
+    learner: Learner,
+    pair: Sequence[Float[Tensor, "n 3 s s"]],
+    step: int,
+    device: torch.device,
+    lap: Callable[[str], object] = lambda part: None,
+) -> Float[Tensor, " 4"]:
+    """One update on ready views: forward, loss, backward, clipping, optimiser; gives its NUMBERS, on the device.
+
+    `lap` is told of each part when it is done. The gradient's norm is that before clipping, of the whole batch. With
+    float16 the scaler leaves out an update whose gradient is not finite, and reads one number from the device to know.
+    NotFiniteError where the loss looks at its input: on the CPU, in a single process.
+    """
+    network, criterion, optimizer, scaler = learner
+
+    def project(x: Tensor, part: int) -> Tensor:
+        # For dropout and stochastic depth, where a backbone has them; each process and part its own.
+        torch.manual_seed(key(recipe.seed, f"network {distributed.rank()} {part}", step))
+        with arithmetic(recipe, device):
+            return network(ready(x, network))
+
+    optimizer.zero_grad(set_to_none=True)
+    try:
+        if recipe.micro_batch is not None and recipe.micro_batch < len(pair[0]):
+            terms = micro.backward(project, network, criterion, pair, recipe.micro_batch, scaler.scale)
+        else:
+            z1, z2 = project(pair[0], 0), project(pair[1], 1)  # apart: each view has its own BatchNorm statistics
+            lap("forward")
+            terms = criterion(z1, z2)
+            lap("loss")
+            scaler.scale(terms.loss).backward()
+    except ValueError as error:
+        lr, least = optimizer.param_groups[0]["lr"], smallest_eigenvalue(criterion)
+        message = f"in step {step}, at learning rate {lr:.3g}: {error} (smallest eigenvalue of the covariances before "
+        raise NotFiniteError(step, f"{message}{least:.3g}); {CURE}") from error
+    distributed.average_gradients(network.parameters())
+    lap("backward")
+    scaler.unscale_(optimizer)
+    norm = optim.clip(network.parameters(), recipe.optim.clip)
+    scaler.step(optimizer)
+    scaler.update()
+    lap("optimizer")
+    return torch.stack([*(term.detach() for term in terms), norm.to(terms.loss.dtype)])
+
+
+def find_fault(learner: Learner, numbers: Float[Tensor, "k 4"], done: int) -> NotFiniteError | None:
+    """What is not finite in the NUMBERS of the last k of `done` steps or in the weights; makes the host wait.
+
+    With float16 a gradient that overflows is left out and its scale halved; a scale below 1 is a fault.
+    """
+    network, criterion, optimizer, scaler = learner
+    numbers = numbers.cpu()
+    finite = numbers.isfinite()
+    if scaler.is_enabled():
+        finite[:, 3] = True
+        finite[-1:, 3] = scaler.get_scale() >= 1
+    bad = (~finite.all(1)).nonzero()[:, 0]
+    if len(bad):
+        at = done - len(numbers) + int(bad[0])
+        loss, attraction, big_bang, norm = numbers[bad[0]].tolist()
+        what = f"loss became {loss:.3g}" if not finite[bad[0], :3].all() else f"gradient's norm became {norm:.3g}"
+        known = f"loss {loss:.3g}, attraction {attraction:.3g}, big bang {big_bang:.3g}, gradient's norm {norm:.3g}"
+        least, lr = smallest_eigenvalue(criterion), optimizer.param_groups[0]["lr"]
+        return NotFiniteError(
+            at,
+            f"the {what} in step {at} ({known}, smallest eigenvalue of the covariances {least:.3g}, learning rate "
+            f"{lr:.3g}; looked at every {len(numbers)} steps, last good look after step {done - len(numbers)}); {CURE}",
+        )
+    floats = [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+    if not bool(torch.nn.utils.get_total_norm(floats).isfinite()):
+        norm = float(numbers[-1, 3]) if len(numbers) else float("nan")
+        lr = optimizer.param_groups[0]["lr"]
+        message = f"the weights became infinite in step {done - 1}, gradient's norm {norm:.3g}, learning rate {lr:.3g}"
+        return NotFiniteError(done - 1, f"{message}; {CURE}")
+    return None
+
+
+def smallest_eigenvalue(criterion: CorInfoMaxLoss) -> float:
+    """Of both views' running covariances."""
+    return min(float(torch.linalg.eigvalsh(R.cpu()).min()) for R in (criterion.R1, criterion.R2))
+
+
+def capture(learner: Learner, step: int, recipe: Recipe) -> Checkpoint:
+    """A copy of the learner after `step` steps, on its device: once more the weights and the optimiser's state."""
+    network, criterion, optimizer, scaler = learner
+    parts = (network.state_dict(), criterion.state_dict(), checkpoint.optimizer_tensors(optimizer, network))
+    weights, moments, state = ({name: tensor.detach().clone() for name, tensor in part.items()} for part in parts)
+    return Checkpoint(recipe, step, {}, weights, moments, state, scale(scaler))
+
+
+def put_back(learner: Learner, saved: Checkpoint) -> None:
+    """The learner becomes what it was. ValueError when the optimiser's state is of other parameters."""
+    network, criterion, optimizer, scaler = learner
+    network.load_state_dict(saved.network)
+    criterion.load_state_dict(saved.criterion)
+    checkpoint.restore_optimizer(optimizer, saved.optimizer, network)
+    if scaler.is_enabled():
+        known = {"scale": float(saved.loop["scale"]), "_growth_tracker": int(saved.loop["growth_tracker"])}
+        scaler.load_state_dict(scaler.state_dict() | known)
+
+
+def scale(scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    """The scaler's state as tensors for a checkpoint; empty where it is off. Makes the host wait."""
+    if not scaler.is_enabled():
+        return {}
+    state = scaler.state_dict()
+    return {"scale": torch.tensor(state["scale"]), "growth_tracker": torch.tensor(state["_growth_tracker"])}

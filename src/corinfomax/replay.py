@@ -1,0 +1,109 @@
+"""A step that failed, once more: its terms, the first output that is not finite, each layer's gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from corinfomax import checkpoint, optim
+from corinfomax.learner import NUMBERS, NotFiniteError, build, put_back, smallest_eigenvalue, update
+from corinfomax.train import make_views
+
+
+class Replay(NamedTuple):
+    """What a step gives when it is done again."""
+
+    step: int
+    then: str
+    """Why the run stopped."""
+    failed: bool
+    """Whether it is not finite again."""
+    numbers: dict[str, float]
+    """The step's NUMBERS, nan where it came to none."""
+    smallest_eigenvalue: float
+    """Of the covariances before the step."""
+    first: str | None
+    """The first module whose output is not finite, and in which view or part of it."""
+    layers: list[tuple[str, float, float]]
+    """Name, norm of the weight before the step, norm of its gradient before clipping; nan without one."""
+
+
+def replay(path: Path, device: torch.device) -> Replay:
+    """The step that `path`, a run's failed-step-N.safetensors, holds, once more in one process.
+
+    ValueError when the file is a damaged or another one.
+    """
+    saved = checkpoint.load(path)
+    if "pixels" not in saved.loop:
+        raise ValueError(f"{path} is a checkpoint, no failed step; --replay takes a run's failed-step-N.safetensors")
+    recipe = replace(saved.recipe, optim=replace(saved.recipe.optim, clip=None))
+    learner = build(recipe, device)
+    put_back(learner, saved)
+    optim.set_learning_rate(learner.optimizer, saved.facts["lr"])
+    network = learner.network
+    weights = {name: float(p.detach().norm()) for name, p in network.named_parameters()}
+    least = smallest_eigenvalue(learner.criterion)
+    pair = make_views(recipe, saved.loop["pixels"], saved.loop["sizes"], saved.step, device)
+    values = [float("nan")] * len(NUMBERS)
+    with first_not_finite(network) as found, contextlib.suppress(NotFiniteError):
+        values = update(recipe, learner, pair, saved.step, device).tolist()
+    return Replay(
+        step=saved.step,
+        then=saved.facts["failure"],
+        failed=not all(map(math.isfinite, values)),
+        numbers=dict(zip(NUMBERS, values, strict=True)),
+        smallest_eigenvalue=least,
+        first=next(iter(found), None),
+        layers=[
+            (name, weights[name], float("nan") if p.grad is None else float(p.grad.norm()))
+            for name, p in network.named_parameters()
+        ],
+    )
+
+
+@contextlib.contextmanager
+def first_not_finite(network: nn.Module) -> Iterator[list[str]]:
+    """A list that gets the name of each module as its output is not finite, the first one first."""
+    found: list[str] = []
+    forwards = 0
+
+    def count(module: nn.Module, inputs: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+                found.append(f"{name or 'the network'} in forward pass {forwards}")
+
+        return look
+
+    hooks = [network.register_forward_pre_hook(count)]
+    hooks += [module.register_forward_hook(watch(name)) for name, module in network.named_modules()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def as_text(seen: Replay) -> str:
+    """A table of layers under what was found."""
+    width = max(len(name) for name, _, _ in seen.layers)
+    lines = [
+        f"step {seen.step} failed: {seen.then}",
+        "once more: " + ", ".join(f"{name} {value:.4g}" for name, value in seen.numbers.items()),
+        f"smallest eigenvalue of the covariances before it: {seen.smallest_eigenvalue:.3g}",
+        f"first output that is not finite: {seen.first or 'none'}",
+        "" if seen.failed else "it did not fail again: other hardware, or an order of sums that changes by the run",
+        f"{'':<{width}}  {'weight':>9}  {'gradient':>9}   (norms)",
+    ]
+    lines += [f"{name:<{width}}  {weight:9.3g}  {gradient:9.3g}" for name, weight, gradient in seen.layers]
+    return "\n".join(line for line in lines if line)

@@ -1,0 +1,150 @@
+"""What stops a run from outside costs one sentence, exit code 2, and nothing that was saved."""
+
+import errno
+import shutil
+import subprocess
+
+import pytest
+
+import tiny
+from corinfomax import checkpoint, cli, images, runs, train
+
+KNOBS = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "2", "--no-evaluate", "--no-report"]
+KNOBS += ["--backbone.layers", "1", "1", "1", "1", "--backbone.channels", "8", "8", "8", "16"]
+KNOBS += ["--projector.widths", "32", "8"]
+PACE = ["--scores", "0", "--diagnoses", "0", "--checkpoint-minutes", "0", "--log-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.folder(tmp_path_factory.mktemp("data") / "data", {"train": 40, "test": 12})
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a disk of some size, or changes it; skipped where nothing may be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options):
+        again = "remount," if place.is_mount() else ""
+        words = ["mount", "-t", "tmpfs", "-o", again + options, "tmpfs", str(place)]
+        if shutil.which("mount") is None or subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("no file system may be mounted here")
+        return place
+
+    yield mount
+    if place.is_mount():
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def sentence(capsys):
+    """The one line that the command ended with."""
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("corinfomax: ")
+    assert sum(line.startswith("corinfomax: ") for line in err.splitlines()) == 1
+    return last
+
+
+def whole(run):
+    """Every checkpoint of a run can be read, and nothing half-written is left."""
+    assert not list((run / "checkpoints").glob(".*.part"))
+    return [checkpoint.load(path).step for path in runs.checkpoints(run)]
+
+
+def test_a_disk_that_fills_up(data, small_disk, capsys):
+    """For real: the disk holds some checkpoints and not all; with room the run goes on from the last."""
+    disk = small_disk("size=300k")
+    run = disk / "run"
+    assert cli.main(["pretrain", str(data), "--out", str(run), *KNOBS, *PACE, "--keep", "100"]) == 2
+    said = sentence(capsys)
+    assert "cannot write" in said and "No space left" in said
+    assert f"when that is mended: corinfomax pretrain --resume {run}" in said
+    steps = whole(run)
+    assert steps == list(range(1, len(steps) + 1)) and 1 <= len(steps) < 10
+    small_disk("size=50m")
+    assert cli.main(["pretrain", "--resume", str(run), *PACE, "--no-evaluate", "--no-report", "--keep", "100"]) == 0
+    assert whole(run) == list(range(1, 11))
+    assert [row["step"] for row in runs.read_metrics(run)] == [2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("what", ["save_file", "_sync"])
+def test_a_write_that_fails_leaves_the_checkpoint_before(data, tmp_path, capsys, monkeypatch, what):
+    room = checkpoint if what == "save_file" else runs
+    real, calls = getattr(room, what), []
+
+    def full(*arguments, **named):
+        calls.append(arguments)
+        if len(runs.checkpoints(tmp_path / "run")) >= 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(room, what, full)
+    assert cli.main(["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS, *PACE]) == 2
+    said = sentence(capsys)
+    assert "cannot write" in said and "No space left on device" in said and "Errno" not in said
+    assert whole(tmp_path / "run") == [1, 2, 3]
+
+
+def test_a_run_folder_that_may_only_be_read(data, small_disk, tmp_path, capsys):
+    assert cli.main(["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS, *PACE]) == 0
+    disk = small_disk("size=50m")
+    shutil.copytree(tmp_path / "run", disk / "run")
+    small_disk("ro")
+    before = whole(disk / "run")
+    capsys.readouterr()
+    assert cli.main(["pretrain", "--resume", str(disk / "run")]) == 2
+    assert "cannot write" in (said := sentence(capsys)) and "Read-only file system" in said
+    assert cli.main(["pretrain", str(data), "--out", str(disk / "other"), *KNOBS]) == 2
+    assert "Read-only file system" in sentence(capsys)
+    assert whole(disk / "run") == before
+
+
+def test_images_that_vanish_while_running_are_not_missed(data, tmp_path, monkeypatch, capsys):
+    """Everything comes from the decoded cache, and that is mapped: its pages stay while a process holds them."""
+    mine, cache = tmp_path / "mine", tmp_path / "cache"
+    shutil.copytree(data, mine)
+    real = train.update
+
+    def lose(recipe, learner, pair, step, device):
+        if step == 3:
+            shutil.rmtree(mine)
+            shutil.rmtree(cache)
+        return real(recipe, learner, pair, step, device)
+
+    monkeypatch.setattr(train, "update", lose)
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    words = ["--cache", str(cache), *KNOBS, *PACE]
+    assert cli.main(["pretrain", str(mine), "--out", str(run), *words]) == 0
+    monkeypatch.undo()
+    assert cli.main(["pretrain", str(data), "--out", str(kept), *KNOBS, *PACE]) == 0
+    ours, theirs = (checkpoint.load(checkpoint.last(folder)) for folder in (run, kept))
+    assert tiny.equal_states(ours.network, theirs.network)
+    capsys.readouterr()
+    assert cli.main(["pretrain", "--resume", str(run)]) == 2  # but to go on with a run they must be there
+    assert f"no folder or file '{mine}'" in sentence(capsys)
+    assert whole(run)
+
+
+def test_a_refused_resume_touches_nothing(data, tmp_path, capsys):
+    """Changed images and a folder in use: what the run had stays as it was."""
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    shutil.copytree(data, mine)
+    assert cli.main(["pretrain", str(mine), "--out", str(run), *KNOBS, *PACE]) == 0
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    with runs.held(run):
+        assert cli.main(["pretrain", "--resume", str(run)]) == 2
+    assert "is in use by another process" in sentence(capsys)
+    next((mine / "train").rglob("*.png")).unlink()
+    assert cli.main(["pretrain", "--resume", str(run)]) == 2
+    assert "are not those that" in sentence(capsys)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
+
+
+def test_the_cache_says_so_when_its_disk_is_full(data, small_disk):
+    disk = small_disk("size=8k")
+    with pytest.raises(ValueError, match=r"cannot write the image cache.*No space left.*CORINFOMAX_CACHE"):
+        images.load(data, side=16, progress=False, cache=disk)
