@@ -74,6 +74,16 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_whole_checkpoint_of_another_version_is_no_damage(tmp_path, monkeypatch):
+    save(runs.checkpoint_path(tmp_path, 1))
+    monkeypatch.setattr(checkpoint, "FORMAT", "corinfomax-later")
+    save(runs.checkpoint_path(tmp_path, 2))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="is of format corinfomax-later") as caught:
+        checkpoint.load_last(tmp_path)
+    assert not isinstance(caught.value, checkpoint.DamagedError)
+
+
 @pytest.mark.parametrize("where", ["weights", "facts"])
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(tmp_path, capsys, where):
     for step in (1, 2):

@@ -4,6 +4,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -291,3 +292,28 @@ def test_few_images_are_scored_too(tmp_path, capsys):
     data = tiny.folder(tmp_path / "data", {"train": 8, "test": 2})
     assert cli.main(["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS]) == 0
     assert "raw pixels" in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_its_options_but_for_those_typed():
+    argv = ["pretrain", "--resume", "run", "--keep=3", "--scores", "10"]
+    typed = cli.parse(argv)
+    ran = {"log_steps": 1, "keep": 100, "scores": 2, "report": False, "track": "wandb", "checkpoint_minutes": 0.5}
+    again = cli._as_it_ran(typed, argv, {"options": ran})
+    assert (again.keep, again.scores) == (3, 10)  # typed now, though these are what they are without a word
+    assert (again.log_steps, again.report, again.track, again.checkpoint_minutes) == (1, False, "wandb", 0.5)
+    assert cli._as_it_ran(typed, argv, {}) == typed  # a run of an older version
+
+
+def test_the_words_that_go_on_with_a_run_can_be_typed(tmp_path, monkeypatch):
+    run = tmp_path / "My Photos"
+    assert cli._go_on(run) == f"corinfomax pretrain --resume '{run}'"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert cli._go_on(run).startswith("torchrun --nproc-per-node 8 -m corinfomax pretrain --resume '")
+
+
+@pytest.mark.parametrize(("size", "side", "becomes"), [(24, 32, 32), (32, 16, 36), (100, 16, 64), (64, 64, 64)])
+def test_copies_are_as_large_as_the_views_need(tmp_path, capsys, size, side, becomes):
+    data = tiny.folder(tmp_path / "data", {"": 4}, labelled=False, side=64)
+    recipe = replace(tiny.RECIPE, size=size, cache_side=side)
+    assert cli._fit_copies(recipe, str(data), cli.Where()).cache_side == becomes
+    assert ("--cache-side" in capsys.readouterr().out) == (becomes != side)

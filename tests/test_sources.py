@@ -149,6 +149,7 @@ def test_a_table_with_labels_and_splits(tmp_path: Path) -> None:
         ("path,split\na.png,train\nb.png,tests\n", r"line 3 .* split 'tests'; choose from train"),
         ("path,split\na.png,test\n", r"no image to train on: no row has split train"),
         ("path\n", r"no image to train on"),
+        ('path\n"a.png\n' + "b.png\n" * 30_000, r"line \d+ of .*quotation mark left open"),
         ("path,label\na.png,x\n,y\n", r"line 3 .* no path"),
         ("path\na.png\nb.png\na.png\n", r"a\.png twice, in lines 2 and 4"),
         ("path\na.png\ngone.png\nlost.png\n", r"2 of the 3 train images .* first line 3: gone\.png; paths start from"),

@@ -43,6 +43,13 @@ def grown(**changes):
     return judge(*(row(step) for step in (10, 50, 100, 200, 300)), row(500, **changes))
 
 
+def test_a_run_with_too_few_images_to_measure_is_not_told_to_train_longer():
+    looks = [row(step, ldmi=None) for step in (10, 50, 100, 300, 600, 1000)]
+    found = judge(*looks, ended=True)
+    assert found.kind == "healthy"
+    assert "fewer than 64 images" in found.advice and "epochs" not in found.advice
+
+
 def test_before_the_first_look_there_is_none():
     assert judge() is None
     assert judge({"step": 10, "loss": 3.0}) is None

@@ -122,7 +122,7 @@ def test_grey():
     torch.testing.assert_close(views.grey(x), T.rgb_to_grayscale(x), **CLOSE)
 
 
-@pytest.mark.parametrize("size", [7, 32, 48])
+@pytest.mark.parametrize("size", [7, 32, 48, 65, 224])
 def test_blur(size):
     sigma = torch.tensor([0.1, 0.5, 1.3, 2.0])
     x = floats(4, size)

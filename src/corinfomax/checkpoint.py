@@ -19,6 +19,10 @@ from corinfomax.networks import Network
 FORMAT = "corinfomax-2"
 
 
+class DamagedError(ValueError):
+    """A file that is torn, cut short or changed."""
+
+
 class Checkpoint(NamedTuple):
     """What a checkpoint file holds."""
 
@@ -78,11 +82,11 @@ def load(path: Path) -> Checkpoint:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        raise DamagedError(f"{path} is no whole safetensors file: {error}") from error
     if "corinfomax" not in metadata:
         raise ValueError(f"{path} holds weights, but is no checkpoint of this package")
     if metadata.get("digest") != _digest(metadata["corinfomax"], tensors):
-        raise ValueError(f"{path} is damaged: its checksum is not that of its content")
+        raise DamagedError(f"{path} is damaged: its checksum is not that of its content")
     about = json.loads(metadata["corinfomax"])
     if about["format"] != FORMAT:
         raise ValueError(f"{path} is of format {about['format']}; this version reads {FORMAT}")
@@ -130,14 +134,15 @@ def last(run: Path) -> Path:
 def load_last(run: Path) -> tuple[Path, Checkpoint]:
     """The last checkpoint of a run folder that is whole, and what it holds; a damaged one is named on stderr.
 
-    FileNotFoundError when there is none, ValueError of the last one when all are damaged.
+    FileNotFoundError when there is none, DamagedError of the last one when all are damaged, ValueError for what is
+    whole and of another version: going back from it would throw good work away.
     """
     last(run)
-    damaged: ValueError | None = None
+    damaged: DamagedError | None = None
     for path in reversed(runs.checkpoints(run)):
         try:
             loaded = load(path)
-        except ValueError as error:
+        except DamagedError as error:
             damaged = damaged or error
             print(f"{error}; trying the one before", file=sys.stderr)
         else:

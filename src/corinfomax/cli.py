@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 SKIPPED = "skip.txt"
 """The list of images to leave out: what doctor writes unless told where, and a run's own copy in its folder."""
 
+KEPT_OPTIONS = ("log_steps", "checkpoint_minutes", "keep", "scores", "diagnoses", "evaluate", "report", "track")
+"""What a run keeps when it is resumed, beside its recipe."""
+
 # torch takes seconds to import; every command imports what needs it inside, so that --help and mistakes answer at once.
 
 
@@ -107,7 +110,7 @@ def run_pretrain(command: Pretrain, argv: list[str]) -> int:
     if trained is None:
         return 130
     if first:
-        _finish(command, trained)
+        _finish(trained)
     return 0
 
 
@@ -132,6 +135,8 @@ class Trained(NamedTuple):
     facts: dict[str, Any]
     splits: Splits
     device: torch.device
+    command: Pretrain
+    """With the options of the run, where it was resumed."""
 
 
 def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained | None:
@@ -142,6 +147,7 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
     data, where, recipe, name = command.data, command.where, command.knobs, command.recipe
     if command.resume is not None:
         data, where, resumed = _resumed(command)
+        command = _as_it_ran(command, argv, resumed.facts)
         recipe, name = resumed.recipe, resumed.facts["recipe_name"]
     if data is None:
         raise ValueError("name the images: corinfomax pretrain DATA, or --resume RUN to go on with a run")
@@ -156,6 +162,10 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
         assert isinstance(again, Pretrain)
         recipe = again.knobs
         print(f"recipe {why}; --recipe names another")
+    first = distributed.rank() == 0
+    early = _new_run(command.out, "") if first and command.resume is None and command.out is not None else None
+    if resumed is None:
+        recipe = _fit_copies(recipe, data, where)
     with distributed.first_of_machine():  # one decodes, the others read its cache
         splits = _load(data, where, recipe.cache_side)
     recipe = _fit_batch(recipe, len(splits.train))
@@ -173,17 +183,17 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
         "images": len(splits.train),
         "fingerprint": splits.train.fingerprint,
         "versions": _versions(),
+        "options": {name: getattr(command, name) for name in KEPT_OPTIONS},
     }
     if resumed is not None and resumed.facts["fingerprint"] != facts["fingerprint"]:
         raise ValueError(
             f"the images of {data} are not those that {command.resume} was trained on; put those back, or name where "
             f"they are now: corinfomax pretrain DATA --resume {command.resume}"
         )
-    first = distributed.rank() == 0
     if command.resume is not None:
         run = command.resume
     elif first:
-        run = _new_run(command.out, f"{Path(data).stem or 'images'}-{name}")
+        run = early or _new_run(None, f"{Path(data).stem or 'images'}-{name}")
     else:
         run = command.out or Path("runs")  # the first process writes there, this one does not
     pace = train.Pace(command.log_steps, command.checkpoint_minutes, command.keep, command.scores, command.diagnoses)
@@ -201,38 +211,38 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
             print(f"going on with {run} after step {resumed.step}")
         if first and command.track is not None:
             told = {flag: str(value) for flag, value in knobs.flags(recipe)}
-            tell = stack.enter_context(track.to(command.track, run, told))
+            tell = track.forgiving(stack.enter_context(track.to(command.track, run, told)))
         try:
             network = train.pretrain(
                 recipe, splits, run, device=device, pace=pace, facts=facts, resume=resumed, tell=tell
             )
         except train.Interrupted as stop:
-            print(f"stopped; {stop.checkpoint} has all that was done\nto go on: corinfomax pretrain --resume {run}")
+            print(f"stopped; {stop.checkpoint} has all that was done\nto go on: {_go_on(run)}")
             return None
         except FloatingPointError as error:
             if first:
                 _conclude(run, recipe, len(splits.train), error=str(error))
+            distributed.wait()  # the first to end would have torchrun end the others before they have spoken
             raise
         except OSError as error:
-            raise OSError(
-                f"{error.strerror or error}; when that is mended: corinfomax pretrain --resume {run}"
-            ) from error
+            raise OSError(f"{error.strerror or error}; when that is mended: {_go_on(run)}") from error
     if first:
         print(f"trained in {(time.monotonic() - started) / 60:.1f} min: {runs.checkpoints(run)[-1]}")
-    return Trained(data, run, network, recipe, facts, splits, device)
+    return Trained(data, run, network, recipe, facts, splits, device, command)
 
 
-def _finish(command: Pretrain, trained: Trained) -> None:
+def _finish(trained: Trained) -> None:
     """The verdict first, so that nothing after it can cost it; then scores where there are labels, and the page."""
     from corinfomax import evaluate, train
 
-    data, run, network, recipe, facts, splits, device = trained
+    data, run, network, recipe, facts, splits, device, command = trained
     _conclude(run, recipe, len(splits.train))
     if command.evaluate and train.scorable(splits):
         _tell(evaluate.evaluate(network.backbone, splits, recipe, device=device), splits, run / "results.json")
     if command.report:
         _report_if_possible(run, network, recipe, facts, splits, device)
-    print(f"feature vectors: corinfomax embed {run} {data}")
+    root = [] if facts["root"] is None else ["--root", facts["root"]]
+    print(f"feature vectors: {shlex.join(['corinfomax', 'embed', str(run), data, *root])}")
 
 
 def _conclude(run: Path, recipe: Recipe, images: int, *, error: str | None = None) -> None:
@@ -508,6 +518,34 @@ def run_doctor(command: Doctor) -> int:
         words += [f"--{name} " + " ".join(f"{value:.4f}" for value in each) for name, each in colours._asdict().items()]
     print("→ " + " ".join(words))
     return int(any(finding.grave for finding in found))
+
+
+def _go_on(run: Path) -> str:
+    """The command that goes on with a run, for as many processes as there are."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    program = ["corinfomax"] if here == 1 else ["torchrun", "--nproc-per-node", str(here), "-m", "corinfomax"]
+    return shlex.join([*program, "pretrain", "--resume", str(run)])
+
+
+def _as_it_ran(command: Pretrain, argv: list[str], facts: dict[str, Any]) -> Pretrain:
+    """The options that the run had, but for those that are typed now: --resume RUN alone goes on as it was."""
+    typed = {word.partition("=")[0].replace("_", "-").removeprefix("--").removeprefix("no-") for word in argv}
+    kept = facts.get("options", {})  # runs of older versions have none
+    return replace(command, **{name: value for name, value in kept.items() if name.replace("_", "-") not in typed})
+
+
+def _fit_copies(recipe: Recipe, data: str, where: Where) -> Recipe:
+    """The recipe with cached copies large enough for its views, where the images are."""
+    from corinfomax import sources
+
+    if recipe.size <= recipe.cache_side:
+        return recipe
+    survey = sources.survey(data, root=where.root, download=where.download, skip=_left_out(where))
+    side = min(survey.short_side, recipe.size * 8 // 7)
+    if side <= recipe.cache_side:
+        return recipe
+    print(f"views of {recipe.size} px need larger copies than of {recipe.cache_side} px: --cache-side {side}")
+    return replace(recipe, cache_side=side)
 
 
 def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:

@@ -223,10 +223,15 @@ def from_table(file: Path) -> dict[str, Source]:
                 f"{file} has no column of paths: its first line names {', '.join(columns) or 'nothing'}, "
                 f"one of {', '.join(PATH_COLUMNS)} is needed"
             )
-        rows = [
-            Row(reader.line_num, row[path], row[label].strip() if label else "", row[split].strip() if split else "")
-            for row in reader
-        ]
+        try:
+            rows = [
+                Row(
+                    reader.line_num, row[path], row[label].strip() if label else "", row[split].strip() if split else ""
+                )
+                for row in reader
+            ]
+        except csv.Error as error:
+            raise DataError(f"line {reader.line_num} of {file}: {error}; is a quotation mark left open?") from error
     for row in rows:
         if not row.path.strip():
             raise DataError(f"line {row.line} of {file} has no path; fill it in or remove the line")

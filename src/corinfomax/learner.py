@@ -13,7 +13,7 @@ from corinfomax import checkpoint, distributed, micro, optim
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.knobs import Recipe
 from corinfomax.networks import Network, arithmetic, ready
-from corinfomax.objective import CorInfoMaxLoss
+from corinfomax.objective import CorInfoMaxLoss, NotFiniteInputError
 from corinfomax.seeds import key
 
 NUMBERS = ("loss", "attraction", "big_bang", "gradient_norm")
@@ -89,7 +89,7 @@ def update(
             terms = criterion(z1, z2)
             lap("loss")
             scaler.scale(terms.loss).backward()
-    except ValueError as error:
+    except NotFiniteInputError as error:
         lr, least = optimizer.param_groups[0]["lr"], smallest_eigenvalue(criterion)
         message = f"in step {step}, at learning rate {lr:.3g}: {error} (smallest eigenvalue of the covariances before "
         raise NotFiniteError(step, f"{message}{least:.3g}); {CURE}") from error

@@ -274,6 +274,10 @@ def _cholesky_log_det(R: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.where(info == 0, log_det, torch.nan), L  # a factor that failed half-way still looks like numbers
 
 
+class NotFiniteInputError(ValueError):
+    """Projections that hold nan or infinity."""
+
+
 def _check_pair(z1: Tensor, z2: Tensor, *, dim: int | None = None) -> None:
     shapes = f"got {tuple(z1.shape)} and {tuple(z2.shape)}"
     if z1.ndim != 2 or z2.ndim != 2 or len(z1) != len(z2) or len(z1) == 0:
@@ -291,4 +295,6 @@ def _check_pair(z1: Tensor, z2: Tensor, *, dim: int | None = None) -> None:
     for name, z in (("z1", z1), ("z2", z2)):
         bad = int((~z.detach().isfinite()).any(1).sum())
         if bad:
-            raise ValueError(f"{name} has nan or infinity in {bad} of its {len(z)} rows; all values must be finite")
+            raise NotFiniteInputError(
+                f"{name} has nan or infinity in {bad} of its {len(z)} rows; all values must be finite"
+            )

@@ -139,7 +139,7 @@ RECIPES: dict[str, Entry] = {
             projector=Projector(widths=(512, 512, 32), batch_norm=True),
             loss=Loss(alpha=250.0),  # twice the rule: ten classes need few directions, which agree well
             optim=_COMPACT_OPTIM,
-            epochs=78,
+            epochs=74,
             batch=128,
         ),
         "5,000 digits that come with the demo extra: a whole run in minutes on two cores",

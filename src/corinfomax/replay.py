@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from corinfomax import checkpoint, optim
-from corinfomax.learner import NUMBERS, NotFiniteError, build, put_back, smallest_eigenvalue, update
+from corinfomax.learner import NUMBERS, NotFiniteError, build, find_fault, put_back, smallest_eigenvalue, update
 from corinfomax.train import make_views
 
 
@@ -52,12 +51,14 @@ def replay(path: Path, device: torch.device) -> Replay:
     least = smallest_eigenvalue(learner.criterion)
     pair = make_views(recipe, saved.loop["pixels"], saved.loop["sizes"], saved.step, device)
     values = [float("nan")] * len(NUMBERS)
+    failed = True
     with first_not_finite(network) as found, contextlib.suppress(NotFiniteError):
-        values = update(recipe, learner, pair, saved.step, device).tolist()
+        numbers = update(recipe, learner, pair, saved.step, device)
+        values, failed = numbers.tolist(), find_fault(learner, numbers[None], saved.step + 1) is not None
     return Replay(
         step=saved.step,
         then=saved.facts["failure"],
-        failed=not all(map(math.isfinite, values)),
+        failed=failed,
         numbers=dict(zip(NUMBERS, values, strict=True)),
         smallest_eigenvalue=least,
         first=next(iter(found), None),

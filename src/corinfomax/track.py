@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -59,12 +61,19 @@ def _tensorboard(run: Path, config: Mapping[str, str]) -> Iterator[Tell]:
 @contextlib.contextmanager
 def _wandb_like(name: str, run: Path, config: Mapping[str, str]) -> Iterator[Tell]:
     module = importlib.import_module(name)
-    same: dict[str, Any] = {"id": run.absolute().name, "resume": "allow", "dir": run} if name == "wandb" else {}
+    same: dict[str, Any] = {"id": identity(run), "resume": "allow", "dir": run} if name == "wandb" else {}
     module.init(project=PROJECT, name=run.absolute().name, config=dict(config), **same)
     try:
         yield lambda row: module.log(numbers(row), step=row["step"])
     finally:
         module.finish()
+
+
+def identity(run: Path) -> str:
+    """The same for a run each time it goes on, another one for each run: a digest of where and when it was begun."""
+    begun = run / "recipe.json"
+    stamp = begun.stat().st_mtime_ns if begun.exists() else 0
+    return f"{run.name}-{hashlib.blake2b(f'{run.absolute()} {stamp}'.encode(), digest_size=4).hexdigest()}"
 
 
 @contextlib.contextmanager
@@ -74,6 +83,23 @@ def _mlflow(run: Path, config: Mapping[str, str]) -> Iterator[Tell]:
     with mlflow.start_run(run_name=run.absolute().name):
         mlflow.log_params(dict(config))
         yield lambda row: mlflow.log_metrics(numbers(row), step=row["step"])
+
+
+def forgiving(tell: Tell) -> Tell:
+    """`tell` until it first fails, which is said: a tracker that is gone must not end a run."""
+    gone = False
+
+    def told(row: Row) -> None:
+        nonlocal gone
+        if gone:
+            return
+        try:
+            tell(row)
+        except Exception as error:  # whatever a tracker raises
+            gone = True
+            print(f"the tracker is lost, the run goes on: {type(error).__name__}: {error}", file=sys.stderr)
+
+    return told
 
 
 def numbers(row: Row) -> dict[str, float]:

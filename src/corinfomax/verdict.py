@@ -222,6 +222,12 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
     state = (
         f"views of {whose} share {last[BEST]:.2f} nats a dimension" if last[BEST] is not None else f"of {whose}"
     ) + f", {last['rank']:.0f} of {_dim(recipe)} directions are in use"
+    if ended and last[BEST] is None:
+        evidence = f"It ended sound: {state.removeprefix(f'of {whose}, ')}."
+        advice = (
+            f"With fewer than {2 * _dim(recipe)} images to look at, what views share cannot be measured: add images."
+        )
+        return Verdict("healthy", evidence, advice, measures)
     before = [look for look in known if look["step"] <= last["step"] * 2 / 3]
     if not before or (share < SETTLED and not ended):
         evidence = f"After {share:.0%} of the steps {state}."

@@ -21,6 +21,7 @@ from corinfomax.knobs import View
 CHUNK = 2**21  # pixel values resampled at once: 8 MiB of float32
 CROP_TRIES = 10  # torchvision's: draw a box up to ten times, then fall back to a centre crop
 BLUR_RADIUS = 6  # three times the largest published sigma, 2 px; 0.3 % of that kernel's weight lies beyond
+DENSE_BLUR = 64  # side up to which matrices blur as fast as taps on a CPU; a GPU multiplies them anyway
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 GREY = (0.2989, 0.587, 0.114)
 
@@ -181,15 +182,22 @@ def _resample(
         parts = (tensor.split(most) for tensor in (x, start, extent, low, high, flip))
         return torch.cat([_resample(*some, size=size) for some in zip(*parts, strict=True)])
     scale = 255.0 if x.dtype == torch.uint8 else 1.0
+    taps = cubic_taps(extent, size=size)  # before anything is moved: reading it from a device would make the host wait
     windows = torch.stack((start, extent, low, high)).to(x.device, torch.float32, non_blocking=True)
-    vertical = cubic_weights(*windows[:, :, 0], length=h, size=size) / scale
-    horizontal = cubic_weights(*windows[:, :, 1], length=w, size=size)
+    vertical = cubic_weights(*windows[:, :, 0], length=h, size=size, taps=taps[0]) / scale
+    horizontal = cubic_weights(*windows[:, :, 1], length=w, size=size, taps=taps[1])
     flip = flip.to(x.device, non_blocking=True)
     horizontal = torch.where(flip[:, None, None], horizontal.flip(1), horizontal)
     # Rows outermost, then channels: then both products are plain bmm and nothing is copied between them.
     rows = x.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).reshape(n, h * 3, w)
     rows = torch.bmm(rows, horizontal.mT).reshape(n, h, 3 * size)
     return torch.bmm(vertical, rows).reshape(n, size, 3, size).transpose(1, 2).contiguous().clamp_(0, 1)
+
+
+def cubic_taps(extent: Float[Tensor, "n 2"], *, size: int) -> tuple[int, int]:
+    """How many pixels of a line and a row at most take part in one of `size` pixels made from `extent` ones."""
+    vertical, horizontal = (math.ceil(4 * max(float(most) / size, 1.0)) + 1 for most in extent.amax(0))
+    return vertical, horizontal
 
 
 def cubic_weights(
@@ -200,23 +208,30 @@ def cubic_weights(
     *,
     length: int,
     size: int,
+    taps: int,
 ) -> Float[Tensor, "n {size} {length}"]:
     """Antialiased bicubic resampling of pixels [start, start+extent) of a line to `size` pixels, as matrices.
 
     Keys' cubic with a = −1/2, widened by the scale when it shrinks, cut off at [low, high) and normalised: the filter
-    of Pillow and of torch's `interpolate(antialias=True)`.
+    of Pillow and of torch's `interpolate(antialias=True)`. Its few `taps` (see `cubic_taps`) are computed and put into
+    place; the rest of each matrix is zero.
     """
     scale = (extent / size)[:, None]
+    widened = scale.clamp(min=1)
     centre = start[:, None] + scale * (torch.arange(size, device=start.device) + 0.5)
-    pixels = torch.arange(length, device=start.device) + 0.5
-    t = ((pixels - centre[:, :, None]) / scale.clamp(min=1)[:, :, None]).abs_()
+    first = (centre - 2 * widened + 0.5).floor_()
+    pixels = first[:, :, None] + torch.arange(taps, device=start.device)
+    t = ((pixels + 0.5 - centre[:, :, None]) / widened[:, :, None]).abs_()
     # Without branches: (2−t)₊² (1−t) / 2 is the outer piece, and the inner one is that plus (1−t)₊² (2t−1).
     rest = 1 - t
     weights = (2 - t).clamp_(min=0).square_().mul_(rest).mul_(0.5)
     weights.addcmul_(rest.clamp_(min=0).square_(), t.mul_(2).sub_(1))
-    inside = (pixels > low[:, None]) & (pixels < high[:, None])
-    weights.mul_(inside[:, None])
-    return weights.div_(weights.sum(2, keepdim=True))
+    inside = (pixels >= low[:, None, None]) & (pixels < high[:, None, None])
+    weights.mul_(inside)
+    weights.div_(weights.sum(2, keepdim=True))
+    # Taps outside weigh nothing: wherever they are put, they add zero.
+    places = pixels.clamp_(0, length - 1).long()
+    return weights.new_zeros(len(weights), size, length).scatter_add_(2, places, weights)
 
 
 def jitter(x: Float[Tensor, "n 3 h w"], p: Parameters) -> Float[Tensor, "n 3 h w"]:
@@ -279,11 +294,31 @@ def blur(x: Float[Tensor, "n 3 s s"], sigma: Float[Tensor, " n"]) -> Float[Tenso
     The kernel's radius is 3 times the largest sigma of the published views whatever is drawn, so that an image's
     result does not depend on the others in its batch.
     """
-    n, _, size, _ = x.shape
+    size = x.shape[3]
     radius = min(BLUR_RADIUS, size - 1)
     taps = torch.arange(-radius, radius + 1)
     kernel = torch.softmax(-0.5 * (taps / sigma[:, None]).square(), 1).to(x.device, non_blocking=True)
-    # One linear map a line with the border folded in: pixel i takes its tap k from pixel reflect(i + k).
+    if x.device.type == "cpu" and size > DENSE_BLUR:
+        most = max(1, CHUNK // (2 * x[0].numel()))  # so many stay in the processor's cache between the two passes
+        return torch.cat([_blur_by_taps(*some) for some in zip(x.split(most), kernel.split(most), strict=True)])
+    return _blur_by_matrices(x, kernel, taps)
+
+
+def _blur_by_taps(x: Float[Tensor, "n 3 s s"], kernel: Float[Tensor, "n k"]) -> Float[Tensor, "n 3 s s"]:
+    """Each channel of each image convolved with its image's kernel, along rows and then columns."""
+    n, channels, size, _ = x.shape
+    weight = kernel.repeat_interleave(channels, 0)[:, None, None]
+    padded = F.pad(x, (kernel.shape[1] // 2,) * 4, mode="reflect")
+    padded = padded.view(1, n * channels, *padded.shape[2:])
+    rows = F.conv2d(padded, weight, groups=n * channels)
+    return F.conv2d(rows, weight.mT, groups=n * channels).view(n, channels, size, size)
+
+
+def _blur_by_matrices(
+    x: Float[Tensor, "n 3 s s"], kernel: Float[Tensor, "n k"], taps: Int[Tensor, " k"]
+) -> Float[Tensor, "n 3 s s"]:
+    """One linear map a line with the border folded in: pixel i takes its tap k from pixel reflect(i + k)."""
+    n, _, size, _ = x.shape
     source = (torch.arange(size)[:, None] + taps).abs()
     source = torch.where(source >= size, 2 * (size - 1) - source, source)
     spread = F.one_hot(source, size).transpose(0, 1).reshape(len(taps), size * size).float()
