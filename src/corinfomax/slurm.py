@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 PORT = 29_500  # torchrun's usual one, on the first node
-GRACE = 120  # seconds before the time limit at which SLURM asks the run to stop: it writes a checkpoint
+GRACE = 120  # seconds before the time limit at which SLURM asks the run to stop; torchrun then gives it 30
 
 
 def script(argv: Sequence[str], *, nodes: int, gpus: int) -> str:
