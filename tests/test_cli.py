@@ -13,22 +13,7 @@ import tiny
 from corinfomax import checkpoint, cli, knobs, named, runs
 from corinfomax.recipes import RECIPES
 
-KNOBS = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "2"]
-KNOBS += [
-    "--backbone.layers",
-    "1",
-    "1",
-    "1",
-    "1",
-    "--backbone.channels",
-    "8",
-    "8",
-    "8",
-    "16",
-    "--projector.widths",
-    "32",
-    "8",
-]
+KNOBS = tiny.KNOBS
 
 
 def test_help_answers_in_a_second():

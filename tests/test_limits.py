@@ -9,9 +9,7 @@ import pytest
 import tiny
 from corinfomax import checkpoint, cli, images, runs, train
 
-KNOBS = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "2", "--no-evaluate", "--no-report"]
-KNOBS += ["--backbone.layers", "1", "1", "1", "1", "--backbone.channels", "8", "8", "8", "16"]
-KNOBS += ["--projector.widths", "32", "8"]
+KNOBS = [*tiny.KNOBS, "--no-evaluate", "--no-report"]
 PACE = ["--scores", "0", "--diagnoses", "0", "--checkpoint-minutes", "0", "--log-steps", "2"]
 
 

@@ -17,22 +17,7 @@ from PIL import Image
 import tiny
 from corinfomax import checkpoint, cli, images, maps, page, pictures, report, runs, train, views
 
-KNOBS = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "2", "--log-steps", "1"]
-KNOBS += [
-    "--backbone.layers",
-    "1",
-    "1",
-    "1",
-    "1",
-    "--backbone.channels",
-    "8",
-    "8",
-    "8",
-    "16",
-    "--projector.widths",
-    "32",
-    "8",
-]
+KNOBS = [*tiny.KNOBS, "--log-steps", "1"]
 SECTIONS = ["verdict", "scores", "curves", "spectrum", "views", "map", "neighbours", "twins", "time", "knobs", "repeat"]
 HOSTILE_CLASS = "<img src=x onerror=alert(1)>&amp;'\""
 HOSTILE = (

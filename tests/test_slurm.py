@@ -7,7 +7,6 @@ import pytest
 
 import tiny
 from corinfomax import cli, runs, slurm
-from test_cli import KNOBS
 
 
 def test_the_command_is_kept_word_by_word(capsys):
@@ -34,7 +33,7 @@ def test_the_script_trains_where_srun_starts_it(tmp_path):
         program.chmod(0o755)
     data = tiny.folder(tmp_path / "data", {"": 16}, labelled=False)
     run = tmp_path / "run"
-    words = ["pretrain", str(data), "--out", str(run), "--device", "cpu", "--no-report", *KNOBS]
+    words = ["pretrain", str(data), "--out", str(run), "--device", "cpu", "--no-report", *tiny.KNOBS]
     (tmp_path / "job.sh").write_text(slurm.script(words, nodes=1, gpus=1))
     environment = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",

@@ -8,7 +8,6 @@ import pytest
 
 import tiny
 from corinfomax import cli, runs, track
-from test_cli import KNOBS
 
 ROW = {"step": 10, "loss": 1.5, "ldmi": None, "spectrum": [0.5, 0.5], "gap": float("nan"), "kind": "healthy", "knn": 40}
 
@@ -51,7 +50,7 @@ def test_a_tracker_that_is_not_installed_is_a_sentence_before_training(tmp_path,
     monkeypatch.setitem(sys.modules, "wandb", None)
     data = tiny.folder(tmp_path / "data", {"": 16}, labelled=False)
     run = tmp_path / "run"
-    assert cli.main(["pretrain", str(data), "--out", str(run), "--track", "wandb", *KNOBS]) == 2
+    assert cli.main(["pretrain", str(data), "--out", str(run), "--track", "wandb", *tiny.KNOBS]) == 2
     assert "pip install wandb" in capsys.readouterr().err
     assert not run.exists()
 
@@ -63,7 +62,7 @@ def test_a_run_is_followed_in_tensorboard_row_by_row(tmp_path):
     data = tiny.folder(tmp_path / "data", {"train": 16, "test": 8})
     run = tmp_path / "run"
     words = ["pretrain", str(data), "--out", str(run), "--track", "tensorboard", "--log-steps", "1", "--no-report"]
-    assert cli.main([*words, *KNOBS]) == 0
+    assert cli.main([*words, *tiny.KNOBS]) == 0
     seen = EventAccumulator(str(run / "tensorboard"))
     seen.Reload()
     rows = runs.read_metrics(run)

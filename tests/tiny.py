@@ -22,6 +22,24 @@ RECIPE: Recipe = replace(
     precision="float32",
 )
 
+NETWORK = [
+    "--backbone.layers",
+    "1",
+    "1",
+    "1",
+    "1",
+    "--backbone.channels",
+    "8",
+    "8",
+    "8",
+    "16",
+    "--projector.widths",
+    "32",
+    "8",
+]
+KNOBS = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "2", *NETWORK]
+"""A run of the command that takes a second."""
+
 
 def pictures(count: int, side: int = 16, seed: int = 0) -> np.ndarray:
     """Coloured shapes whose hue is their class of two, (count, side, side, 3), uint8."""
