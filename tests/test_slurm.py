@@ -9,8 +9,9 @@ import tiny
 from corinfomax import cli, runs, slurm
 
 
-def test_the_command_is_kept_word_by_word(capsys):
-    assert cli.main(["pretrain", "a folder/with 'quotes'", "--sbatch", "2", "8", "--epochs", "3"]) == 0
+@pytest.mark.parametrize("flag", [["--sbatch", "2", "8"], ["--sbatch=2", "8"]])
+def test_the_command_is_kept_word_by_word(capsys, flag):
+    assert cli.main(["pretrain", "a folder/with 'quotes'", *flag, "--epochs", "3"]) == 0
     text = capsys.readouterr().out
     assert "-m corinfomax pretrain 'a folder/with '\"'\"'quotes'\"'\"'' --epochs 3\n" in text
     assert "#SBATCH --nodes=2\n" in text

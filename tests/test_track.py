@@ -71,18 +71,26 @@ def test_a_run_is_followed_in_tensorboard_row_by_row(tmp_path):
     assert len(seen.Scalars("ldmi") if "ldmi" in seen.Tags()["scalars"] else seen.Scalars("rank")) >= 1
 
 
-def test_a_tracker_that_is_lost_ends_no_run(capsys):
-    calls = []
+def test_a_tracker_that_is_lost_ends_no_run(tmp_path, monkeypatch, capsys):
+    fake = mock.MagicMock()
+    fake.log.side_effect = ConnectionError("gone")
+    fake.finish.side_effect = ConnectionError("still gone")
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    with track.to("trackio", tmp_path / "run", {}) as tell:
+        tell(ROW)
+        tell(ROW)
+    fake.log.assert_called_once()
+    said = capsys.readouterr().err
+    assert "the run goes on: ConnectionError: gone" in said
+    assert "could not be closed: ConnectionError: still gone" in said
 
-    def broken(row):
-        calls.append(row)
-        raise ConnectionError("gone")
 
-    told = track.forgiving(broken)
-    told(ROW)
-    told(ROW)
-    assert calls == [ROW]
-    assert "the run goes on: ConnectionError: gone" in capsys.readouterr().err
+def test_a_tracker_that_does_not_begin_is_a_sentence(tmp_path, monkeypatch):
+    fake = mock.MagicMock()
+    fake.init.side_effect = RuntimeError("no login")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(ValueError, match="--track wandb could not begin: RuntimeError: no login"):
+        track.to("wandb", tmp_path / "run", {}).__enter__()
 
 
 def test_a_run_is_the_same_to_wandb_each_time_and_another_elsewhere(tmp_path):

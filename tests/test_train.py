@@ -246,28 +246,13 @@ def test_a_signal_to_the_command_leaves_a_run_that_goes_on(tmp_path):
     data = tiny.folder(tmp_path / "data", {"train": 64, "test": 16})
     run = tmp_path / "run"
     knobs = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "400", "--scores", "0"]
-    small = [
-        "--backbone.layers",
-        "1",
-        "1",
-        "1",
-        "1",
-        "--backbone.channels",
-        "8",
-        "8",
-        "8",
-        "8",
-        "--projector.widths",
-        "16",
-        "8",
-    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CORINFOMAX_CACHE": str(tmp_path / "cache")}
 
     def command(*words):
         words = [sys.executable, "-m", "corinfomax", "pretrain", *map(str, words)]
         return subprocess.Popen(words, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    first = command(data, "--out", run, *knobs, *small)
+    first = command(data, "--out", run, *knobs, *tiny.NETWORK)
     wait_for(lambda: len(runs.read_metrics(run)) > 2, first)
     first.send_signal(signal.SIGINT)
     out, err = first.communicate(timeout=30)

@@ -211,7 +211,7 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
             print(f"going on with {run} after step {resumed.step}")
         if first and command.track is not None:
             told = {flag: str(value) for flag, value in knobs.flags(recipe)}
-            tell = track.forgiving(stack.enter_context(track.to(command.track, run, told)))
+            tell = stack.enter_context(track.to(command.track, run, told))
         try:
             network = train.pretrain(
                 recipe, splits, run, device=device, pace=pace, facts=facts, resume=resumed, tell=tell

@@ -38,7 +38,7 @@ srun {shlex.quote(sys.executable)} -m torch.distributed.run \\
 
 
 def without_flag(argv: Sequence[str], flag: str, values: int) -> list[str]:
-    """The words of a command less `flag` and the `values` words after it."""
+    """The words of a command less `flag`, which it has, and its `values`, of which the first may follow on a `=`."""
     words = list(argv)
-    place = words.index(flag)
-    return words[:place] + words[place + 1 + values :]
+    place = next(place for place, word in enumerate(words) if word.partition("=")[0] == flag)
+    return words[:place] + words[place + 1 + values - ("=" in words[place]) :]

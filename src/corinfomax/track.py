@@ -30,7 +30,8 @@ def to(name: Name, run: Path, config: Mapping[str, str]) -> Iterator[Tell]:
     """A function that takes each row of metrics, until the end of the block; `config` is what the run was told.
 
     TensorBoard's files go into the run's folder, the others where they are set up to write; the run is called as its
-    folder is. A resumed run goes on under the same name: in wandb in the same run, in the others in a new one.
+    folder is. A resumed run goes on under the same name: in wandb in the same run, in the others in a new one. Once it
+    has begun, a tracker that fails is said and left alone. ValueError when it does not begin.
     """
     check(name)
     match name:
@@ -40,8 +41,17 @@ def to(name: Name, run: Path, config: Mapping[str, str]) -> Iterator[Tell]:
             opened = _mlflow(run, config)
         case _:
             opened = _wandb_like(name, run, config)
-    with opened as tell:
-        yield tell
+    try:
+        tell = opened.__enter__()
+    except Exception as error:  # whatever a tracker raises: no login, no server, no room
+        raise ValueError(f"--track {name} could not begin: {type(error).__name__}: {error}") from error
+    try:
+        yield _forgiving(tell)
+    finally:
+        try:
+            opened.__exit__(None, None, None)
+        except Exception as error:
+            print(f"the tracker could not be closed: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -85,7 +95,7 @@ def _mlflow(run: Path, config: Mapping[str, str]) -> Iterator[Tell]:
         yield lambda row: mlflow.log_metrics(numbers(row), step=row["step"])
 
 
-def forgiving(tell: Tell) -> Tell:
+def _forgiving(tell: Tell) -> Tell:
     """`tell` until it first fails, which is said: a tracker that is gone must not end a run."""
     gone = False
 
