@@ -12,7 +12,7 @@ FLOORS = (
     ("__init__",),  # names only: it imports when asked
     ("knobs", "runs", "bottleneck", "track", "slurm"),
     ("recipes", "verdict"),
-    ("seeds", "distributed"),
+    ("seeds", "distributed", "fused"),
     ("objective", "views", "files", "networks", "optim", "probes", "scores", "similar", "maps", "signals"),
     ("named", "decode"),
     ("sources",),

@@ -2,7 +2,7 @@
 
 Images are planar: uint8 (n, 3, h, w) in, float32 in [0, 1] between the operations, normalised and channels_last out.
 A batch of mixed sizes comes zero-padded, each image at the top left, with its own (height, width) beside it.
-Each operation gives what torchvision gives for the same parameters on a float image.
+Each operation gives what torchvision gives for the same parameters on a float image. A CPU does them in `fused`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from corinfomax import fused
 from corinfomax.knobs import View
 
 CHUNK = 2**21  # pixel values resampled at once: 8 MiB of float32
 CROP_TRIES = 10  # torchvision's: draw a box up to ten times, then fall back to a centre crop
 BLUR_RADIUS = 6  # three times the largest published sigma, 2 px; 0.3 % of that kernel's weight lies beyond
-DENSE_BLUR = 64  # side up to which matrices blur as fast as taps on a CPU; a GPU multiplies them anyway
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 GREY = (0.2989, 0.587, 0.114)
 
@@ -107,6 +107,32 @@ def apply(
     std: tuple[float, ...],
 ) -> Float[Tensor, "n 3 {size} {size}"]:
     """The views that `p` describes, `size`×`size`, on the images' device, normalised, channels_last."""
+    if images.device.type != "cpu":
+        return compose(images, sizes, p, size=size, mean=mean, std=std)
+    corner, extent = p.box.split(2, 1)
+    window = fused.Window(corner.double(), extent.double(), corner, corner + extent, p.flip)
+    changes = fused.Changes(
+        angle=p.angle.deg2rad(),
+        part=torch.where(p.jitter[:, None], p.order, -1),
+        factor=p.factors.gather(1, p.order),
+        grey=p.grey,
+        blur=p.blur,
+        kernel=blur_kernel(p.sigma, size),
+        solarize=p.solarize,
+    )
+    return fused.run(images, sizes, window, changes, size=size, mean=mean, std=std)
+
+
+def compose(
+    images: UInt8[Tensor, "n 3 h w"],
+    sizes: Int[Tensor, "n 2"],
+    p: Parameters,
+    *,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Float[Tensor, "n 3 {size} {size}"]:
+    """What `apply` gives, operation by operation, on any device."""
     x = rotate(images.float() / 255, sizes, p.angle) if (p.angle != 0).any() else images
     x = resized_crop(x, p.box, p.flip, size=size)
     x = jitter(x, p)
@@ -164,9 +190,11 @@ def centre_view(
     resized = (size * 8 // 7) * sizes // sizes.min(1, keepdim=True).values
     scale = sizes / resized
     start = ((resized - size) / 2).round() * scale
-    never = torch.zeros(len(sizes), dtype=torch.bool)
-    x = _resample(images, start, size * scale, torch.zeros_like(sizes), sizes, never, size=size)
-    return normalize(x, mean=mean, std=std)
+    never, zeros = torch.zeros(len(sizes), dtype=torch.bool), torch.zeros_like(sizes)
+    if images.device.type == "cpu":
+        window = fused.Window(start.double(), (size * scale).double(), zeros, sizes, never)
+        return fused.run(images, sizes, window, fused.unchanged(len(sizes)), size=size, mean=mean, std=std)
+    return normalize(_resample(images, start, size * scale, zeros, sizes, never, size=size), mean=mean, std=std)
 
 
 def _resample(
@@ -294,37 +322,23 @@ def blur(x: Float[Tensor, "n 3 s s"], sigma: Float[Tensor, " n"]) -> Float[Tenso
     The kernel's radius is 3 times the largest sigma of the published views whatever is drawn, so that an image's
     result does not depend on the others in its batch.
     """
-    size = x.shape[3]
-    radius = min(BLUR_RADIUS, size - 1)
-    taps = torch.arange(-radius, radius + 1)
-    kernel = torch.softmax(-0.5 * (taps / sigma[:, None]).square(), 1).to(x.device, non_blocking=True)
-    if x.device.type == "cpu" and size > DENSE_BLUR:
-        most = max(1, CHUNK // (2 * x[0].numel()))  # so many stay in the processor's cache between the two passes
-        return torch.cat([_blur_by_taps(*some) for some in zip(x.split(most), kernel.split(most), strict=True)])
-    return _blur_by_matrices(x, kernel, taps)
-
-
-def _blur_by_taps(x: Float[Tensor, "n 3 s s"], kernel: Float[Tensor, "n k"]) -> Float[Tensor, "n 3 s s"]:
-    """Each channel of each image convolved with its image's kernel, along rows and then columns."""
-    n, channels, size, _ = x.shape
-    weight = kernel.repeat_interleave(channels, 0)[:, None, None]
-    padded = F.pad(x, (kernel.shape[1] // 2,) * 4, mode="reflect")
-    padded = padded.view(1, n * channels, *padded.shape[2:])
-    rows = F.conv2d(padded, weight, groups=n * channels)
-    return F.conv2d(rows, weight.mT, groups=n * channels).view(n, channels, size, size)
-
-
-def _blur_by_matrices(
-    x: Float[Tensor, "n 3 s s"], kernel: Float[Tensor, "n k"], taps: Int[Tensor, " k"]
-) -> Float[Tensor, "n 3 s s"]:
-    """One linear map a line with the border folded in: pixel i takes its tap k from pixel reflect(i + k)."""
     n, _, size, _ = x.shape
+    kernel = blur_kernel(sigma, size).to(x.device, non_blocking=True)
+    taps = torch.arange(kernel.shape[1]) - kernel.shape[1] // 2
+    # One linear map a line with the border folded in: pixel i takes its tap k from pixel reflect(i + k).
     source = (torch.arange(size)[:, None] + taps).abs()
     source = torch.where(source >= size, 2 * (size - 1) - source, source)
     spread = F.one_hot(source, size).transpose(0, 1).reshape(len(taps), size * size).float()
     lines = (kernel @ spread.to(x.device, non_blocking=True)).reshape(n, size, size)
     rows = torch.bmm(x.transpose(1, 2).reshape(n, size * 3, size), lines.mT).reshape(n, size, 3 * size)
     return torch.bmm(lines, rows).reshape(n, size, 3, size).transpose(1, 2).contiguous()
+
+
+def blur_kernel(sigma: Float[Tensor, " n"], size: int) -> Float[Tensor, "n k"]:
+    """The blur's weights for each image's sigma, in the order of their taps −r … r."""
+    radius = min(BLUR_RADIUS, size - 1)
+    taps = torch.arange(-radius, radius + 1)
+    return torch.softmax(-0.5 * (taps / sigma[:, None]).square(), 1)
 
 
 def solarize(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
