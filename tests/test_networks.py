@@ -10,6 +10,13 @@ from corinfomax.knobs import Backbone, Projector
 from corinfomax.recipes import RECIPES
 
 
+def test_blocks_begin_as_identities_unless_told_otherwise():
+    for zero in (True, False):
+        model = networks.build_backbone(Backbone(name="resnet18", zero_init_last=zero))
+        lasts = [block.bn2.weight for stage in (model.layer1, model.layer2) for block in stage]
+        assert all(bool((weight == (0 if zero else 1)).all()) for weight in lasts)
+
+
 def test_a_backbone_is_timms_own():
     torch.manual_seed(0)
     ours = networks.build_backbone(Backbone(name="resnet18"))

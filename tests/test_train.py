@@ -13,7 +13,7 @@ import torch
 
 import tiny
 from corinfomax import checkpoint, images, networks, runs, train
-from corinfomax.knobs import Loss, View
+from corinfomax.knobs import Backbone, Loss, View
 from corinfomax.networks import Network
 from corinfomax.objective import CorInfoMaxLoss
 from corinfomax.recipes import RECIPES
@@ -71,6 +71,35 @@ def test_metrics_are_the_loss_of_the_step_by_hand(splits, tmp_path):
         optimizer.step()
         losses.append(loss.item())
     assert losses == pytest.approx([row["loss"] for row in runs.read_metrics(tmp_path)[:2]], rel=1e-5)
+
+
+def test_views_are_small_for_the_stated_share_of_the_steps(splits, tmp_path, monkeypatch):
+    seen = []
+    real = train.update
+
+    def look(recipe, learner, pair, *rest):
+        seen.append({tuple(x.shape[2:]) for x in pair})
+        return real(recipe, learner, pair, *rest)
+
+    monkeypatch.setattr(train, "update", look)
+    run_tiny(splits, tmp_path / "a", replace(tiny.RECIPE, early_size=8, early_share=0.65))
+    assert seen == 7 * [{(8, 8)}] + 3 * [{(16, 16)}]
+    seen.clear()
+    run_tiny(splits, tmp_path / "b")
+    assert seen == 10 * [{(16, 16)}]
+
+
+def test_the_work_of_a_run_is_the_pixels_of_its_views():
+    recipe = replace(tiny.RECIPE, early_size=8, early_share=0.65)
+    for step in range(11):
+        assert train.work(recipe, step, 10) == sum(train.of_step(recipe, i, 10).size ** 2 for i in range(step))
+    assert train.work(tiny.RECIPE, 10, 10) == 10 * 16**2
+
+
+def test_a_backbone_of_one_size_has_no_early_size(splits, tmp_path):
+    recipe = replace(tiny.RECIPE, backbone=Backbone(name="vit_tiny_patch16_224"), early_size=16, size=32)
+    with pytest.raises(ValueError, match="views of one size: --early-size None"):
+        run_tiny(splits, tmp_path, recipe)
 
 
 def test_every_image_is_seen_once_an_epoch_and_in_a_new_order(splits):

@@ -93,7 +93,7 @@ def pace(recipe: Recipe, device: torch.device, *, seconds: float) -> Pace:
 def foreseen(pace: Pace, recipe: Recipe, images: int, device: torch.device) -> str:
     """A sentence: what a run of `recipe` on so many images takes here, and how that is known."""
     steps = recipe.epochs * (images // recipe.batch)
-    minutes = steps * pace.step / 60
+    minutes = train.work(recipe, steps, steps) / recipe.size**2 * pace.step / 60
     time = f"{minutes:,.1f} min" if minutes < 90 else f"{minutes / 60:,.1f} hours"
     memory = "" if pace.memory is None else f" and {pace.memory / 1e9:,.1f} GB of memory"
     return (
@@ -117,8 +117,11 @@ def _peak_memory(device: torch.device) -> int | None:
 
 
 def _still(recipe: Recipe) -> Recipe:
-    """The recipe with a learning rate of 0: the work is the same, and nothing runs away on made-up images."""
-    return replace(recipe, optim=replace(recipe.optim, lr=0.0, start_lr=0.0, min_lr=0.0))
+    """The recipe with a learning rate of 0: the work is the same, and nothing runs away on made-up images.
+
+    All views are of the full size.
+    """
+    return replace(recipe, early_size=None, optim=replace(recipe.optim, lr=0.0, start_lr=0.0, min_lr=0.0))
 
 
 def measure(recipe: Recipe, images: Images, device: torch.device, *, seconds: float = 30.0) -> Timings:

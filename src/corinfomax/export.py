@@ -149,11 +149,10 @@ def timm_config(recipe: Recipe, *, features: int) -> dict[str, Any]:
 
 def _arguments(backbone: Backbone, size: int) -> dict[str, Any]:
     """What timm.create_model must be told beside the name and that there are no classes."""
-    known = timm.get_pretrained_cfg(backbone.name)
     options: dict[str, Any] = {
         name: list(value) for name in ("layers", "channels") if (value := getattr(backbone, name)) is not None
     }
-    return options | ({"img_size": size} if known is not None and known.fixed_input_size else {})
+    return options | ({"img_size": size} if networks.fixed_size(backbone) else {})
 
 
 def loading_code(backbone: Backbone, size: int, *, torchvision: bool = False) -> str:

@@ -71,6 +71,8 @@ class Backbone:
     """ResNets only: blocks in each stage; None is timm's own."""
     channels: tuple[int, ...] | None = None
     """ResNets only: width of each stage; None is timm's own."""
+    zero_init_last: bool = True
+    """ResNets only: blocks begin as identities, the last norm of each branch at 0. False learns more in short runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,10 @@ class Recipe:
 
     size: int = 32
     """Side S of the square the network sees, in pixels."""
+    early_size: int | None = None
+    """Side of the views in the first `early_share` of the steps, smaller for speed; None is `size` from the start."""
+    early_share: float = 0.8
+    """Share of the steps at `early_size`."""
     cache_side: int = 32
     """Short side of the cached images, in pixels; larger ones are reduced to it, smaller ones kept."""
     mean: tuple[float, float, float] = IMAGENET_STATS[0]
@@ -182,6 +188,10 @@ class Recipe:
             raise ValueError(
                 f"size, cache_side and epochs must be at least 1, got {self.size}, {self.cache_side}, {self.epochs}"
             )
+        if self.early_size is not None and self.early_size < 1:
+            raise ValueError(f"early_size is {self.early_size}; it is a side in pixels, 1 or more, or None")
+        if not 0 <= self.early_share <= 1:
+            raise ValueError(f"early_share is {self.early_share}; a share is from 0 to 1")
         if self.batch < 2:
             raise ValueError(f"batch is {self.batch}; BatchNorm and the covariance need at least 2 images")
         if self.micro_batch is not None and self.micro_batch < 2:
@@ -192,7 +202,11 @@ class Recipe:
             raise ValueError(f"projector widths must be one or more numbers above 0, got {self.projector.widths}")
 
 
-LATER: dict[str, dict[str, Any]] = {"recipe.optim": {"clip": None}}
+LATER: dict[str, dict[str, Any]] = {
+    "recipe": {"early_size": None, "early_share": 0.8},
+    "recipe.backbone": {"zero_init_last": True},
+    "recipe.optim": {"clip": None},
+}
 """Knobs that older recipes on disk lack, with what those did."""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from corinfomax import checkpoint, distributed, micro, optim
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.knobs import Recipe
-from corinfomax.networks import Network, arithmetic, ready
+from corinfomax.networks import Network, arithmetic, fixed_size, ready
 from corinfomax.objective import CorInfoMaxLoss, NotFiniteInputError
 from corinfomax.seeds import key
 
@@ -42,11 +42,13 @@ class Learner(NamedTuple):
 def build(recipe: Recipe, device: torch.device) -> Learner:
     """The learner before the first step; the weights follow from the recipe's seed.
 
-    ValueError for float16 elsewhere than on CUDA.
+    ValueError for float16 elsewhere than on CUDA, and for an early size where the backbone takes one size alone.
     """
     half = recipe.precision == "float16"
     if half and device.type != "cuda":
         raise ValueError(f"precision float16 trains on CUDA alone, this is {device.type}: --precision bfloat16")
+    if recipe.early_size is not None and fixed_size(recipe.backbone):
+        raise ValueError(f"{recipe.backbone.name} takes views of one size: --early-size None")
     torch.manual_seed(key(recipe.seed, "weights"))
     network = Network(recipe.backbone, recipe.projector, size=recipe.size)
     network = network.to(device, torch.float64 if recipe.precision == "float64" else None)

@@ -37,8 +37,10 @@ def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
     if not timm.is_model(backbone.name):
         near = ", ".join(timm.list_models(f"*{backbone.name}*")[:6]) or "see timm.list_models()"
         raise ValueError(f"timm knows no network {backbone.name!r}; near it: {near}")
-    if (cfg := timm.get_pretrained_cfg(backbone.name)) is not None and cfg.fixed_input_size:
+    if fixed_size(backbone):
         options["img_size"] = size
+    if not backbone.zero_init_last:
+        options["zero_init_last"] = False
     layers, channels = backbone.layers, backbone.channels
     if layers is not None and (len(layers) != 4 or layers[0] < 1):
         raise ValueError(f"layers are {layers}; a ResNet has four stages, and the first needs a block")
@@ -70,6 +72,12 @@ def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
         model.register_module("conv1", _convolution(3, width, stride=backbone.stem_stride))
         model.register_module("maxpool", nn.Identity())
     return model
+
+
+def fixed_size(backbone: Backbone) -> bool:
+    """Whether timm's network of that name takes images of one size alone, as ViTs do."""
+    known = timm.get_pretrained_cfg(backbone.name)
+    return known is not None and bool(known.fixed_input_size)
 
 
 def _convolution(inputs: int, outputs: int, *, stride: int) -> nn.Conv2d:

@@ -49,7 +49,8 @@ def replay(path: Path, device: torch.device) -> Replay:
     network = learner.network
     weights = {name: float(p.detach().norm()) for name, p in network.named_parameters()}
     least = smallest_eigenvalue(learner.criterion)
-    pair = make_views(recipe, saved.loop["pixels"], saved.loop["sizes"], saved.step, device)
+    seen = replace(recipe, size=saved.facts["size"])
+    pair = make_views(seen, saved.loop["pixels"], saved.loop["sizes"], saved.step, device)
     values = [float("nan")] * len(NUMBERS)
     failed = True
     with first_not_finite(network) as found, contextlib.suppress(NotFiniteError):

@@ -225,9 +225,10 @@ def contact_sheet(subject: Subject, *, device: torch.device) -> list[dict[str, A
     some = slice(0, SEEN)
     pixels, _ = images.batch(indices[some])
     sizes = images.sizes[indices]
+    steps = recipe.epochs * (len(images) // recipe.batch)
     pair = [
         pictures.normalised_to_bytes(x.float(), mean=recipe.mean, std=recipe.std)
-        for x in train.make_views(recipe, pixels, sizes, step, device, some)
+        for x in train.make_views(train.of_step(recipe, step, steps), pixels, sizes, step, device, some)
     ]
     # For the captions alone: the pictures come from the training loop's own function.
     drawn = [views.draw(view, sizes, generator(recipe.seed, f"view {v}", step)) for v, view in enumerate(recipe.views)]

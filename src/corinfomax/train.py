@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +91,7 @@ def pretrain(
     def take(step: int) -> Float[Tensor, " 4"]:
         indices = batch_indices(recipe, step, len(images))
         pixels, _ = images.batch(indices[here])
-        pair = make_views(recipe, pixels, images.sizes[indices], step, device, here)
+        pair = make_views(of_step(recipe, step, steps), pixels, images.sizes[indices], step, device, here)
         lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
         optim.set_learning_rate(learner.optimizer, lr)
         return update(recipe, learner, pair, step, device)
@@ -191,7 +193,12 @@ def keep_failure(
             optimizer=optimizer,
             step=fault.step,
             recipe=recipe,
-            facts={**facts, "failure": str(fault), "lr": optimizer.param_groups[0]["lr"]},
+            facts={
+                **facts,
+                "failure": str(fault),
+                "lr": optimizer.param_groups[0]["lr"],
+                "size": of_step(recipe, fault.step, recipe.epochs * (len(images) // recipe.batch)).size,
+            },
             loop={"indices": indices, "pixels": pixels, "sizes": sizes, **scale(scaler)},
         )
     except OSError as error:
@@ -213,6 +220,19 @@ def batch_indices(recipe: Recipe, step: int, count: int) -> Int[Tensor, " b"]:
 @functools.lru_cache(maxsize=1)  # a million images take 20 ms to shuffle
 def _order(seed: int, epoch: int, count: int) -> Int[Tensor, " n"]:
     return torch.randperm(count, generator=generator(seed, "order", epoch))
+
+
+def of_step(recipe: Recipe, step: int, steps: int) -> Recipe:
+    """The recipe with the size of the views in that one of a run's steps."""
+    if recipe.early_size is None or step >= recipe.early_share * steps:
+        return recipe
+    return replace(recipe, size=recipe.early_size)
+
+
+def work(recipe: Recipe, step: int, steps: int) -> int:
+    """Of a view, summed over the first `step` of a run's steps: roughly what these cost."""
+    early = min(step, math.ceil(recipe.early_share * steps)) if recipe.early_size is not None else 0
+    return early * (recipe.early_size or 0) ** 2 + (step - early) * recipe.size**2
 
 
 def make_views(
@@ -313,7 +333,10 @@ class Progress:
         if due and self.bar.disable and distributed.rank() == 0:
             self.told = now
             speed = (row["step"] - self.first) / (now - self.started)
-            left = (self.steps - row["step"]) / speed
+            before, done, whole = (
+                work(self.recipe, step, self.steps) for step in (self.first, row["step"], self.steps)
+            )
+            left = (whole - done) / (done - before) * (now - self.started)
             print(
                 f"step {row['step']}/{self.steps} · {speed * self.batch:.0f} images/s · "
                 f"{left / 60:.1f} min left · {text}",
