@@ -89,7 +89,9 @@ def test_the_replay_is_the_step_of_the_run(splits, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "update", bad_in_step_6)
     with pytest.raises(FloatingPointError):
-        run_tiny(splits, tmp_path, replace(knobs(clip=0.1), early_size=12))  # step 6 of 10 is an early one
+        run_tiny(
+            splits, tmp_path, replace(knobs(clip=0.1), early_sizes=(12,), early_shares=(0.8,))
+        )  # step 6 of 10 is an early one
     seen = replay.replay(tmp_path / "failed-step-6.safetensors", CPU)
     assert list(seen.numbers.values()) == told[6].tolist()
     norm = math.sqrt(sum(gradient**2 for _, _, gradient in seen.layers))
@@ -160,9 +162,9 @@ def test_clipping_in_the_loop_and_its_norm_in_the_metrics(splits, tmp_path):
     assert float(moved) == pytest.approx(0.05 * 0.01, rel=1e-3)
 
 
-def halved(recipe, device):
+def halved(recipe, device, *, compiled):
     """The learner of a float16 run, on the CPU, where it is slow for all but the tiniest network."""
-    whole = learner.build(replace(recipe, precision="float32"), device)
+    whole = learner.build(replace(recipe, precision="float32"), device, compiled=compiled)
     return whole._replace(scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3))
 
 

@@ -136,6 +136,7 @@ def test_the_automatic_choice_fits_size_count_and_hardware(side, count, cuda, na
     assert (chosen, recipe.size) == (name, size)
     assert recipe.backbone == RECIPES[name].recipe.backbone
     assert recipe.views == PAPER_VIEWS or name == "cpu-small"
+    assert all(early < size for early in recipe.early_sizes)
     assert 1 <= recipe.epochs <= 1000
     assert recipe.optim.warmup_epochs <= recipe.epochs / 10
     assert name in why
@@ -177,7 +178,17 @@ def test_impossible_views_are_errors_that_name_the_knob(knobs):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"std": (0.0, 1.0, 1.0)}, {"epochs": 0}, {"batch": 1}, {"projector": recipes.Projector(widths=())}]
+    "knobs",
+    [
+        {"std": (0.0, 1.0, 1.0)},
+        {"epochs": 0},
+        {"batch": 1},
+        {"projector": recipes.Projector(widths=())},
+        {"early_sizes": (16,), "early_shares": ()},
+        {"early_sizes": (0,), "early_shares": (0.5,)},
+        {"early_shares": (0.7, 0.4), "early_sizes": (8, 16)},
+        {"early_shares": (-0.1,), "early_sizes": (8,)},
+    ],
 )
 def test_impossible_recipes_are_errors(knobs):
     with pytest.raises(ValueError, match=next(iter(knobs))):

@@ -82,23 +82,25 @@ def test_views_are_small_for_the_stated_share_of_the_steps(splits, tmp_path, mon
         return real(recipe, learner, pair, *rest)
 
     monkeypatch.setattr(train, "update", look)
-    run_tiny(splits, tmp_path / "a", replace(tiny.RECIPE, early_size=8, early_share=0.65))
-    assert seen == 7 * [{(8, 8)}] + 3 * [{(16, 16)}]
+    run_tiny(splits, tmp_path / "a", replace(tiny.RECIPE, early_sizes=(8, 12), early_shares=(0.4, 0.3)))
+    assert seen == 4 * [{(8, 8)}] + 3 * [{(12, 12)}] + 3 * [{(16, 16)}]
     seen.clear()
     run_tiny(splits, tmp_path / "b")
     assert seen == 10 * [{(16, 16)}]
 
 
 def test_the_work_of_a_run_is_the_pixels_of_its_views():
-    recipe = replace(tiny.RECIPE, early_size=8, early_share=0.65)
+    recipe = replace(tiny.RECIPE, early_sizes=(8, 12), early_shares=(0.36, 0.33))
     for step in range(11):
         assert train.work(recipe, step, 10) == sum(train.of_step(recipe, i, 10).size ** 2 for i in range(step))
     assert train.work(tiny.RECIPE, 10, 10) == 10 * 16**2
 
 
 def test_a_backbone_of_one_size_has_no_early_size(splits, tmp_path):
-    recipe = replace(tiny.RECIPE, backbone=Backbone(name="vit_tiny_patch16_224"), early_size=16, size=32)
-    with pytest.raises(ValueError, match="views of one size: --early-size None"):
+    recipe = replace(
+        tiny.RECIPE, backbone=Backbone(name="vit_tiny_patch16_224"), early_sizes=(16,), early_shares=(0.5,), size=32
+    )
+    with pytest.raises(ValueError, match="views of one size"):
         run_tiny(splits, tmp_path, recipe)
 
 

@@ -13,7 +13,8 @@ from corinfomax.recipes import RECIPES
 RECIPE: Recipe = replace(
     RECIPES["cpu-small"].recipe,
     size=16,
-    early_size=None,
+    early_sizes=(),
+    early_shares=(),
     cache_side=16,
     backbone=Backbone(small_stem=True, stem_stride=2, layers=(1, 1, 1, 1), channels=(8, 8, 8, 16)),
     projector=Projector(widths=(32, 8)),

@@ -121,7 +121,9 @@ def _still(recipe: Recipe) -> Recipe:
 
     All views are of the full size.
     """
-    return replace(recipe, early_size=None, optim=replace(recipe.optim, lr=0.0, start_lr=0.0, min_lr=0.0))
+    return replace(
+        recipe, early_sizes=(), early_shares=(), optim=replace(recipe.optim, lr=0.0, start_lr=0.0, min_lr=0.0)
+    )
 
 
 def measure(recipe: Recipe, images: Images, device: torch.device, *, seconds: float = 30.0) -> Timings:

@@ -40,7 +40,17 @@ if TYPE_CHECKING:
 SKIPPED = "skip.txt"
 """The list of images to leave out: what doctor writes unless told where, and a run's own copy in its folder."""
 
-KEPT_OPTIONS = ("log_steps", "checkpoint_minutes", "keep", "scores", "diagnoses", "evaluate", "report", "track")
+KEPT_OPTIONS = (
+    "log_steps",
+    "checkpoint_minutes",
+    "keep",
+    "scores",
+    "diagnoses",
+    "evaluate",
+    "report",
+    "track",
+    "compile",
+)
 """What a run keeps when it is resumed, beside its recipe."""
 
 # torch takes seconds to import; every command imports what needs it inside, so that --help and mistakes answer at once.
@@ -80,6 +90,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"corinfomax: {said or error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            print(f"corinfomax: torch.compile failed; go on without --compile ({_last_line(error)})", file=sys.stderr)
+            return 2
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
         print(
@@ -89,6 +102,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     raise AssertionError("every command is handled above")
+
+
+def _last_line(error: Exception) -> str:
+    """Of a compiler's message, what says most in fewest words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next(
+        (line for line in lines if "Error" in line or "not found" in line), lines[0] if lines else "no reason given"
+    )
 
 
 def run_pretrain(command: Pretrain, argv: list[str]) -> int:
@@ -214,7 +235,15 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
             tell = stack.enter_context(track.to(command.track, run, told))
         try:
             network = train.pretrain(
-                recipe, splits, run, device=device, pace=pace, facts=facts, resume=resumed, tell=tell
+                recipe,
+                splits,
+                run,
+                device=device,
+                pace=pace,
+                facts=facts,
+                resume=resumed,
+                tell=tell,
+                compiled=command.compile,
             )
         except train.Interrupted as stop:
             print(f"stopped; {stop.checkpoint} has all that was done\nto go on: {_go_on(run)}")

@@ -153,10 +153,10 @@ class Recipe:
 
     size: int = 32
     """Side S of the square the network sees, in pixels."""
-    early_size: int | None = None
-    """Side of the views in the first `early_share` of the steps, smaller for speed; None is `size` from the start."""
-    early_share: float = 0.8
-    """Share of the steps at `early_size`."""
+    early_sizes: tuple[int, ...] = ()
+    """Sides of the views in the first parts of the run, smaller for speed; none is `size` from the start."""
+    early_shares: tuple[float, ...] = ()
+    """Share of the steps of each of these parts; what they leave is the last part's, at `size`."""
     cache_side: int = 32
     """Short side of the cached images, in pixels; larger ones are reduced to it, smaller ones kept."""
     mean: tuple[float, float, float] = IMAGENET_STATS[0]
@@ -188,10 +188,13 @@ class Recipe:
             raise ValueError(
                 f"size, cache_side and epochs must be at least 1, got {self.size}, {self.cache_side}, {self.epochs}"
             )
-        if self.early_size is not None and self.early_size < 1:
-            raise ValueError(f"early_size is {self.early_size}; it is a side in pixels, 1 or more, or None")
-        if not 0 <= self.early_share <= 1:
-            raise ValueError(f"early_share is {self.early_share}; a share is from 0 to 1")
+        if len(self.early_sizes) != len(self.early_shares) or min(self.early_sizes, default=1) < 1:
+            raise ValueError(
+                f"early_sizes and early_shares are {self.early_sizes} and {self.early_shares}; each part needs a side, "
+                "of at least 1 pixel, and a share"
+            )
+        if min(self.early_shares, default=0.0) < 0 or sum(self.early_shares) > 1 + 1e-9:
+            raise ValueError(f"early_shares are {self.early_shares}; they must be at least 0 and at most 1 together")
         if self.batch < 2:
             raise ValueError(f"batch is {self.batch}; BatchNorm and the covariance need at least 2 images")
         if self.micro_batch is not None and self.micro_batch < 2:
@@ -203,7 +206,7 @@ class Recipe:
 
 
 LATER: dict[str, dict[str, Any]] = {
-    "recipe": {"early_size": None, "early_share": 0.8},
+    "recipe": {"early_sizes": (), "early_shares": ()},
     "recipe.backbone": {"zero_init_last": True},
     "recipe.optim": {"clip": None},
 }

@@ -39,21 +39,25 @@ class Learner(NamedTuple):
     """Passes everything through as it is unless the precision is float16."""
 
 
-def build(recipe: Recipe, device: torch.device) -> Learner:
+def build(recipe: Recipe, device: torch.device, *, compiled: bool = False) -> Learner:
     """The learner before the first step; the weights follow from the recipe's seed.
+
+    With `compiled` a call of the whole network goes through torch.compile, anew for each shape of its input.
 
     ValueError for float16 elsewhere than on CUDA, and for an early size where the backbone takes one size alone.
     """
     half = recipe.precision == "float16"
     if half and device.type != "cuda":
         raise ValueError(f"precision float16 trains on CUDA alone, this is {device.type}: --precision bfloat16")
-    if recipe.early_size is not None and fixed_size(recipe.backbone):
-        raise ValueError(f"{recipe.backbone.name} takes views of one size: --early-size None")
+    if recipe.early_sizes and fixed_size(recipe.backbone):
+        raise ValueError(f"{recipe.backbone.name} takes views of one size, and --early-sizes gives others")
     torch.manual_seed(key(recipe.seed, "weights"))
     network = Network(recipe.backbone, recipe.projector, size=recipe.size)
     network = network.to(device, torch.float64 if recipe.precision == "float64" else None)
     network = network.to(memory_format=torch.channels_last)
     distributed.share_batch_norm(network)
+    if compiled:
+        network.compile(dynamic=False)
     criterion = CorInfoMaxLoss(recipe.projector.widths[-1], **vars(recipe.loss)).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     return Learner(network, criterion, optim.build(network, recipe.optim), scaler)

@@ -68,6 +68,9 @@ class Pretrain:
     """Quick kNN scores during the run, where there are labels."""
     diagnoses: int = 25
     """Label-free looks at the network during the run, which the verdict rests on; 0 is none."""
+    compile: bool = False
+    """Let torch compile the network: half a minute for each size of views at first, then faster steps. Needs a C++
+    compiler on the CPU; sums are rounded otherwise."""
     sbatch: tuple[int, int] | None = None
     """Train nothing: print a SLURM script for so many nodes with so many GPUs each, to give to sbatch."""
     track: Literal["tensorboard", "trackio", "wandb", "mlflow"] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -57,10 +57,11 @@ def pretrain(
     facts: dict[str, Any],
     resume: Checkpoint | None = None,
     tell: Callable[[dict[str, Any]], None] = lambda row: None,
+    compiled: bool = False,
 ) -> Network:
     """Train a network on `splits.train` without its labels; metrics and checkpoints go into the folder `run`.
 
-    `tell` is given each row of the metrics as well.
+    `tell` is given each row of the metrics as well. With `compiled` the network goes through torch.compile.
 
     Everything random is keyed on (recipe.seed, step), so a resumed run goes on as if it had never stopped; views are
     drawn for the whole batch before processes share it, so their number changes nothing but rounding. Inside
@@ -82,7 +83,7 @@ def pretrain(
             "needs at least 2; choose a --micro-batch that divides them"
         )
 
-    learner = build(recipe, device)
+    learner = build(recipe, device, compiled=compiled)
     first, pending = 0, torch.empty(0, len(NUMBERS), dtype=learner.criterion.R1.dtype, device=device)
     if resume is not None and resume.step > 0:
         put_back(learner, resume)
@@ -224,15 +225,25 @@ def _order(seed: int, epoch: int, count: int) -> Int[Tensor, " n"]:
 
 def of_step(recipe: Recipe, step: int, steps: int) -> Recipe:
     """The recipe with the size of the views in that one of a run's steps."""
-    if recipe.early_size is None or step >= recipe.early_share * steps:
-        return recipe
-    return replace(recipe, size=recipe.early_size)
+    for size, end in _early(recipe, steps):
+        if step < end:
+            return replace(recipe, size=size)
+    return recipe
+
+
+def _early(recipe: Recipe, steps: int) -> list[tuple[int, int]]:
+    """Side of the views of each early part, and the step at which it ends."""
+    ends = itertools.accumulate(recipe.early_shares)
+    return [(size, min(steps, round(end * steps))) for size, end in zip(recipe.early_sizes, ends, strict=True)]
 
 
 def work(recipe: Recipe, step: int, steps: int) -> int:
     """Of a view, summed over the first `step` of a run's steps: roughly what these cost."""
-    early = min(step, math.ceil(recipe.early_share * steps)) if recipe.early_size is not None else 0
-    return early * (recipe.early_size or 0) ** 2 + (step - early) * recipe.size**2
+    done, total = 0, 0
+    for size, end in (*_early(recipe, steps), (recipe.size, steps)):
+        part = max(0, min(step, end) - done)
+        done, total = done + part, total + part * size**2
+    return total
 
 
 def make_views(
