@@ -2,7 +2,8 @@
 
     python benchmarks/verdict.py --root data --out runs/verdict
 
-Runs that are in --out already are only judged. About a CPU minute a case on one thread.
+Runs that are in --out already are only judged. About a CPU minute a case on one thread; `--share 0 2` and `--share 1 2`
+beside it train half of them each, and `--judge` then makes the table of all.
 """
 
 from __future__ import annotations
@@ -121,11 +122,13 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--cache", type=Path, default=None, help="folder of decoded images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th case from I")
     parser.add_argument("--judge", action="store_true", help="train nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     outcomes = {}
-    for name, case in CASES.items():
+    first, every = options.share
+    for name, case in list(CASES.items())[first::every]:
         folder = options.out / name.replace("/", "over").replace(" ", "-")
         if not (folder / "done.json").exists():
             if options.judge:

@@ -40,6 +40,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         calls.append(image.size)
         return decode(image, side)
 
+    monkeypatch.setattr("corinfomax.decode.FEW", 10**9)  # all in this process, where they can be counted
     monkeypatch.setattr("corinfomax.decode.decode", counted)
     return calls
 

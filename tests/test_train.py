@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny
-from corinfomax import checkpoint, images, networks, runs, train
+from corinfomax import checkpoint, diagnosis, images, networks, runs, train
 from corinfomax.knobs import Backbone, Loss, View
 from corinfomax.networks import Network
 from corinfomax.objective import CorInfoMaxLoss
@@ -82,8 +82,12 @@ def test_views_are_small_for_the_stated_share_of_the_steps(splits, tmp_path, mon
         return real(recipe, learner, pair, *rest)
 
     monkeypatch.setattr(train, "update", look)
+    looked = []
+    monkeypatch.setattr(diagnosis, "schedule", lambda *_: {4, 7, 10})
+    monkeypatch.setattr(diagnosis, "row", lambda network, part, recipe, device: looked.append(recipe.size) or {})
     run_tiny(splits, tmp_path / "a", replace(tiny.RECIPE, early_sizes=(8, 12), early_shares=(0.4, 0.3)))
     assert seen == 4 * [{(8, 8)}] + 3 * [{(12, 12)}] + 3 * [{(16, 16)}]
+    assert looked == [8, 12, 16], "looks are at the size of their step"
     seen.clear()
     run_tiny(splits, tmp_path / "b")
     assert seen == 10 * [{(16, 16)}]

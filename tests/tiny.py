@@ -13,6 +13,7 @@ from corinfomax.recipes import RECIPES
 RECIPE: Recipe = replace(
     RECIPES["cpu-small"].recipe,
     size=16,
+    test_scale=1.0,
     early_sizes=(),
     early_shares=(),
     cache_side=16,

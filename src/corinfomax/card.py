@@ -26,7 +26,7 @@ def markdown(saved: Checkpoint, results: dict[str, Any], *, plain: bool) -> str:
         "Network": f"{recipe.backbone.name} of timm, without classifier" + ("" if plain else ", with a small stem"),
         "Images": f"{facts['images']:,} of `{_name(facts['data'])}`, fingerprint {facts['fingerprint']}",
         "Training": f"recipe {facts['recipe_name']}, {recipe.epochs} epochs of batches of {recipe.batch}, "
-        f"at {recipe.size} px; these are the weights after step {saved.step:,}",
+        f"{knobs.sides(recipe)}; these are the weights after step {saved.step:,}",
         "Made with": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
     }
     parts = [
@@ -67,7 +67,7 @@ alone and every tensor in its place. `timm.create_model` on this folder stops wi
     return f"""```python
 {load}
 transform = timm.data.create_transform(
-    input_size=(3, {recipe.size}, {recipe.size}),
+    input_size=(3, {recipe.test_side}, {recipe.test_side}),
     interpolation="bicubic",
     crop_pct=0.875,
     mean={recipe.mean},

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
+import signal
+import sys
+import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,6 +28,7 @@ from corinfomax.files import DataError, Source
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 LONGEST = 4
 """Longest side of a cached image, in short sides: it bounds the padding of a batch."""
+FEW = 256  # images for which no further process is worth starting
 CHUNK = 32  # images a task: handing over one 32×32 image costs as much as decoding it
 UPRIGHT: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,6 +43,7 @@ UPRIGHT: dict[object, Image.Transpose] = {
 
 Decoded = UInt8[np.ndarray, "3 _ _"] | str
 """An image, or why it cannot be read."""
+Look = Callable[[range], list[Any]]
 T = TypeVar("T")
 
 
@@ -48,8 +57,8 @@ def each(
 ) -> Generator[T | str, None, None]:
     """What `look` makes of each opened image of `source`, in order, or why it cannot be read.
 
-    Threads of all cores look; a few chunks a core are in memory at any time. Whatever `look` raises makes the image
-    unreadable. `said` is what the progress bar calls it.
+    All cores look; a few chunks a core are in memory at any time. Whatever `look` raises makes the image unreadable.
+    `said` is what the progress bar calls it. OSError where a process that looks was killed.
     """
     count, workers = len(source.paths), os.cpu_count() or 1
     array = source.array() if source.array else None
@@ -75,17 +84,59 @@ def each(
     pending: deque[Future[list[T | str]]] = deque()
     with (
         warnings.catch_warnings(),
-        ThreadPoolExecutor(workers) as pool,
+        _pool(look_at, workers if count > FEW else 1) as (pool, task),
         tqdm(total=count, desc=said, unit=" images", disable=None if progress else True) as bar,
     ):
         # What Pillow warns of (broken EXIF, many pixels) does not keep the pixels from being read.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         for rows in chunks:
-            pending.append(pool.submit(look_at, rows))
+            pending.append(pool.submit(task, rows))
             while len(pending) > 2 * workers or (pending and rows.stop == count):
                 results = pending.popleft().result()
                 yield from results
                 bar.update(len(results))
+
+
+@contextlib.contextmanager
+def _pool(look_at: Look, workers: int) -> Generator[tuple[Executor, Look], None, None]:
+    """Something that runs a task, and the task that is `look_at`.
+
+    Processes where they can be forked, since small images are mostly Python, which threads do one at a time.
+    """
+    if workers == 1 or sys.platform != "linux":
+        with ThreadPoolExecutor(workers) as threads:
+            yield threads, look_at
+        return
+    with warnings.catch_warnings():
+        # Python warns of threads when it forks; torch's are idle, and what is forked here never calls torch.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        fork = multiprocessing.get_context("fork")
+        try:
+            with ProcessPoolExecutor(workers, fork, _begin, (look_at, os.getpid())) as processes:
+                yield processes, _look_at
+        except BrokenProcessPool as error:
+            raise OSError("a process that was decoding images was killed, perhaps for want of memory") from error
+
+
+_tasks: list[Look] = []  # what a forked process is there for
+
+
+def _begin(look_at: Look, parent: int) -> None:
+    """In a process just forked: Ctrl-C is for the parent, and this one ends when the parent is gone."""
+    _tasks.append(look_at)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _look_at(rows: range) -> list[Any]:
+    return _tasks[-1](rows)
 
 
 def too_many(unreadable: int, count: int) -> bool:

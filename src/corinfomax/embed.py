@@ -29,7 +29,7 @@ def features(
 ) -> Float[Tensor, "n f"]:
     """What `model` makes of each image's centre view, in eval mode: float32 on the CPU, one row an image.
 
-    `recipe` gives size, mean, std and precision; `progress` names a progress bar. The model's mode is put back
+    `recipe` gives test size, mean, std and precision; `progress` names a progress bar. The model's mode is put back
     afterwards.
     """
     return torch.cat(list(feature_blocks(model, images, recipe, device=device, batch=batch, progress=progress)))
@@ -67,7 +67,7 @@ def of_pixels(
     model.eval()
     try:
         with torch.inference_mode(), arithmetic(recipe, device):
-            x = views.centre_view(pixels.to(device), sizes, size=recipe.size, mean=recipe.mean, std=recipe.std)
+            x = views.centre_view(pixels.to(device), sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
             return model(ready(x, model)).float().cpu()
     finally:
         model.train(was_training)

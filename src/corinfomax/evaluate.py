@@ -68,7 +68,9 @@ def evaluate(
     """
     check_labels(splits)
     assert splits.test is not None
-    small = replace(recipe, size=min(recipe.size, 32))  # raw pixels: more of them cost much and say no more
+    small = replace(
+        recipe, size=min(recipe.size, 32), test_scale=1.0
+    )  # raw pixels: more of them cost much and say no more
     contenders = (
         Contender("pretrained", backbone, recipe, splits),
         *rivals,
@@ -177,7 +179,7 @@ def random_backbone(images: Images, recipe: Recipe, *, device: torch.device, loo
     for indices in order.split(256):
         if len(indices) > 1:
             pixels, sizes = images.batch(indices)
-            model(views.centre_view(pixels.to(device), sizes, size=recipe.size, mean=recipe.mean, std=recipe.std))
+            model(views.centre_view(pixels.to(device), sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std))
     return model.eval()
 
 

@@ -87,7 +87,7 @@ def _write_file(part: Path, backbone: nn.Module, saved: Checkpoint, results: dic
 
 
 def _write_onnx(part: Path, backbone: nn.Module, saved: Checkpoint, results: dict[str, Any]) -> str:
-    images = torch.zeros(2, 3, saved.recipe.size, saved.recipe.size)
+    images = torch.zeros(2, 3, saved.recipe.test_side, saved.recipe.test_side)
     program = torch.onnx.export(
         backbone,
         (images,),
@@ -133,7 +133,7 @@ def timm_config(recipe: Recipe, *, features: int) -> dict[str, Any]:
         "pretrained_cfg": {
             "tag": "corinfomax",
             "custom_load": False,
-            "input_size": [3, recipe.size, recipe.size],
+            "input_size": [3, recipe.test_side, recipe.test_side],
             "fixed_input_size": known.fixed_input_size,
             "interpolation": "bicubic",
             "crop_pct": 0.875,  # the short side is resized to ⌊size · 8/7⌋ before the centre crop
@@ -193,7 +193,9 @@ def backbone(weights=Path(__file__).with_name("model.safetensors")):
 
 def _verify(part: Path, backbone: nn.Module, recipe: Recipe, form: Format) -> float:
     """The largest difference of a feature there from the same feature here, relative where features are above 1."""
-    images = torch.randn(sum(BATCHES), 3, recipe.size, recipe.size, generator=generator(recipe.seed, "export"))
+    images = torch.randn(
+        sum(BATCHES), 3, recipe.test_side, recipe.test_side, generator=generator(recipe.seed, "export")
+    )
     with torch.inference_mode():
         here = torch.cat([backbone(x) for x in images.split(BATCHES)])
     there = _elsewhere(part, images, recipe, form)

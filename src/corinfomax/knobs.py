@@ -157,6 +157,9 @@ class Recipe:
     """Sides of the views in the first parts of the run, smaller for speed; none is `size` from the start."""
     early_shares: tuple[float, ...] = ()
     """Share of the steps of each of these parts; what they leave is the last part's, at `size`."""
+    test_scale: float = 1.0
+    """Side of the views once trained, for features, scores and export, over `size`; unless 1, in eights of pixels.
+    Crops show things larger than whole images do, so that larger test views may score better (arXiv 1906.06423)."""
     cache_side: int = 32
     """Short side of the cached images, in pixels; larger ones are reduced to it, smaller ones kept."""
     mean: tuple[float, float, float] = IMAGENET_STATS[0]
@@ -184,6 +187,8 @@ class Recipe:
     """Every random number follows from it."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.test_scale < inf:
+            raise ValueError(f"test_scale is {self.test_scale}; it must be above 0")
         if min(self.size, self.cache_side, self.epochs) < 1:
             raise ValueError(
                 f"size, cache_side and epochs must be at least 1, got {self.size}, {self.cache_side}, {self.epochs}"
@@ -204,9 +209,20 @@ class Recipe:
         if not self.projector.widths or min(self.projector.widths) < 1:
             raise ValueError(f"projector widths must be one or more numbers above 0, got {self.projector.widths}")
 
+    @property
+    def test_side(self) -> int:
+        """Side of the views once trained, in pixels."""
+        return self.size if self.test_scale == 1 else max(1, round(self.test_scale * self.size / 8)) * 8
+
+
+def sides(recipe: Recipe) -> str:
+    """The sizes of its views in words."""
+    tested = f", tested at {recipe.test_side} px" if recipe.test_side != recipe.size else ""
+    return f"at {recipe.size} px{tested}"
+
 
 LATER: dict[str, dict[str, Any]] = {
-    "recipe": {"early_sizes": (), "early_shares": ()},
+    "recipe": {"test_scale": 1.0, "early_sizes": (), "early_shares": ()},
     "recipe.backbone": {"zero_init_last": True},
     "recipe.optim": {"clip": None},
 }

@@ -49,8 +49,10 @@ def build(recipe: Recipe, device: torch.device, *, compiled: bool = False) -> Le
     half = recipe.precision == "float16"
     if half and device.type != "cuda":
         raise ValueError(f"precision float16 trains on CUDA alone, this is {device.type}: --precision bfloat16")
-    if recipe.early_sizes and fixed_size(recipe.backbone):
-        raise ValueError(f"{recipe.backbone.name} takes views of one size, and --early-sizes gives others")
+    if {*recipe.early_sizes, recipe.test_side} - {recipe.size} and fixed_size(recipe.backbone):
+        raise ValueError(
+            f"{recipe.backbone.name} takes views of one size, and --early-sizes or --test-scale asks for others"
+        )
     torch.manual_seed(key(recipe.seed, "weights"))
     network = Network(recipe.backbone, recipe.projector, size=recipe.size)
     network = network.to(device, torch.float64 if recipe.precision == "float64" else None)

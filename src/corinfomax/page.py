@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup
 
 from corinfomax import __version__, knobs, recipes, verdict
-from corinfomax.knobs import ALPHA_PER_DIM, Recipe
+from corinfomax.knobs import ALPHA_PER_DIM, Recipe, sides
 
 SCRIPTS = ("uplot/uPlot.iife.min.js", "theme.js", "charts.js", "map.js", "tables.js")
 STYLES = ("uplot/uPlot.min.css", "report.css")
@@ -140,7 +140,7 @@ def headlines(content: dict[str, Any]) -> list[tuple[str, str]]:
     recipe, metrics, results = content["recipe"], content["metrics"], content["results"]
     rows = [
         ("trained on", f"{content['facts']['images']:,} images"),
-        ("network", f"{recipe.backbone.name} at {recipe.size} px"),
+        ("network", f"{recipe.backbone.name} {sides(recipe)}"),
         ("length", f"{_epochs(recipe.epochs)}, {content['steps']:,} steps of {recipe.batch}"),
     ]
     if metrics:

@@ -53,13 +53,11 @@ _DIGIT = View(
 )  # digits change their meaning when mirrored, and have no colour
 
 # Few epochs on few cores: what counts is images a second and steps. Reasons and figures are in docs/log.md.
-_MILD = View(crop_area=(0.35, 1.0))
+_MILD = View(crop_area=(0.25, 1.0))
 _NARROW = Backbone(
     small_stem=True, stem_stride=2, layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), zero_init_last=False
 )
-_COMPACT = Backbone(
-    small_stem=True, stem_stride=2, layers=(1, 1, 1, 0), channels=(32, 64, 128, 128), zero_init_last=False
-)
+_COMPACT = Backbone(small_stem=True, stem_stride=2, layers=(1, 1, 1, 0), channels=(32, 64, 128, 128))
 _COMPACT_PROJECTOR = Projector(widths=(512, 512, 64), batch_norm=True)
 _COMPACT_OPTIM = Optim(lr=0.6, warmup_epochs=1, schedule="step", weight_decay=5e-4, decay_norms=False)
 
@@ -135,6 +133,7 @@ RECIPES: dict[str, Entry] = {
     "mnist5k": Entry(
         Recipe(
             size=20,
+            test_scale=1.2,
             cache_side=28,
             mean=(0.1307, 0.1307, 0.1307),
             std=(0.3081, 0.3081, 0.3081),
@@ -143,7 +142,7 @@ RECIPES: dict[str, Entry] = {
             projector=Projector(widths=(512, 512, 32), batch_norm=True),
             loss=Loss(alpha=250.0),  # twice the rule: ten classes need few directions, which agree well
             optim=replace(_COMPACT_OPTIM, weight_decay=1e-3),
-            epochs=74,
+            epochs=76,
             batch=128,
         ),
         "5,000 digits that come with the demo extra: a whole run in minutes on two cores",
@@ -153,13 +152,12 @@ RECIPES: dict[str, Entry] = {
     "cpu-small": Entry(
         Recipe(
             size=24,
-            early_sizes=(12, 16),
-            early_shares=(0.5, 0.35),
+            test_scale=5 / 3,
             views=(_MILD, _MILD),
             backbone=_COMPACT,
             projector=_COMPACT_PROJECTOR,
             optim=_COMPACT_OPTIM,
-            epochs=20,
+            epochs=12,
             batch=128,
         ),
         "small images on two cores: a compact ResNet, ten minutes for 50,000 images of 32 px",
@@ -202,12 +200,11 @@ def choose(data: str, count: int, short_side: int, *, cuda: bool) -> tuple[str, 
     seen = IMAGES_SEEN[name]
     if not cuda:
         seen = seen * base.size**2 // size**2  # the same minutes
-    early = tuple(max(4, round(side * size / base.size / 4) * 4) for side in base.early_sizes)
     epochs = min(max(seen // max(count, 1), 1), 1000)
     recipe = replace(
         base,
         size=size,
-        early_sizes=early,
+        early_sizes=tuple(round(side * size / base.size) for side in base.early_sizes),
         cache_side=min(short_side, 2 * size) if size < 224 else base.cache_side,
         epochs=epochs,
         optim=replace(base.optim, warmup_epochs=min(base.optim.warmup_epochs, epochs / 10)),
@@ -217,7 +214,7 @@ def choose(data: str, count: int, short_side: int, *, cuda: bool) -> tuple[str, 
 
 
 IMAGES_SEEN = {
-    "cpu-small": 1_000_000,
+    "cpu-small": 600_000,
     "cifar10": 50_000_000,
     "tiny-imagenet": 80_000_000,
     "imagenet100-r18": 50_000_000,

@@ -138,7 +138,7 @@ def _view(
 ) -> Tensor:
     pixels, sizes = images.batch(indices)
     drawn = views.draw(view, sizes, rng)
-    return views.apply(pixels.to(device), sizes, drawn, size=recipe.size, mean=recipe.mean, std=recipe.std)
+    return views.apply(pixels.to(device), sizes, drawn, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
 
 
 def _bar(what: str, steps: int, progress: bool) -> tqdm[int]:

@@ -112,10 +112,11 @@ def pretrain(
                     row = log_row(pending, done, learner, progress)
                     pending = pending[:0]
                     good = capture(learner, done, recipe)
+                    now = of_step(recipe, step, steps)  # at other sizes than it learns on it may look collapsed
                     if writes and done in score_at and scorable(splits):
-                        row["knn"] = quick_knn(learner.network, splits, recipe, device=device)
+                        row["knn"] = quick_knn(learner.network, splits, now, device=device)
                     if writes and done in look_at:
-                        row |= diagnosis.row(learner.network, watched, recipe, device=device)
+                        row |= diagnosis.row(learner.network, watched, now, device=device)
                     if writes:
                         runs.append_metrics(run, row)
                         tell(row)
