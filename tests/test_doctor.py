@@ -244,11 +244,18 @@ def test_a_run_keeps_its_list(data, capsys, tmp_path):
     assert "not those that run was trained on" in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_list_of_ours_is_not_written_over(data, capsys):
+def test_a_list_that_somebody_may_have_changed_is_not_written_over(data, capsys):
     Path("skip.txt").write_text("train/red/002.png\n")
-    assert cli.main(["doctor", "data", "--seconds", "0"]) == 2
-    assert "skip.txt is there already" in capsys.readouterr().err
     (data / "train" / "red" / "bad.png").touch()
+    assert cli.main(["doctor", "data", "--seconds", "0", "--out", "skip.txt"]) == 2
+    assert "skip.txt is there already" in capsys.readouterr().err
+    out = doctor(capsys, code=1)
+    assert "--skip skip-2.txt" in out.splitlines()[-1]
+    assert names("skip-2.txt") == {"train/red/bad.png"}
+    assert "--skip skip-2.txt" in doctor(capsys, code=1).splitlines()[-1], "the same list again is no other one"
+    Path("skip-2.txt").write_text(Path("skip-2.txt").read_text("utf-8") + "train/red/001.png\n")
+    assert "--skip skip-3.txt" in doctor(capsys, code=1).splitlines()[-1]
+    assert names() == {"train/red/002.png"}
     doctor(capsys, "--out", "new.txt", code=1)
     doctor(capsys, "--out", "new.txt", code=1)  # ours is
     doctor(capsys, "--skip", "skip.txt", code=1)
@@ -267,6 +274,22 @@ def test_mistakes_are_sentences(data, capsys, words, message):
     Path("empty").mkdir()
     assert cli.main(["doctor", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_was_typed_of_the_images_is_in_the_command_it_prints(data, capsys):
+    last = doctor(capsys, "--cache", "some where", "--holdout", "0.25", "--device", "cpu", code=0).splitlines()[-1]
+    assert last.startswith("→ corinfomax pretrain data --holdout 0.25 --cache 'some where' --device cpu --mean ")
+
+
+def test_too_little_memory_for_a_step_does_not_end_the_look(data, capsys, monkeypatch):
+    def too_large(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr("corinfomax.bench.pace", too_large)
+    assert cli.main(["doctor", "data"]) == 0
+    out = capsys.readouterr().out
+    assert "recipe cpu-small needs more memory than there is" in out
+    assert "nothing is wrong with these images" in out
 
 
 def test_the_flags_it_prints_are_those_that_pretrain_takes(data, capsys):

@@ -27,12 +27,13 @@ def backbone():
     return networks.build_backbone(tiny.RECIPE.backbone)
 
 
-def test_features_are_the_networks_in_eval_mode_and_order(splits, backbone):
+@pytest.mark.parametrize(("scale", "side"), [(1.0, 16), (1.5, 24)])
+def test_features_are_the_networks_in_eval_mode_and_order(splits, backbone, scale, side):
     backbone.train()
-    got = embed.features(backbone, splits.train, tiny.RECIPE, batch=7)
+    got = embed.features(backbone, splits.train, replace(tiny.RECIPE, test_scale=scale), batch=7)
     assert backbone.training
     pixels, sizes = splits.train.batch(torch.arange(60))
-    x = views.centre_view(pixels, sizes, size=16, mean=tiny.RECIPE.mean, std=tiny.RECIPE.std)
+    x = views.centre_view(pixels, sizes, size=side, mean=tiny.RECIPE.mean, std=tiny.RECIPE.std)
     with torch.no_grad():
         want = backbone.eval()(x)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -35,10 +35,10 @@ FACTS = {
 }
 
 
-def trained(backbone: Backbone, size: int = 16):
+def trained(backbone: Backbone, size: int = 16, scale: float = 1.0):
     """A network whose BatchNorm statistics and zero-initialised branches are as after training, and its checkpoint."""
     torch.manual_seed(2)
-    recipe = replace(tiny.RECIPE, backbone=backbone, size=size)
+    recipe = replace(tiny.RECIPE, backbone=backbone, size=size, test_scale=scale)
     model = networks.build_backbone(backbone, size=size).eval()
     for name, tensor in model.state_dict().items():
         if "bn" in name and tensor.is_floating_point():
@@ -128,8 +128,9 @@ def test_a_small_stem_comes_with_its_loader_and_is_never_loaded_wrongly(tmp_path
     assert "`load.py` builds it" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_timms_own_preprocessing_of_the_folder_is_ours(tmp_path, in_process):
-    model, saved = trained(PLAIN, 32)
+@pytest.mark.parametrize(("size", "scale"), [(32, 1.0), (24, 4 / 3)])
+def test_timms_own_preprocessing_of_the_folder_is_ours(tmp_path, in_process, size, scale):
+    model, saved = trained(PLAIN, size, scale)
     export.export(model, saved, tmp_path / "out", "timm", results={})
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded))

@@ -1,5 +1,6 @@
 """A CPU's views are the ones that `views` defines, whatever the shape, the threads and the memory's order."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -80,6 +81,29 @@ def test_the_bits_do_not_depend_on_threads_or_on_the_memorys_order(monkeypatch):
         assert views.apply(images, sizes, p, size=24, **STATS).equal(want), threads
     other = images.contiguous(memory_format=torch.channels_last)
     assert views.apply(other, sizes, p, size=24, **STATS).equal(want)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_makes_views_too():
+    """As torch's DataLoader would: the parent's threads are not there."""
+    program = """
+import os, torch
+from corinfomax import fused, views
+from corinfomax.knobs import View
+from corinfomax.seeds import generator
+torch.set_num_threads(2)
+sizes = torch.tensor([[20, 20]]).expand(8, 2)
+images = torch.randint(0, 256, (8, 3, 20, 20), dtype=torch.uint8)
+p = views.draw(View(), sizes, generator(0, "fork"))
+made = lambda: views.apply(images, sizes, p, size=16, mean=(0, 0, 0), std=(1, 1, 1))
+want = made()
+child = os.fork()
+if child == 0:
+    os._exit(0 if made().equal(want) else 3)
+print(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "0\n", done.stderr
 
 
 def test_no_images_are_no_views():

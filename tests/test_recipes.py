@@ -178,9 +178,20 @@ def test_impossible_views_are_errors_that_name_the_knob(knobs):
 
 
 @pytest.mark.parametrize(
+    ("size", "scale", "side"),
+    [(24, 5 / 3, 40), (20, 1.2, 24), (224, 1.0, 224), (30, 1.0, 30), (64, 5 / 3, 108), (4, 0.1, 4), (16, 1.25, 20)],
+)
+def test_test_views_are_whole_fours_unless_they_are_trainings(size, scale, side):
+    recipe = Recipe(size=size, test_scale=scale)
+    assert recipe.test_side == side
+    assert knobs.sides(recipe) == (f"at {size} px" if side == size else f"at {size} px, tested at {side} px")
+
+
+@pytest.mark.parametrize(
     "knobs",
     [
         {"std": (0.0, 1.0, 1.0)},
+        {"test_scale": 0.0},
         {"epochs": 0},
         {"batch": 1},
         {"projector": recipes.Projector(widths=())},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import platform
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             print(f"corinfomax: torch.compile failed; go on without --compile ({_last_line(error)})", file=sys.stderr)
             return 2
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+        if not _out_of_memory(error):
             raise
         print(
             "corinfomax: out of memory; a smaller --batch or --size, or a smaller network, needs less "
@@ -102,6 +103,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     raise AssertionError("every command is handled above")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether that is what torch means, on a GPU or a CPU."""
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
 
 
 def _last_line(error: Exception) -> str:
@@ -511,18 +517,26 @@ def run_doctor(command: Doctor) -> int:
 
     if not 0 <= command.seconds < math.inf:
         raise ValueError(f"--seconds is {command.seconds:g}; how long to time steps is 0 or above")
-    where, out, skip = command.where, command.out or Path(SKIPPED), _left_out(command.where)
-    health.check_out(out, where.skip)
+    where, skip = command.where, _left_out(command.where)
+    if command.out is not None:
+        health.check_out(command.out, where.skip)
     device = _device(where.device)
     splits = sources.find(command.data, root=where.root, download=where.download, skip=skip)
     order = sorted(splits, key=("train", "val", "test").index)
     _tell_left_out(command.data, where)
     survey = sources.survey(command.data, root=where.root, skip=skip)
-    _, recipe, why = recipes.choose(command.data, survey.images, survey.short_side, cuda=device.type == "cuda")
+    chosen, recipe, why = recipes.choose(command.data, survey.images, survey.short_side, cuda=device.type == "cuda")
     recipe = replace(recipe, precision=networks.precision(recipe, device))
     # Timed first: on a CPU the peak of memory is then that of training, before the images are looked at.
     recipe = _fit_batch(recipe, survey.images)
-    pace = bench.pace(recipe, device, seconds=command.seconds) if command.seconds else None
+    pace = None
+    if command.seconds:
+        try:
+            pace = bench.pace(recipe, device, seconds=command.seconds)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            print(f"recipe {chosen} needs more memory than there is: pretrain with a smaller --batch or --micro-batch")
     parts = [examine.examine(name, splits[name], recipe.cache_side) for name in order]
     found = health.findings(parts, recipe)
     lines = health.skip_list(found, command.data, skip)
@@ -537,9 +551,13 @@ def run_doctor(command: Doctor) -> int:
     if pace is not None:
         print(bench.foreseen(pace, recipe, len(set(parts[0].paths) - gone), device))
     print(f"the decoded copies take {sum(part.cached for part in parts) / 1e6:,.0f} MB of disk")
-    words = ["corinfomax pretrain", shlex.quote(command.data)]
+    words = ["corinfomax pretrain", shlex.quote(command.data), *_typed_where(where)]
+    out = command.out or Path(SKIPPED)
     if lines is not None:
-        runs.write_text(out, "\n".join(lines) + "\n")
+        text = "\n".join(lines) + "\n"
+        if command.out is None and out != where.skip:
+            out = health.place(out, text)
+        runs.write_text(out, text)
         print(f"{out}: {len(gone):,} images to leave out, and why; others that may be left out are comments in it")
     if gone:
         words.append(f"--skip {shlex.quote(str(out))}")
@@ -547,6 +565,18 @@ def run_doctor(command: Doctor) -> int:
         words += [f"--{name} " + " ".join(f"{value:.4f}" for value in each) for name, each in colours._asdict().items()]
     print("→ " + " ".join(words))
     return int(any(finding.grave for finding in found))
+
+
+def _typed_where(where: Where) -> list[str]:
+    """What was typed about the images and the device, but for the list to skip, as words of a command."""
+    words = []
+    for field in dataclasses.fields(where):
+        value = getattr(where, field.name)
+        if field.name == "skip" or value == field.default:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        words.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
+    return words
 
 
 def _go_on(run: Path) -> str:

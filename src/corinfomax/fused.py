@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -110,6 +111,10 @@ def run(
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="views")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads that its copy of the pool counts on
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -270,6 +271,15 @@ def check_out(out: Path, read: Path | None) -> None:
         with out.open("rb") as file:
             if file.readline(len(HEADER)) != HEADER.encode():
                 raise ValueError(f"{out} is there already and was not written by doctor; name another file with --out")
+
+
+def place(out: Path, text: str) -> Path:
+    """`out`, or that with a number where it has another text already, which somebody may have changed by hand."""
+    for number in itertools.count(2):
+        if not out.exists() or out.read_text("utf-8", errors="replace") == text:
+            break
+        out = out.with_stem(f"{out.stem.rpartition('-')[0] if number > 2 else out.stem}-{number}")
+    return out
 
 
 def skip_list(found: Sequence[Finding], data: str, before: Iterable[str] = ()) -> list[str] | None:

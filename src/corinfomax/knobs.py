@@ -158,7 +158,7 @@ class Recipe:
     early_shares: tuple[float, ...] = ()
     """Share of the steps of each of these parts; what they leave is the last part's, at `size`."""
     test_scale: float = 1.0
-    """Side of the views once trained, for features, scores and export, over `size`; unless 1, in eights of pixels.
+    """Side of the views once trained, for features, scores and export, over `size`; unless 1, in fours of pixels.
     Crops show things larger than whole images do, so that larger test views may score better (arXiv 1906.06423)."""
     cache_side: int = 32
     """Short side of the cached images, in pixels; larger ones are reduced to it, smaller ones kept."""
@@ -212,7 +212,7 @@ class Recipe:
     @property
     def test_side(self) -> int:
         """Side of the views once trained, in pixels."""
-        return self.size if self.test_scale == 1 else max(1, round(self.test_scale * self.size / 8)) * 8
+        return self.size if self.test_scale == 1 else max(1, round(self.test_scale * self.size / 4)) * 4
 
 
 def sides(recipe: Recipe) -> str:

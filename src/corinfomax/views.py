@@ -107,7 +107,7 @@ def apply(
     std: tuple[float, ...],
 ) -> Float[Tensor, "n 3 {size} {size}"]:
     """The views that `p` describes, `size`×`size`, on the images' device, normalised, channels_last."""
-    if images.device.type != "cpu":
+    if images.device.type != "cpu" or images.dtype != torch.uint8:
         return compose(images, sizes, p, size=size, mean=mean, std=std)
     corner, extent = p.box.split(2, 1)
     window = fused.Window(corner.double(), extent.double(), corner, corner + extent, p.flip)
@@ -191,7 +191,7 @@ def centre_view(
     scale = sizes / resized
     start = ((resized - size) / 2).round() * scale
     never, zeros = torch.zeros(len(sizes), dtype=torch.bool), torch.zeros_like(sizes)
-    if images.device.type == "cpu":
+    if images.device.type == "cpu" and images.dtype == torch.uint8:
         window = fused.Window(start.double(), (size * scale).double(), zeros, sizes, never)
         return fused.run(images, sizes, window, fused.unchanged(len(sizes)), size=size, mean=mean, std=std)
     return normalize(_resample(images, start, size * scale, zeros, sizes, never, size=size), mean=mean, std=std)
