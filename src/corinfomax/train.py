@@ -280,8 +280,9 @@ def log_row(pending: Float[Tensor, "k 4"], done: int, learner: Learner, progress
 
 
 def quick_knn(network: Network, splits: Splits, recipe: Recipe, *, device: torch.device) -> float:
-    """kNN top-1 in percent on at most 5,000 training and 2,000 test images: a look, not a result."""
+    """kNN top-1 in percent on at most 5,000 training and 2,000 test images, at training's size: a look, not a result."""
     assert splits.test is not None
+    recipe = replace(recipe, test_scale=1.0)
     some = [_at_most(split, most) for split, most in ((splits.train, 5000), (splits.test, 2000))]
     train, test = (embed.features(network.backbone, part, recipe, device=device) for part in some)
     assert some[0].labels is not None and some[1].labels is not None
