@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import tiny
-from corinfomax import decode, sources
+from corinfomax import decode, images, sources
+from corinfomax.files import DataError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 
@@ -27,7 +28,7 @@ def source(tmp_path):
 
 def test_processes_make_what_one_thread_makes(source, monkeypatch):
     monkeypatch.setattr(decode, "FEW", 10)
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(decode, "cores", lambda: 3)
     several = list(decode.decode_all(source, 8, progress=False))
     monkeypatch.setattr(decode, "FEW", 10**9)
     alone = list(decode.decode_all(source, 8, progress=False))
@@ -39,21 +40,48 @@ def test_processes_make_what_one_thread_makes(source, monkeypatch):
 
 def test_a_process_that_dies_is_one_sentence(source, monkeypatch):
     monkeypatch.setattr(decode, "FEW", 10)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(decode, "cores", lambda: 2)
 
     def die(image):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(OSError, match="a process that was decoding images was killed, perhaps for want of memory"):
+    with pytest.raises(DataError, match="a process that was decoding images was killed, perhaps for want of memory"):
         list(decode.each(source, die, progress=False))
+
+
+def test_a_killed_process_is_not_taken_for_a_full_disk(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "FEW", 10)
+    monkeypatch.setattr(decode, "cores", lambda: 2)
+    monkeypatch.setattr(decode, "decode", lambda image, side: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(DataError, match="was killed, perhaps for want of memory"):
+        images.load(tmp_path / "data", side=8, cache=tmp_path / "cache", progress=False)
+
+
+def test_where_no_more_processes_can_be_had_threads_do_it(source, monkeypatch):
+    monkeypatch.setattr(decode, "FEW", 10)
+    monkeypatch.setattr(decode, "cores", lambda: 4)
+    fork, forks = os.fork, []
+
+    def at_most_two():
+        if len(forks) == 2:
+            raise BlockingIOError("Resource temporarily unavailable")
+        forks.append(pid := fork())
+        return pid
+
+    monkeypatch.setattr(os, "fork", at_most_two)
+    made = list(decode.decode_all(source, 8, progress=False))
+    assert len(made) == 152 and sum(isinstance(each, str) for each in made) == 2
+    assert len(forks) == 2
+    assert all(map(gone, forks))
 
 
 SLOW = """
 import os, sys, time
 from pathlib import Path
-from corinfomax import decode, sources
+from corinfomax import decode, images, sources
+from corinfomax.files import DataError
 decode.FEW = 10
-os.cpu_count = lambda: 2
+decode.cores = lambda: 2
 
 def slow(image):
     Path(sys.argv[2], str(os.getpid())).touch()

@@ -83,6 +83,23 @@ def test_the_bits_do_not_depend_on_threads_or_on_the_memorys_order(monkeypatch):
     assert views.apply(other, sizes, p, size=24, **STATS).equal(want)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("sizes", [[21, 20]]), ("box", [[0, 0, 0, 5]]), ("box", [[3, 3, 18, 5]]), ("box", [[-1, 0, 5, 5]])],
+)
+def test_what_lies_beyond_an_image_is_refused(field, value):
+    images, sizes, p = given(1, 20, 20, EVERYTHING)
+    sizes, p = (torch.tensor(value), p) if field == "sizes" else (sizes, p._replace(box=torch.tensor(value)))
+    with pytest.raises(ValueError, match="of image 0"):
+        views.apply(images, sizes, p, size=8, **STATS)
+
+
+def test_as_many_parameters_as_images():
+    images, sizes, p = given(3, 20, 20, EVERYTHING)
+    with pytest.raises(ValueError, match="3 images need as many rows"):
+        views.apply(images, sizes, p.take(slice(0, 2)), size=8, **STATS)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_makes_views_too():
     """As torch's DataLoader would: the parent's threads are not there."""
@@ -99,6 +116,8 @@ made = lambda: views.apply(images, sizes, p, size=16, mean=(0, 0, 0), std=(1, 1,
 want = made()
 child = os.fork()
 if child == 0:
+    torch.set_num_threads(1)  # as DataLoader does: torch's own threads cannot be used after a fork
+    torch.get_num_threads = lambda: 2
     os._exit(0 if made().equal(want) else 3)
 print(os.waitpid(child, 0)[1])
 """

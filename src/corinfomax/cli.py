@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         said = error.strerror if isinstance(error, OSError) and error.filename is None else None
         print(f"corinfomax: {said or error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             print(f"corinfomax: torch.compile failed; go on without --compile ({_last_line(error)})", file=sys.stderr)
             return 2
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(
             "corinfomax: out of memory; a smaller --batch or --size, or a smaller network, needs less "
-            f"({str(error).splitlines()[0]})",
+            f"({str(error).partition(chr(10))[0] or type(error).__name__})",
             file=sys.stderr,
         )
         return 2
@@ -597,13 +597,14 @@ def _fit_copies(recipe: Recipe, data: str, where: Where) -> Recipe:
     """The recipe with cached copies large enough for its views, where the images are."""
     from corinfomax import sources
 
-    if recipe.size <= recipe.cache_side:
+    largest = max(recipe.size, recipe.test_side)
+    if largest <= recipe.cache_side:
         return recipe
     survey = sources.survey(data, root=where.root, download=where.download, skip=_left_out(where))
-    side = min(survey.short_side, recipe.size * 8 // 7)
+    side = min(survey.short_side, largest * 8 // 7)
     if side <= recipe.cache_side:
         return recipe
-    print(f"views of {recipe.size} px need larger copies than of {recipe.cache_side} px: --cache-side {side}")
+    print(f"views of {largest} px need larger copies than of {recipe.cache_side} px: --cache-side {side}")
     return replace(recipe, cache_side=side)
 
 

@@ -58,9 +58,10 @@ def each(
     """What `look` makes of each opened image of `source`, in order, or why it cannot be read.
 
     All cores look; a few chunks a core are in memory at any time. Whatever `look` raises makes the image unreadable.
-    `said` is what the progress bar calls it. OSError where a process that looks was killed.
+    `said` is what the progress bar calls it. DataError where a process that looks was killed.
     """
-    count, workers = len(source.paths), os.cpu_count() or 1
+    count = len(source.paths)
+    workers = min(cores(), max(1, -(-count // CHUNK)))
     array = source.array() if source.array else None
 
     def open_image(row: int) -> Image.Image:
@@ -84,7 +85,7 @@ def each(
     pending: deque[Future[list[T | str]]] = deque()
     with (
         warnings.catch_warnings(),
-        _pool(look_at, workers if count > FEW else 1) as (pool, task),
+        _pool(look_at, workers, fork=count > FEW) as (pool, task),
         tqdm(total=count, desc=said, unit=" images", disable=None if progress else True) as bar,
     ):
         # What Pillow warns of (broken EXIF, many pixels) does not keep the pixels from being read.
@@ -97,25 +98,47 @@ def each(
                 bar.update(len(results))
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
-def _pool(look_at: Look, workers: int) -> Generator[tuple[Executor, Look], None, None]:
+def _pool(look_at: Look, workers: int, *, fork: bool) -> Generator[tuple[Executor, Look], None, None]:
     """Something that runs a task, and the task that is `look_at`.
 
-    Processes where they can be forked, since small images are mostly Python, which threads do one at a time.
+    Processes where they are wanted and can be forked, since small images are mostly Python, which threads do one at a
+    time; else threads.
     """
-    if workers == 1 or sys.platform != "linux":
+    processes = _processes(look_at, workers) if fork and workers > 1 and sys.platform == "linux" else None
+    if processes is None:
         with ThreadPoolExecutor(workers) as threads:
             yield threads, look_at
         return
+    try:
+        with processes:
+            yield processes, _look_at
+    except BrokenProcessPool as error:
+        raise DataError("a process that was decoding images was killed, perhaps for want of memory") from error
+
+
+def _processes(look_at: Look, workers: int) -> ProcessPoolExecutor | None:
+    """Forked processes that are there for `look_at`; None where the system does not give as many."""
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (look_at, os.getpid()))
     with warnings.catch_warnings():
         # Python warns of threads when it forks; torch's are idle, and what is forked here never calls torch.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        fork = multiprocessing.get_context("fork")
         try:
-            with ProcessPoolExecutor(workers, fork, _begin, (look_at, os.getpid())) as processes:
-                yield processes, _look_at
-        except BrokenProcessPool as error:
-            raise OSError("a process that was decoding images was killed, perhaps for want of memory") from error
+            pool.submit(os.getpid).result()  # forks them all
+        except OSError:
+            for child in (
+                set(multiprocessing.active_children()) - before
+            ):  # without them all, none of them is told to end
+                child.kill()
+                child.join()
+            return None
+    return pool
 
 
 _tasks: list[Look] = []  # what a forked process is there for

@@ -91,6 +91,7 @@ def run(
 ) -> Float[Tensor, "n 3 {size} {size}"]:
     """The windows as squares of `size`, changed, normalised, channels_last; on as many threads as torch uses."""
     n = len(images)
+    _check(images, sizes, window, changes)
     out = torch.empty(n, 3, size, size, memory_format=torch.channels_last)
     statistics = np.array(mean, np.float32), (1 / np.array(std)).astype(np.float32)
     given: Any = [x.contiguous().numpy() for x in (images, sizes, *window, *changes)]
@@ -106,6 +107,20 @@ def run(
     for other in others:
         other.result()
     return out
+
+
+def _check(images: Tensor, sizes: Tensor, window: Window, changes: Changes) -> None:
+    """Machine code looks at no bounds: what lies beyond an image would be read, and written."""
+    if any(len(field) != len(images) for field in (sizes, *window, *changes)):
+        raise ValueError(f"{len(images)} images need as many rows of every parameter")
+    whole = torch.tensor(images.shape[2:])
+    inside = (window.low >= 0) & (window.low < window.high) & (window.high <= sizes) & (sizes <= whole)
+    if not bool(inside.all()):
+        row = int((~inside).any(1).nonzero()[0])
+        raise ValueError(
+            f"the window {window.low[row].tolist()} to {window.high[row].tolist()} of image {row}, of height and width "
+            f"{sizes[row].tolist()} in a batch of {whole.tolist()}, is empty or not inside it"
+        )
 
 
 @functools.cache

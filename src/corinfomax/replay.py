@@ -49,7 +49,7 @@ def replay(path: Path, device: torch.device) -> Replay:
     network = learner.network
     weights = {name: float(p.detach().norm()) for name, p in network.named_parameters()}
     least = smallest_eigenvalue(learner.criterion)
-    seen = replace(recipe, size=saved.facts["size"])
+    seen = replace(recipe, size=saved.facts.get("size", recipe.size))
     pair = make_views(seen, saved.loop["pixels"], saved.loop["sizes"], saved.step, device)
     values = [float("nan")] * len(NUMBERS)
     failed = True

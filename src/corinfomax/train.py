@@ -280,7 +280,7 @@ def log_row(pending: Float[Tensor, "k 4"], done: int, learner: Learner, progress
 
 
 def quick_knn(network: Network, splits: Splits, recipe: Recipe, *, device: torch.device) -> float:
-    """kNN top-1 in percent on at most 5,000 training and 2,000 test images, at training's size: a look, not a result."""
+    """kNN top-1 in percent at training's size, on at most 5,000 training and 2,000 test images: a look, no result."""
     assert splits.test is not None
     recipe = replace(recipe, test_scale=1.0)
     some = [_at_most(split, most) for split, most in ((splits.train, 5000), (splits.test, 2000))]

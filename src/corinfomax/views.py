@@ -90,8 +90,8 @@ def _draw_boxes(view: View, sizes: Int[Tensor, "n 2"], generator: torch.Generato
     top, left = ((room + 1) * share for room, share in zip((height - h, width - w), shift.split(1, 1), strict=True))
 
     whole_ratio = width / height
-    h_centre = torch.where(whole_ratio < low, (width / low).round(), height).long()
-    w_centre = torch.where(whole_ratio > high, (height * high).round(), width).long()
+    h_centre = torch.where(whole_ratio < low, (width / low).round(), height).long().clamp(min=1)
+    w_centre = torch.where(whole_ratio > high, (height * high).round(), width).long().clamp(min=1)
     drawn = torch.cat((top.floor().long(), left.floor().long(), h, w), 1)
     centre = torch.cat(((height - h_centre) // 2, (width - w_centre) // 2, h_centre, w_centre), 1)
     return torch.where(fits.any(1, keepdim=True), drawn, centre)
