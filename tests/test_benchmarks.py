@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import augmentation, loss, markdown, metrics, sparse, steps
+from benchmarks import augmentation, loss, markdown, metrics, reliability, sparse, steps
 from benchmarks.clock import Effort, alternate, of_workers
 from benchmarks.metrics import Metric, metric, regressions
 from corinfomax import CorInfoMaxLoss
@@ -182,3 +182,44 @@ def test_the_committed_page_is_that_of_the_committed_baseline():
 def test_the_whole_step_has_the_published_network():
     recipe = steps.whole(Effort(1, "cpu", False))
     assert (recipe.batch, recipe.size, recipe.backbone.name, recipe.backbone.small_stem) == (256, 32, "resnet18", True)
+
+
+def junit(path, states):
+    """A junit file as pytest writes it, of tests with their states."""
+    inner = {"passed": "", "failed": "<failure/>", "error": "<error/>", "no GPU": '<skipped message="no GPU"/>'}
+    cases = [
+        f'<testcase classname="tests.{file}" name="{name}">{inner[state]}</testcase>' for file, name, state in states
+    ]
+    path.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+    return path
+
+
+def test_every_promise_counts_its_cases(tmp_path, monkeypatch):
+    promises = (
+        reliability.Promise("one", "a", ("test_a",)),
+        reliability.Promise("two", "b", ("test_a::test_x", "test_b::test_z")),
+    )
+    monkeypatch.setattr(reliability, "PROMISES", promises)
+    states = [("test_a", "test_x[1]", "passed"), ("test_a", "test_x[2]", "no GPU"), ("test_a", "test_y", "passed")]
+    states += [("test_b", "test_z", "error"), ("test_b", "test_zz", "failed")]
+    proofs = reliability.prove(junit(tmp_path / "a.xml", states))
+    assert [(proof.cases, proof.passed) for proof in proofs.values()] == [(3, 2), (3, 1)]
+    text = reliability.table(proofs)
+    assert "| one | a | `test_a.py` | 3 | 2 passed; 1 skipped: no GPU |" in text
+    assert "| two | b | `test_a.py`, `test_b.py` | 3 | 1 passed; **1 failed**; 1 skipped: no GPU |" in text
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{reliability.BEGIN}old\n{reliability.END}after\n")
+    monkeypatch.setattr(reliability, "PAGE", page)
+    assert reliability.main(["--junit", str(tmp_path / "a.xml"), "--write"]) == 1
+    assert page.read_text() == f"before\n{reliability.BEGIN}{text}{reliability.END}after\n"
+    with pytest.raises(ValueError, match="no result of test_b::test_z, which is to prove: two"):
+        reliability.prove(junit(tmp_path / "b.xml", states[:3]))
+
+
+def test_every_promise_names_tests_that_are_there():
+    here = Path(__file__).parent
+    for promise in reliability.PROMISES:
+        for test in promise.tests:
+            file, _, name = test.partition("::")
+            assert f"def {name}(" in (here / f"{file}.py").read_text() if name else (here / f"{file}.py").exists(), test
+    assert reliability.BEGIN in reliability.PAGE.read_text() and reliability.END in reliability.PAGE.read_text()
