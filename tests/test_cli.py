@@ -31,7 +31,8 @@ def test_help_answers_in_a_second():
 def test_recipes_shows_every_knob_with_its_value(name, capsys):
     assert cli.main(["recipes", name]) == 0
     out = capsys.readouterr().out
-    shown = dict(line.strip().split(maxsplit=1) for line in out.splitlines() if line.startswith("  --"))
+    lines = [line.strip() for line in out.splitlines() if line.startswith("  --")]
+    shown = {flag: value.strip() for flag, _, value in (line.partition(" ") for line in lines)}
     r = RECIPES[name].recipe
     assert shown["--loss.alpha"] == str(r.loss.alpha)
     assert shown["--projector.widths"].split() == [str(w) for w in r.projector.widths]

@@ -76,7 +76,7 @@ def test_where_no_more_processes_can_be_had_threads_do_it(source, monkeypatch):
 
 
 SLOW = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from corinfomax import decode, images, sources
 from corinfomax.files import DataError
@@ -88,6 +88,7 @@ def slow(image):
     time.sleep(0.05)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         list(decode.each(sources.find(sys.argv[1])["train"], slow, progress=False))
     except KeyboardInterrupt:

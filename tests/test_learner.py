@@ -162,7 +162,7 @@ def test_clipping_in_the_loop_and_its_norm_in_the_metrics(splits, tmp_path):
     assert float(moved) == pytest.approx(0.05 * 0.01, rel=1e-3)
 
 
-def halved(recipe, device, *, compiled):
+def halved(recipe, device, *, compiled=False):
     """The learner of a float16 run, on the CPU, where it is slow for all but the tiniest network."""
     whole = learner.build(replace(recipe, precision="float32"), device, compiled=compiled)
     return whole._replace(scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3))
