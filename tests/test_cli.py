@@ -11,6 +11,8 @@ import pytest
 
 import tiny
 from corinfomax import checkpoint, cli, knobs, named, runs
+from corinfomax.commands import inputs, pretrain
+from corinfomax.options import Where, parse
 from corinfomax.recipes import RECIPES
 
 KNOBS = tiny.KNOBS
@@ -40,7 +42,7 @@ def test_recipes_shows_every_knob_with_its_value(name, capsys):
     assert shown["--optim.lr"] == str(r.optim.lr)
     # What is shown is what sets it: every flag typed back gives the recipe again.
     words = [word for flag, value in shown.items() for word in typed(flag, value)]
-    command = cli.parse(["pretrain", "x", *words], knobs.Recipe())
+    command = parse(["pretrain", "x", *words], knobs.Recipe())
     assert command.knobs == r
 
 
@@ -52,7 +54,7 @@ def typed(flag, value):
 
 
 def test_the_recipe_is_the_default_and_flags_override_it():
-    command = cli.parse(["pretrain", "x", "--recipe", "cifar100", "--optim.lr", "0.25", "--views.0.blur", "0.5"])
+    command = parse(["pretrain", "x", "--recipe", "cifar100", "--optim.lr", "0.25", "--views.0.blur", "0.5"])
     assert command.knobs.loss.alpha == 1000
     assert command.knobs.optim.lr == 0.25
     assert command.knobs.views[0].blur == 0.5
@@ -282,24 +284,24 @@ def test_few_images_are_scored_too(tmp_path, capsys):
 
 def test_a_resumed_run_keeps_its_options_but_for_those_typed():
     argv = ["pretrain", "--resume", "run", "--keep=3", "--scores", "10"]
-    typed = cli.parse(argv)
+    typed = parse(argv)
     ran = {"log_steps": 1, "keep": 100, "scores": 2, "report": False, "track": "wandb", "checkpoint_minutes": 0.5}
-    again = cli._as_it_ran(typed, argv, {"options": ran})
+    again = pretrain._as_it_ran(typed, argv, {"options": ran})
     assert (again.keep, again.scores) == (3, 10)  # typed now, though these are what they are without a word
     assert (again.log_steps, again.report, again.track, again.checkpoint_minutes) == (1, False, "wandb", 0.5)
-    assert cli._as_it_ran(typed, argv, {}) == typed  # a run of an older version
+    assert pretrain._as_it_ran(typed, argv, {}) == typed  # a run of an older version
 
 
 def test_the_words_that_go_on_with_a_run_can_be_typed(tmp_path, monkeypatch):
     run = tmp_path / "My Photos"
-    assert cli._go_on(run) == f"corinfomax pretrain --resume '{run}'"
+    assert pretrain._go_on(run) == f"corinfomax pretrain --resume '{run}'"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert cli._go_on(run).startswith("torchrun --nproc-per-node 8 -m corinfomax pretrain --resume '")
+    assert pretrain._go_on(run).startswith("torchrun --nproc-per-node 8 -m corinfomax pretrain --resume '")
 
 
 @pytest.mark.parametrize(("size", "side", "becomes"), [(24, 32, 32), (32, 16, 36), (100, 16, 64), (64, 64, 64)])
 def test_copies_are_as_large_as_the_views_need(tmp_path, capsys, size, side, becomes):
     data = tiny.folder(tmp_path / "data", {"": 4}, labelled=False, side=64)
     recipe = replace(tiny.RECIPE, size=size, cache_side=side)
-    assert cli._fit_copies(recipe, str(data), cli.Where()).cache_side == becomes
+    assert inputs.fit_copies(recipe, str(data), Where()).cache_side == becomes
     assert ("--cache-side" in capsys.readouterr().out) == (becomes != side)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import tiny
-from corinfomax import checkpoint, cli, examine, health, images, similar, sources
+from corinfomax import checkpoint, cli, examine, health, images, options, similar, sources
 from corinfomax.files import DataError, MissingDataError, names_as_text, quoted, read_names
 from corinfomax.recipes import RECIPES
 
@@ -295,7 +295,7 @@ def test_too_little_memory_for_a_step_does_not_end_the_look(data, capsys, monkey
 def test_the_flags_it_prints_are_those_that_pretrain_takes(data, capsys):
     out = doctor(capsys, code=0)
     command = out.strip().splitlines()[-1].removeprefix("→ corinfomax ").split()
-    knobs = cli.parse(command).knobs
+    knobs = options.parse(command).knobs
     x = images.load(data, side=16, progress=False).train.batch(torch.arange(24))[0].double() / 255
     assert knobs.mean == pytest.approx(x.mean((0, 2, 3)).tolist(), abs=1e-4)
     assert knobs.std == pytest.approx(x.transpose(0, 1).flatten(1).std(1, correction=0).tolist(), abs=1e-4)

@@ -1,5 +1,6 @@
 """What is not finite is found, kept and seen again; gradients are clipped and scaled; nothing bad is saved."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from corinfomax import checkpoint, cli, images, learner, replay, runs, train
+from corinfomax import checkpoint, cli, learner, replay, runs, train
 from corinfomax.objective import CorInfoMaxLoss
 
 CPU = torch.device("cpu")
@@ -15,14 +16,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    return images.load(tiny.folder(root, {"train": 40, "test": 12}), side=16, progress=False)
+    return tiny.splits(tmp_path_factory.mktemp("data"))
 
 
-def run_tiny(splits, folder, recipe=tiny.RECIPE, *, resume=None, **pace):
-    folder.mkdir(exist_ok=True)
-    pace = train.Pace(**{"log_steps": 4, "scores": 0, "diagnoses": 0, "checkpoint_minutes": 0.0, **pace})
-    return train.pretrain(recipe, splits, folder, device=CPU, pace=pace, facts={"data": "tiny"}, resume=resume)
+run_tiny = functools.partial(tiny.run, log_steps=4, checkpoint_minutes=0.0)
 
 
 def knobs(**optim):

@@ -1,5 +1,6 @@
 """The loop: what it optimises, that it stops and goes on, and that nothing but the recipe decides the result."""
 
+import functools
 import math
 import os
 import signal
@@ -24,14 +25,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    return images.load(tiny.folder(root, {"train": 40, "test": 12}), side=16, progress=False)
+    return tiny.splits(tmp_path_factory.mktemp("data"))
 
 
-def run_tiny(splits, folder, recipe=tiny.RECIPE, *, resume=None, **pace):
-    folder.mkdir(exist_ok=True)
-    pace = train.Pace(**{"log_steps": 1, "scores": 2, **pace})
-    return train.pretrain(recipe, splits, folder, device=CPU, pace=pace, facts={"data": "tiny"}, resume=resume)
+run_tiny = functools.partial(tiny.run, scores=2, diagnoses=25)
 
 
 def test_a_run_writes_metrics_and_a_checkpoint(splits, tmp_path):

@@ -7,7 +7,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from corinfomax import images, train
+from corinfomax.checkpoint import Checkpoint
+from corinfomax.images import Splits
 from corinfomax.knobs import Backbone, Optim, Projector, Recipe
+from corinfomax.networks import Network
 from corinfomax.recipes import RECIPES
 
 RECIPE: Recipe = replace(
@@ -62,6 +66,21 @@ def folder(root: Path, splits: dict[str, int], *, labelled: bool = True, side: i
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(place / f"{i:03}.png")
     return root
+
+
+def splits(root: Path) -> Splits:
+    """Forty such images to train on, five steps an epoch, and twelve to test on."""
+    return images.load(folder(root, {"train": 40, "test": 12}), side=16, progress=False)
+
+
+def run(
+    splits: Splits, folder: Path, recipe: Recipe = RECIPE, *, resume: Checkpoint | None = None, **pace: float
+) -> Network:
+    """Train into `folder` with a row of metrics a step, and neither scores nor looks unless `pace` says so."""
+    folder.mkdir(exist_ok=True)
+    given = train.Pace(**{"log_steps": 1, "scores": 0, "diagnoses": 0, **pace})  # type: ignore[arg-type]
+    device = torch.device("cpu")
+    return train.pretrain(recipe, splits, folder, device=device, pace=given, facts={"data": "tiny"}, resume=resume)
 
 
 def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

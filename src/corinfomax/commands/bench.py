@@ -1,0 +1,49 @@
+"""Where the time of a training step goes, and what to change."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from corinfomax import bench, bottleneck, knobs, networks, recipes, runs, sources
+from corinfomax.commands import inputs
+from corinfomax.options import Bench, parse
+from corinfomax.recipes import RECIPES
+
+
+def run(command: Bench, argv: list[str]) -> int:
+    """Time a training step, say what bounds it and what to change."""
+    if not 0 < command.seconds < math.inf:
+        raise ValueError(f"--seconds is {command.seconds:g}; how long to measure is above 0")
+    device = inputs.device_of(command.where.device)
+    data, where, recipe, decode = command.data, command.where, command.knobs, None
+    if command.recipe is None:
+        if data is None:
+            name = "cifar10" if device.type == "cuda" else "cpu-small"
+            base, why = RECIPES[name].recipe, f"{name}: {RECIPES[name].about}"
+        else:
+            survey = sources.survey(data, root=where.root, download=where.download, skip=inputs.left_out(where))
+            _, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
+        again = parse(argv, base)
+        assert isinstance(again, Bench)
+        recipe = again.knobs
+        print(f"recipe {why}; --recipe names another")
+    if data is None:
+        pictures = bench.made_up(recipe)
+    else:
+        pictures = inputs.load(data, where, recipe.cache_side).train
+        decode = bench.decoding(
+            sources.find(data, root=where.root, skip=inputs.left_out(where))["train"], recipe.cache_side
+        )
+        recipe = inputs.fit_batch(recipe, len(pictures))
+    recipe = replace(recipe, precision=networks.precision(recipe, device))
+    setting = bench.describe(recipe, pictures, device, decode=decode)
+    print(
+        f"{recipe.backbone.name} at {recipe.size} px, batch {recipe.batch}, {setting.precision}, on {setting.device}, "
+        f"{setting.threads} threads of {setting.cores} cores, torch {inputs.versions()['torch']}\n"
+    )
+    timings = bench.measure(recipe, pictures, device, seconds=command.seconds)
+    print(bottleneck.as_text(timings, setting))
+    if command.out is not None:
+        runs.write_json(command.out, {**bottleneck.as_json(timings, setting), "recipe": knobs.to_json(recipe)})
+    return 0

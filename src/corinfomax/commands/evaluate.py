@@ -1,0 +1,59 @@
+"""Weights on labelled images, beside baselines and other weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from corinfomax import evaluate, runs, weights
+from corinfomax.commands import inputs
+from corinfomax.evaluate import Result
+from corinfomax.images import Splits
+from corinfomax.options import Evaluate
+
+
+def run(command: Evaluate) -> int:
+    """Score weights on labelled images, beside baselines and other weights."""
+    device = inputs.device_of(command.where.device)
+    names = (command.weights, *command.against)
+    loaded = []
+    for name in names:
+        given = weights.load(name, architecture=command.architecture, small_stem=command.small_stem, size=command.size)
+        print(f"loaded {given.said}")
+        backbone = given.backbone.to(device).to(memory_format=torch.channels_last)
+        loaded.append(given._replace(backbone=backbone))
+    ours, others = loaded[0], loaded[1:]
+    splits = inputs.load(command.data, command.where, ours.recipe.cache_side)
+    evaluate.check_labels(splits)
+    sides = {ours.recipe.cache_side: splits}
+    for other in others:
+        if (side := other.recipe.cache_side) not in sides:
+            sides[side] = inputs.splits_of(command.data, command.where, side)
+    called = evaluate.distinct_names(command.against)
+    rivals = [
+        evaluate.Contender(name, other.backbone, other.recipe, sides[other.recipe.cache_side])
+        for name, other in zip(called, others, strict=True)
+    ]
+    result = evaluate.evaluate(
+        ours.backbone,
+        splits,
+        ours.recipe,
+        device=device,
+        published_probe=command.published_probe,
+        fine_tune=command.fine_tune,
+        rivals=rivals,
+    )
+    tell(result, splits, command.out)
+    return 0
+
+
+def tell(result: Result, splits: Splits, path: Path | None) -> None:
+    """Print the scores and what they say, and keep them in the JSON file at `path`."""
+    assert splits.test is not None
+    print(f"\n{evaluate.as_text(result.table)}\n{evaluate.LEGEND}\n")
+    print(f"{len(splits.train):,} images with labels to fit each probe, {len(splits.test):,} others to score it")
+    print("\n".join(result.sentences))
+    if path is not None:
+        runs.add_json(path, {**evaluate.as_json(result), "train": len(splits.train), "test": len(splits.test)})
+        print(f"written to {path}")

@@ -1,0 +1,28 @@
+"""What is most like given pictures."""
+
+from __future__ import annotations
+
+import torch
+
+from corinfomax import neighbors, page, runs, weights
+from corinfomax.commands import inputs
+from corinfomax.options import Neighbors
+
+
+def run(command: Neighbors) -> int:
+    """Say and show what is most like each picture."""
+    if not command.query or command.count < 1:
+        raise ValueError("name at least one picture with --query, and a --count of at least 1")
+    device = inputs.device_of(command.where.device)
+    given = weights.load(command.weights, architecture=command.architecture)
+    print(f"loaded {given.said}")
+    parts = inputs.every(command.data, command.where, given.recipe.cache_side)
+    pool = neighbors.pool_of(parts)
+    backbone = given.backbone.to(device).to(memory_format=torch.channels_last)
+    found = neighbors.search(backbone, pool, given.recipe, command.query, k=command.count, device=device)
+    for one in found:
+        print(neighbors.as_text(one, pool))
+    text = neighbors.as_page(found, pool, data=command.data)
+    runs.write_whole(command.out, lambda temporary: page.write_text(temporary, text))
+    print(f"page: {command.out}")
+    return 0

@@ -1,0 +1,270 @@
+"""The whole job: images, recipe, run folder and training; then verdict, scores and page."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from corinfomax import (
+    checkpoint,
+    distributed,
+    files,
+    knobs,
+    networks,
+    recipes,
+    replay,
+    runs,
+    sources,
+    track,
+    train,
+    verdict,
+)
+from corinfomax import evaluate as scoring
+from corinfomax.checkpoint import Checkpoint
+from corinfomax.commands import evaluate, inputs
+from corinfomax.images import Splits
+from corinfomax.knobs import Recipe
+from corinfomax.networks import Network
+from corinfomax.options import Pretrain, Where, parse
+
+KEPT_OPTIONS = (
+    "log_steps",
+    "checkpoint_minutes",
+    "keep",
+    "scores",
+    "diagnoses",
+    "evaluate",
+    "report",
+    "track",
+    "compile",
+)
+"""What a run keeps when it is resumed, beside its recipe."""
+
+
+def run(command: Pretrain, argv: list[str]) -> int:
+    """The whole job: training in this process or in all that torchrun started, and the rest in the first of them."""
+    if command.replay is not None:
+        return _replay(command)
+    with distributed.group(inputs.device_of(command.where.device)) as device, contextlib.ExitStack() as quiet:
+        first = distributed.rank() == 0
+        if not first:
+            quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(Path(os.devnull).open("w"))))
+        trained = _train(command, argv, device)
+    if trained is None:
+        return 130
+    if first:
+        _finish(trained)
+    return 0
+
+
+def _replay(command: Pretrain) -> int:
+    """Show the step that a run broke off in."""
+    assert command.replay is not None
+    if command != replace(Pretrain(), replay=command.replay, where=command.where):
+        raise ValueError("--replay does one step of a file and nothing else: beside it only --device")
+    print(replay.as_text(replay.replay(command.replay, inputs.device_of(command.where.device))))
+    return 0
+
+
+class Trained(NamedTuple):
+    """What training leaves to score, judge and report."""
+
+    data: str
+    run: Path
+    network: Network
+    recipe: Recipe
+    facts: dict[str, Any]
+    splits: Splits
+    device: torch.device
+    command: Pretrain
+    """With the options of the run, where it was resumed."""
+
+
+def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained | None:
+    """Images, recipe, run folder, training; None when it was asked to stop."""
+    resumed: checkpoint.Checkpoint | None = None
+    data, where, recipe, name = command.data, command.where, command.knobs, command.recipe
+    if command.resume is not None:
+        data, where, resumed = _resumed(command)
+        command = _as_it_ran(command, argv, resumed.facts)
+        recipe, name = resumed.recipe, resumed.facts["recipe_name"]
+    if data is None:
+        raise ValueError("name the images: corinfomax pretrain DATA, or --resume RUN to go on with a run")
+    if command.log_steps < 1 or command.keep < 1 or min(command.scores, command.diagnoses) < 0:
+        raise ValueError("--log-steps and --keep must be at least 1, --scores and --diagnoses at least 0")
+    if command.track is not None:
+        track.check(command.track)
+    if name is None:
+        survey = sources.survey(data, root=where.root, download=where.download, skip=inputs.left_out(where))
+        name, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
+        again = parse(argv, base)  # the same words, now over the chosen recipe
+        assert isinstance(again, Pretrain)
+        recipe = again.knobs
+        print(f"recipe {why}; --recipe names another")
+    first = distributed.rank() == 0
+    early = _new_run(command.out, "") if first and command.resume is None and command.out is not None else None
+    if resumed is None:
+        recipe = inputs.fit_copies(recipe, data, where)
+    with distributed.first_of_machine():  # one decodes, the others read its cache
+        splits = inputs.load(data, where, recipe.cache_side)
+    recipe = inputs.fit_batch(recipe, len(splits.train))
+    recipe = replace(recipe, precision=networks.precision(recipe, device))  # a resumed run keeps it on other hardware
+    if recipe.optim.warmup_epochs >= recipe.epochs > 1:
+        print(f"the warm-up, {recipe.optim.warmup_epochs:g} epochs, is as long as the run: --optim.warmup-epochs 1")
+    facts = {
+        "data": sources.absolute(data),  # a run may be resumed from anywhere
+        "root": None if where.root is None else str(where.root.absolute()),
+        "cache": None if where.cache is None else str(where.cache.absolute()),
+        "holdout": where.holdout,
+        "test_split": where.test_split,
+        "skip": None if where.skip is None else inputs.SKIPPED,
+        "recipe_name": name,
+        "images": len(splits.train),
+        "fingerprint": splits.train.fingerprint,
+        "versions": inputs.versions(),
+        "options": {name: getattr(command, name) for name in KEPT_OPTIONS},
+    }
+    if resumed is not None and resumed.facts["fingerprint"] != facts["fingerprint"]:
+        raise ValueError(
+            f"the images of {data} are not those that {command.resume} was trained on; put those back, or name where "
+            f"they are now: corinfomax pretrain DATA --resume {command.resume}"
+        )
+    if command.resume is not None:
+        run = command.resume
+    elif first:
+        run = early or _new_run(None, f"{Path(data).stem or 'images'}-{name}")
+    else:
+        run = command.out or Path("runs")  # the first process writes there, this one does not
+    pace = train.Pace(command.log_steps, command.checkpoint_minutes, command.keep, command.scores, command.diagnoses)
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        tell: track.Tell = lambda row: None  # noqa: E731
+        if first:
+            stack.enter_context(runs.held(run))
+        if first and resumed is None:
+            if where.skip is not None:  # the run's own copy: what was left out stays known when the list is changed
+                runs.write_text(run / inputs.SKIPPED, files.names_as_text(sorted(inputs.left_out(where))))
+            runs.write_json(run / "recipe.json", {"recipe": knobs.to_json(recipe), "facts": facts, "command": argv})
+        elif first and resumed is not None:
+            runs.forget_after(run, resumed.step)
+            print(f"going on with {run} after step {resumed.step}")
+        if first and command.track is not None:
+            told = {flag: str(value) for flag, value in knobs.flags(recipe)}
+            tell = stack.enter_context(track.to(command.track, run, told))
+        try:
+            network = train.pretrain(
+                recipe,
+                splits,
+                run,
+                device=device,
+                pace=pace,
+                facts=facts,
+                resume=resumed,
+                tell=tell,
+                compiled=command.compile,
+            )
+        except train.Interrupted as stop:
+            print(f"stopped; {stop.checkpoint} has all that was done\nto go on: {_go_on(run)}")
+            return None
+        except FloatingPointError as error:
+            if first:
+                _conclude(run, recipe, len(splits.train), error=str(error))
+            distributed.wait()  # the first to end would have torchrun end the others before they have spoken
+            raise
+        except OSError as error:
+            raise OSError(f"{error.strerror or error}; when that is mended: {_go_on(run)}") from error
+    if first:
+        print(f"trained in {(time.monotonic() - started) / 60:.1f} min: {runs.checkpoints(run)[-1]}")
+    return Trained(data, run, network, recipe, facts, splits, device, command)
+
+
+def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:
+    """The data, where it lies, and the last checkpoint of the run to go on with."""
+    run, where = command.resume, command.where
+    assert run is not None
+    fresh = Pretrain()
+    kept = {name: getattr(fresh, name) for name in ("recipe", "out", "knobs")}
+    lying = replace(where, holdout=None, test_split=None, skip=None, download=False)
+    if command != replace(command, **kept, where=lying):
+        raise ValueError(
+            "a resumed run keeps its recipe and its splits: beside --resume only how often it logs, where the images "
+            "are now, and the device"
+        )
+    loaded = checkpoint.load_begun(run)
+    return command.data or loaded.facts["data"], inputs.where_it_was(where, run, loaded.facts), loaded
+
+
+def _as_it_ran(command: Pretrain, argv: list[str], facts: dict[str, Any]) -> Pretrain:
+    """The options that the run had, but for those that are typed now: --resume RUN alone goes on as it was."""
+    typed = {word.partition("=")[0].replace("_", "-").removeprefix("--").removeprefix("no-") for word in argv}
+    kept = facts.get("options", {})  # runs of older versions have none
+    return replace(command, **{name: value for name, value in kept.items() if name.replace("_", "-") not in typed})
+
+
+def _new_run(out: Path | None, name: str) -> Path:
+    if out is None:
+        return runs.fresh_folder(Path("runs"), name)
+    if runs.checkpoints(out) or runs.read_metrics(out):
+        raise ValueError(f"{out} holds a run already; --resume {out} goes on with it, another --out starts anew")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _finish(trained: Trained) -> None:
+    """The verdict first, so that nothing after it can cost it; then scores where there are labels, and the page."""
+    data, run, network, recipe, facts, splits, device, command = trained
+    _conclude(run, recipe, len(splits.train))
+    if command.evaluate and train.scorable(splits):
+        evaluate.tell(scoring.evaluate(network.backbone, splits, recipe, device=device), splits, run / "results.json")
+    if command.report:
+        _report_if_possible(run, network, recipe, facts, splits, device)
+    root = [] if facts["root"] is None else ["--root", facts["root"]]
+    print(f"feature vectors: {shlex.join(['corinfomax', 'embed', str(run), data, *root])}")
+
+
+def _conclude(run: Path, recipe: Recipe, images: int, *, error: str | None = None) -> None:
+    """Say and keep whether the run worked, and which of its checkpoints is best."""
+    rows, steps = runs.read_metrics(run), recipe.epochs * (images // recipe.batch)
+    found = verdict.judge(rows, recipe, steps=steps, ended=True, error=error)
+    if found is None:
+        return
+    print(f"\nverdict: {found.text}\n")
+    results: dict[str, Any] = {"verdict": found._asdict()}
+    kept = {runs.step_of(path): path for path in runs.checkpoints(run)}
+    best = verdict.best_step(rows, kept)
+    if best is not None:
+        results["best_checkpoint"] = kept[best].relative_to(run).as_posix()
+        if best < max(kept):
+            print(f"best checkpoint by {verdict.BEST}, before the last: {kept[best]}")
+    runs.add_json(run / "results.json", results)
+
+
+def _report_if_possible(
+    run: Path, network: Network, recipe: Recipe, facts: dict[str, Any], splits: Splits, device: torch.device
+) -> None:
+    """The page at the end of a run; what goes wrong with it is a sentence, since the run itself is done and kept."""
+    step = recipe.epochs * (len(splits.train) // recipe.batch)
+    try:
+        from corinfomax import report  # so that a library of its plots that is broken costs the page alone
+
+        subject = report.Subject(run, network, recipe, step, facts, splits, same_images=True)
+        out = report.write(subject, run / "report.html", device=device)
+    except Exception as error:  # whatever it is
+        print(f"no report: {type(error).__name__}: {error}; corinfomax report {run} tries again", file=sys.stderr)
+    else:
+        print(f"report: {out}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _go_on(run: Path) -> str:
+    """The command that goes on with a run, for as many processes as there are."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    program = ["corinfomax"] if here == 1 else ["torchrun", "--nproc-per-node", str(here), "-m", "corinfomax"]
+    return shlex.join([*program, "pretrain", "--resume", str(run)])
