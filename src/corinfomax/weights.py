@@ -151,7 +151,7 @@ def _into(model: nn.Module, tensors: dict[str, Tensor], recipe: Recipe, what: st
             f"{what} holds nan or inf in {len(bad)} tensors, first {bad[0]}; the run that made it diverged"
         )
     model.load_state_dict(chosen)
-    said = f"all {len(chosen)} tensors of {what}, a {recipe.backbone.name} at {recipe.size} px"
+    said = f"all {len(chosen)} tensors of {what}, a {recipe.backbone.name} {knobs.sides(recipe)}"
     return Weights(model.eval(), recipe, f"{said} ({notes})" if notes else said)
 
 
