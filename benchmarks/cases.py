@@ -47,11 +47,12 @@ class Case:
         return Splits(self.spoil(loaded.train.select(order[: self.images])), self.spoil(loaded.test))
 
 
+Fit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], probes.Linear]
 SIDE = {"cifar10": 32, "mnist5k": 28, "clothing-128": 48, "tiny-imagenet-64-100c": 48}
 
 
-def ridge(backbone: nn.Module, splits: Splits, recipe: Recipe, *, most: int = 5000) -> float:
-    """Top-1 in percent of a ridge probe on at most `most` images of each split, drawn at random: files lie by class."""
+def probe(backbone: nn.Module, splits: Splits, recipe: Recipe, *, most: int, fit: Fit = probes.ridge) -> float:
+    """Top-1 in percent of a probe on at most `most` images of each split, drawn at random: files lie by class."""
     assert splits.test is not None
     some = []
     for split in splits:
@@ -60,7 +61,7 @@ def ridge(backbone: nn.Module, splits: Splits, recipe: Recipe, *, most: int = 50
     train, test = some
     x, y = (embed.features(backbone, part, recipe) for part in some)
     assert train.labels is not None and test.labels is not None
-    return probes.accuracy(probes.ridge(x, train.labels, y).predicted, test.labels)
+    return probes.accuracy(fit(x, train.labels, y).predicted, test.labels)
 
 
 def one_image(split: Images) -> Images:

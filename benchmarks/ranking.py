@@ -1,9 +1,10 @@
-"""How label-free measures rank recipes and checkpoints against a ridge probe: Spearman's correlations, as markdown.
+"""How label-free measures rank recipes and checkpoints against a linear probe: Spearman's correlations, as markdown.
 
     python benchmarks/ranking.py --root data --out runs/ranking
 
-Per data set eight recipes, the same but for one knob, and ten checkpoints of the first. Runs that are in --out already
-are only read. About half a CPU minute a recipe on one thread.
+Per data set eight recipes, the same but for one knob, and ten checkpoints of the first. Each network is looked at with
+its own recipe's views, as `pretrain` does, and with those of the first, the same for all. Runs that are in --out
+already are only read. About two CPU minutes a recipe on one thread.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cases import SMALL, Case, changed, ridge
+from cases import SMALL, Case, changed, probe
 
-from corinfomax import checkpoint, diagnosis, runs, train
+from corinfomax import checkpoint, diagnosis, probes, runs, train
 from corinfomax.knobs import Recipe, View
 
 CPU = torch.device("cpu")
 COUNT = 10_000  # images to train on
-BASE = changed(SMALL, size=24, epochs=4, optim={"warmup_epochs": 0.5})
+BASE = changed(SMALL, size=24, epochs=10, optim={"warmup_epochs": 1})
 MILD = BASE.views[0]
 GREY = View(crop_area=MILD.crop_area, jitter=0.0, grey=0.0)
 RECIPES: dict[str, Recipe] = {
@@ -48,6 +49,8 @@ MEASURES = {
     "alignment": -1,
     "uniformity": -1,
 }
+SAME = ", same views"
+"""Of a measure by the first recipe's views."""
 
 
 def spearman(a: list[float], b: list[float]) -> float:
@@ -80,9 +83,11 @@ def run(name: str, data: str, folder: Path, root: Path, cache: Path | None) -> l
     places = {round((i + 1) * len(saved) / 10) - 1 for i in range(10)} if name == "base" else {len(saved) - 1}
     for place in sorted(places):
         network, _ = checkpoint.load_network(saved[place])
-        measures = diagnosis.look(network, part.images, recipe, device=CPU)
-        assert measures is not None
-        found.append({m: getattr(measures, m) for m in MEASURES} | {"ridge": ridge(network.backbone, splits, recipe)})
+        own, same = (diagnosis.look(network, part.images, of, device=CPU) for of in (recipe, BASE))
+        score = probe(network.backbone, splits, recipe, most=COUNT, fit=probes.logistic)
+        found.append(
+            {m: getattr(own, m) for m in MEASURES} | {m + SAME: getattr(same, m) for m in MEASURES} | {"linear": score}
+        )
     for path in saved:
         path.unlink()
     runs.write_json(folder / "done.json", found)
@@ -94,7 +99,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--cache", type=Path, default=None, help="folder of decoded images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--data", nargs="*", default=["cifar10", "tiny-imagenet-64-100c"])
+    parser.add_argument("--data", nargs="*", default=["cifar10", "tiny-imagenet-64-100c", "clothing-128"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     # By turns, so that what is there is balanced if it is stopped early.
@@ -109,17 +114,16 @@ def main() -> None:
         sets[f"{data}, {len(by_name)} recipes"] = [found[-1] for found in by_name.values()]
         sets[f"{data}, {len(by_name['base'])} checkpoints"] = by_name["base"]
     print("\n| measure | " + " | ".join(sets) + " | mean |\n|---|" + "---:|" * (len(sets) + 1))
-    for measure, sign in MEASURES.items():
-        cells = [
-            spearman([sign * row[measure] for row in some], [row["ridge"] for row in some]) for some in sets.values()
-        ]
-        print(
-            f"| {'−' if sign < 0 else ''}{measure} | "
-            + " | ".join(f"{c:+.2f}" for c in (*cells, np.mean(cells)))
-            + " |"
-        )
+    for which in ("", SAME):
+        for measure, sign in MEASURES.items():
+            cells = [
+                spearman([sign * row[measure + which] for row in some], [row["linear"] for row in some])
+                for some in sets.values()
+            ]
+            values = " | ".join(f"{c:+.2f}" for c in (*cells, np.mean(cells)))
+            print(f"| {'−' if sign < 0 else ''}{measure}{which} | {values} |")
     for name, some in sets.items():
-        print(f"\n{name}: ridge " + ", ".join(f"{row['ridge']:.1f}" for row in some))
+        print(f"\n{name}: linear " + ", ".join(f"{row['linear']:.1f}" for row in some))
 
 
 if __name__ == "__main__":

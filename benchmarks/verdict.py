@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cases import CASES, Case, ridge
+from cases import CASES, Case, probe
 
 from corinfomax import runs, train, verdict
 
@@ -46,7 +46,7 @@ def run_case(case: Case, folder: Path, root: Path, cache: Path) -> None:
         pace = train.Pace(log_steps=10, checkpoint_minutes=60.0, scores=0)
         network = train.pretrain(case.recipe, splits, folder, device=CPU, pace=pace, facts={})
         sound = replace(case, spoil=lambda split: split).splits(root, cache)  # what it learnt, on images as they are
-        results["ridge"] = ridge(network.backbone, sound, case.recipe)
+        results["ridge"] = probe(network.backbone, sound, case.recipe, most=5000)
     except FloatingPointError as error:
         results["error"] = str(error)
     for path in runs.checkpoints(folder):
