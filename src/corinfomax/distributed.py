@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-PATIENCE = timedelta(hours=2)  # the others wait while one decodes the images, scores, or writes
+PATIENCE = timedelta(hours=12)
+"""How long the others wait while one decodes the images or scores."""
+ANSWER = timedelta(minutes=10)
+"""How long a process may take for its part of a step, a checkpoint with it; then it counts as lost."""
+_patient: dist.ProcessGroup | None = None
+"""The same processes, in a group of its own for long waits."""
+
+
+class LostProcessError(ConnectionError):
+    """Another process of the group is gone, or gave no answer in time."""
 
 
 @contextlib.contextmanager
@@ -32,11 +41,30 @@ def group(device: torch.device) -> Iterator[torch.device]:
     device = own(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    global _patient
+    with _answers():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=ANSWER)
+        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield device
     finally:
+        _patient = None
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _answers() -> Iterator[None]:
+    """What torch says of a process that does not answer, as a LostProcessError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise LostProcessError(
+            f"another process of this run is gone, or gave no answer for {ANSWER.total_seconds() / 60:g} minutes "
+            f"({reason})"
+        ) from error
 
 
 def own(device: torch.device) -> torch.device:
@@ -63,9 +91,10 @@ def rank() -> int:
 
 
 def wait() -> None:
-    """Until every process is here."""
+    """Until every process is here, for hours if need be."""
     if size() > 1:
-        dist.barrier()
+        with _answers():
+            dist.barrier(group=_patient)
 
 
 @contextlib.contextmanager
@@ -92,8 +121,9 @@ def largest(*here: float) -> list[float]:
     if size() == 1:
         return list(here)
     x = torch.tensor(here, dtype=torch.float64, device=_device())
-    dist.all_reduce(x, dist.ReduceOp.MAX)
-    return x.tolist()
+    with _answers():
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x.tolist()
 
 
 def total(x: Tensor) -> Tensor:
@@ -101,7 +131,8 @@ def total(x: Tensor) -> Tensor:
     if size() == 1:
         return x
     x = x.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x)
+    with _answers():
+        dist.all_reduce(x)
     return x
 
 

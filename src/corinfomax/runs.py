@@ -101,12 +101,27 @@ def append_metrics(run: Path, row: dict[str, Any]) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Every whole line of metrics.jsonl; a last line that a crash cut short is left out."""
+    """Every whole line of metrics.jsonl; the end of the file that a crash cut short or never wrote is left out.
+
+    ValueError where a line before others is no row.
+    """
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    rows: list[dict[str, Any]] = []
+    broken = None
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            broken = broken or number
+        elif broken is not None:
+            raise ValueError(f"line {broken} of {path} is no row of metrics; mend it or take it out")
+        else:
+            rows.append(row)
+    return rows
 
 
 def forget_after(run: Path, step: int) -> None:

@@ -117,6 +117,8 @@ def pretrain(
                         row["knn"] = quick_knn(learner.network, splits, now, device=device)
                     if writes and done in look_at:
                         row |= diagnosis.row(learner.network, watched, now, device=device)
+                    if done in score_at or done in look_at:
+                        distributed.wait()  # for the first of them, however long it looked
                     if writes:
                         runs.append_metrics(run, row)
                         tell(row)
