@@ -56,7 +56,7 @@ PROMISES = (
         "`kill -9` between steps, while a checkpoint is written, before the first one",
         "`pretrain --resume RUN` ends bitwise as a run never stopped: weights, moments, optimiser, every line of "
         "`metrics.jsonl` but its `seconds` (CPU, same number of processes, without `--compile`)",
-        ("test_kill", "test_train::test_a_resumed_run_ends_as_if_it_had_never_stopped"),
+        ("test_faults::killed", "test_train::test_a_resumed_run_ends_as_if_it_had_never_stopped"),
     ),
     Promise(
         "Ctrl-C, SIGTERM",

@@ -9,6 +9,7 @@ beside it train half of them each, and `--judge` then makes the table of all.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ class Outcome(NamedTuple):
     recovered: bool
     """Whether that was that it ends sound after trouble."""
     said: list[tuple[float, str]]
-    """Share of the run and kind, at every look."""
+    """Share of the run and kind, after every row."""
     ridge: float | None
     advice: str
 
@@ -55,12 +56,12 @@ def run_case(case: Case, folder: Path, root: Path, cache: Path) -> None:
 
 
 def judge_case(case: Case, folder: Path) -> Outcome:
-    """The verdict after every look and at the end."""
+    """The verdict after every row of the metrics, as the terminal has it, and at the end."""
     rows, done = runs.read_metrics(folder), json.loads((folder / "done.json").read_text())
     steps = case.recipe.epochs * (case.images // case.recipe.batch)
     said = []
     for place, row in enumerate(rows):
-        found = verdict.judge(rows[: place + 1], case.recipe, steps=steps) if "views_differ" in row else None
+        found = verdict.judge(rows[: place + 1], case.recipe, steps=steps)
         if found is not None:
             said.append((row["step"] / steps, found.kind))
     last = verdict.judge(rows, case.recipe, steps=steps, ended=True, error=done.get("error"))
@@ -111,7 +112,7 @@ def table(outcomes: dict[str, Outcome]) -> str:
         )
         lines.append(
             f"\n{'Seen' if seen else 'Unseen'}: {kept} of {len(good)} good runs end as good, and {alarms} of them had "
-            f"an alarm at a look; {named} of {len(bad)} bad runs are called what they are, {early} of them within the "
+            f"an alarm on the way; {named} of {len(bad)} bad runs are called what they are, {early} of them within the "
             f"first 20 %, and the last word on {ended} is right."
         )
     return "\n".join(lines)
@@ -137,7 +138,8 @@ def main() -> None:
         outcomes[name] = judge_case(case, folder)
     print(table(outcomes))
     for name, outcome in outcomes.items():
-        print(f"\n{name}: {', '.join(f'{share:.0%} {kind}' for share, kind in outcome.said)}; {outcome.advice}")
+        changes = [said for before, said in itertools.pairwise([(0.0, ""), *outcome.said]) if said[1] != before[1]]
+        print(f"\n{name}: {', '.join(f'{share:.0%} {kind}' for share, kind in changes)}; {outcome.advice}")
 
 
 if __name__ == "__main__":

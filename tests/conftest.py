@@ -13,6 +13,11 @@ import torch  # noqa: E402
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many faults test_faults.py puts in."""
+    parser.addoption("--faults", type=int, default=16, help="how many faults to put into tiny runs; 200 take minutes")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need what is not here are skipped with the reason."""
     for item in items:

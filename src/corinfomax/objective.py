@@ -266,12 +266,13 @@ def moment_dtype(device: torch.device | str | None) -> torch.dtype:
 
 
 def _cholesky_log_det(R: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """log det(R+εI) of each matrix and the Cholesky factor it comes from; nan where R+εI is not positive definite."""
+    """log det(R+εI) of each matrix and the Cholesky factor it comes from; both nan where R+εI is not positive definite."""
     shifted = R.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(eps)
     L, info = torch.linalg.cholesky_ex(shifted)  # plain cholesky would synchronise here
-    log_det = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return torch.where(info == 0, log_det, torch.nan), L  # a factor that failed half-way still looks like numbers
+    # A factor that failed half-way still looks like numbers, and where one is zero its inverse is an error.
+    L = torch.where((info == 0)[..., None, None], L, torch.nan)
+    return 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1), L
 
 
 class NotFiniteInputError(ValueError):

@@ -93,7 +93,7 @@ def tell_left_out(data: str, where: Where) -> None:
 def _tell_skipped(name: str, split: Images) -> None:
     if split.skipped:
         path, reason = split.skipped[0]
-        print(f"{len(split.skipped)} unreadable images left out of {name}, such as {files.quoted(path)}: {reason}")
+        print(f"{len(split.skipped)} unreadable image{"s" * (len(split.skipped) > 1)} left out of {name}, such as {files.quoted(path)}: {reason}")
 
 
 def fit_batch(recipe: Recipe, count: int) -> Recipe:
