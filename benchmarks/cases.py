@@ -129,7 +129,7 @@ CASES: dict[str, Case] = {
     ),
     "mnist5k alpha x1000": Case("mnist5k", changed(DIGITS, loss={"alpha": 250e3}), INVARIANT | COLLAPSE),
     "tiny-imagenet alpha x30": Case(
-        "tiny-imagenet-64-100c", changed(SMALL, loss={"alpha": 3750.0}), INVARIANT | COLLAPSE
+        "tiny-imagenet-64-100c", changed(SMALL, loss={"alpha": 3750.0}), INVARIANT | COLLAPSE, True
     ),
     "mnist5k alpha 0": Case("mnist5k", changed(DIGITS, loss={"alpha": 0.0}), UNDER),
     "mnist5k eps 0.3": Case("mnist5k", changed(DIGITS, loss={"eps": 0.3}), COLLAPSE | INVARIANT),
@@ -156,6 +156,15 @@ CASES: dict[str, Case] = {
         "tiny-imagenet-64-100c", changed(SMALL, views=(View(crop_area=(0.01, 0.02)),) * 2), INVARIANT | UNDER, True
     ),
     "clothing crops of 1 %": Case(
-        "clothing-128", changed(SMALL, views=(View(crop_area=(0.005, 0.01)),) * 2), INVARIANT | UNDER
+        "clothing-128", changed(SMALL, views=(View(crop_area=(0.005, 0.01)),) * 2), INVARIANT | UNDER, True
     ),
+    "cifar10 alpha x40": Case("cifar10", changed(SMALL, loss={"alpha": 5000.0}), INVARIANT | COLLAPSE),
+    "cifar10 crops of 3 %": Case(
+        "cifar10", changed(SMALL, views=(View(crop_area=(0.01, 0.03)),) * 2), INVARIANT | UNDER
+    ),
+    "mnist5k crops of 2 %": Case(
+        "mnist5k", changed(DIGITS, views=(View(crop_area=(0.01, 0.02)),) * 2), INVARIANT | UNDER
+    ),
+    "tiny-imagenet alpha x3": Case("tiny-imagenet-64-100c", changed(SMALL, loss={"alpha": 375.0}), GOOD),
+    "clothing AdamW": Case("clothing-128", changed(SMALL, optim={"name": "adamw", "lr": 1e-3, "start_lr": 1e-4}), GOOD),
 }

@@ -1,7 +1,10 @@
-"""The batch script is valid bash, runs the typed command on every node, and nothing is trained by printing it."""
+"""The batch script is valid bash, runs the typed command on every node, and goes on after the end of its time."""
 
 import os
+import signal
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +16,8 @@ from corinfomax import cli, runs, slurm
 def test_the_command_is_kept_word_by_word(capsys, flag):
     assert cli.main(["pretrain", "a folder/with 'quotes'", *flag, "--epochs", "3"]) == 0
     text = capsys.readouterr().out
-    assert "-m corinfomax pretrain 'a folder/with '\"'\"'quotes'\"'\"'' --epochs 3\n" in text
+    assert "words=(pretrain 'a folder/with '\"'\"'quotes'\"'\"'' --epochs 3 --out \"$run\")\n" in text
+    assert 'run="runs/slurm-$SLURM_JOB_ID"\n' in text
     assert "#SBATCH --nodes=2\n" in text
     assert "--nnodes 2 --nproc-per-node 8" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
@@ -22,33 +26,71 @@ def test_the_command_is_kept_word_by_word(capsys, flag):
 @pytest.mark.parametrize(("nodes", "gpus"), [(0, 8), (1, 0)])
 def test_no_node_is_a_sentence(nodes, gpus):
     with pytest.raises(ValueError, match="how many nodes"):
-        slurm.script(["pretrain", "x"], nodes=nodes, gpus=gpus)
+        slurm.script(["pretrain", "x"], nodes=nodes, gpus=gpus, run=None)
 
 
-def test_the_script_trains_where_srun_starts_it(tmp_path):
-    # What SLURM brings: the first name of the job's nodes, and srun, which here starts one task.
+@pytest.fixture
+def job(tmp_path, capsys):
+    """Start the script of `pretrain` with these words as SLURM would, in a folder of its own."""
     (tmp_path / "bin").mkdir()
-    for name, body in {"scontrol": "echo localhost; echo other", "srun": 'exec "$@"'}.items():
+    # What SLURM brings: the names of the job's nodes, the way back into the queue, and srun, which here is one task.
+    for name, body in {
+        "scontrol": f'echo "$@" >> {tmp_path}/asked; echo localhost; echo other',
+        "srun": 'exec "$@"',
+    }.items():
         program = tmp_path / "bin" / name
         program.write_text(f"#!/bin/bash\n{body}\n")
         program.chmod(0o755)
-    data = tiny.folder(tmp_path / "data", {"": 16}, labelled=False)
-    run = tmp_path / "run"
-    words = ["pretrain", str(data), "--out", str(run), "--device", "cpu", "--no-report", *tiny.KNOBS]
-    (tmp_path / "job.sh").write_text(slurm.script(words, nodes=1, gpus=1))
-    environment = {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_JOB_ID": "7",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        ["bash", str(tmp_path / "job.sh")],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    assert runs.read_metrics(run)[-1]["step"] == 4
+    tiny.folder(tmp_path / "data", {"": 16}, labelled=False)
+
+    def start(*words):
+        assert cli.main(["pretrain", "data", "--sbatch", "1", "1", "--no-report", *tiny.KNOBS, *words]) == 0
+        (tmp_path / "job.sh").write_text(capsys.readouterr().out)
+        environment = {
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_JOB_ID": "7",
+            "OMP_NUM_THREADS": "1",
+        }
+        return subprocess.Popen(
+            ["bash", "job.sh"],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+
+    return start
+
+
+def asked(folder: Path) -> list[str]:
+    return (folder / "asked").read_text().splitlines()
+
+
+def test_the_script_trains_where_srun_starts_it(tmp_path, job):
+    _, said = (running := job("--out", "run", "--device", "cpu")).communicate(timeout=200)
+    assert running.returncode == 0, said
+    assert runs.read_metrics(tmp_path / "run")[-1]["step"] == 4
+    assert asked(tmp_path) == ["show hostnames node[1-2]"]
+
+
+def test_a_job_told_to_stop_goes_back_into_the_queue_and_on_from_there(tmp_path, job):
+    words = ["--device", "cpu", "--epochs", "400", "--log-steps", "1", "--diagnoses", "0"]
+    run = tmp_path / "runs" / "slurm-7"
+    first, deadline = job(*words), time.monotonic() + 120
+    while len(runs.read_metrics(run)) < 5:
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()[1]
+        time.sleep(0.05)
+    first.send_signal(signal.SIGUSR1)
+    _, said = first.communicate(timeout=100)
+    assert first.returncode != 0
+    assert asked(tmp_path) == ["show hostnames node[1-2]", "requeue 7"]
+    stopped = len(runs.read_metrics(run))
+    assert 5 <= stopped < 800, said
+    assert runs.step_of(runs.checkpoints(run)[-1]) == stopped
+
+    _, said = (again := job(*words)).communicate(timeout=200)
+    assert again.returncode == 0, said
+    assert [row["step"] for row in runs.read_metrics(run)] == list(range(1, 801))
+    assert asked(tmp_path)[2:] == ["show hostnames node[1-2]"]

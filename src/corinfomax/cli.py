@@ -40,8 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     # torch takes seconds to import; a command is imported when it is wanted, so that --help answers at once.
     match parse(argv):
-        case Pretrain(sbatch=(nodes, gpus)):
-            print(slurm.script(slurm.without_flag(argv, "--sbatch", 2), nodes=nodes, gpus=gpus), end="")
+        case Pretrain(sbatch=(nodes, gpus)) as command:
+            words, run = slurm.without_flag(argv, "--sbatch", 2), command.resume or command.out
+            print(slurm.script(words, nodes=nodes, gpus=gpus, run=run, device=command.where.device), end="")
             return 0
         case Pretrain() as command:
             from corinfomax.commands import pretrain

@@ -21,8 +21,8 @@ PATIENCE = timedelta(hours=12)
 """How long the others wait while one decodes the images or scores."""
 ANSWER = timedelta(minutes=10)
 """How long a process may take for its part of a step, a checkpoint with it; then it counts as lost."""
-_patient: dist.ProcessGroup | None = None
-"""The same processes, in a group of its own for long waits."""
+_patient: list[Any] = []
+"""The same processes as a second group, for long waits, while there is one."""
 
 
 class LostProcessError(ConnectionError):
@@ -41,14 +41,13 @@ def group(device: torch.device) -> Iterator[torch.device]:
     device = own(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    global _patient
     with _answers():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=ANSWER)
-        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _patient.append(dist.new_group(backend="gloo", timeout=PATIENCE))
     try:
         yield device
     finally:
-        _patient = None
+        _patient.clear()
         dist.destroy_process_group()
 
 
@@ -94,7 +93,7 @@ def wait() -> None:
     """Until every process is here, for hours if need be."""
     if size() > 1:
         with _answers():
-            dist.barrier(group=_patient)
+            dist.barrier(group=_patient[0] if _patient else None)
 
 
 @contextlib.contextmanager

@@ -266,7 +266,7 @@ def moment_dtype(device: torch.device | str | None) -> torch.dtype:
 
 
 def _cholesky_log_det(R: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """log det(R+εI) of each matrix and the Cholesky factor it comes from; both nan where R+εI is not positive definite."""
+    """log det(R+εI) of each matrix and its Cholesky factor; both nan where that is not positive definite."""
     shifted = R.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(eps)
     L, info = torch.linalg.cholesky_ex(shifted)  # plain cholesky would synchronise here

@@ -93,7 +93,8 @@ def tell_left_out(data: str, where: Where) -> None:
 def _tell_skipped(name: str, split: Images) -> None:
     if split.skipped:
         path, reason = split.skipped[0]
-        print(f"{len(split.skipped)} unreadable image{"s" * (len(split.skipped) > 1)} left out of {name}, such as {files.quoted(path)}: {reason}")
+        count, which = len(split.skipped), "image" if len(split.skipped) == 1 else "images"
+        print(f"{count} unreadable {which} left out of {name}, such as {files.quoted(path)}: {reason}")
 
 
 def fit_batch(recipe: Recipe, count: int) -> Recipe:
