@@ -5,12 +5,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tiny
-from corinfomax import checkpoint, cli, knobs, named, runs
+from corinfomax import checkpoint, cli, knobs, named, runs, sources
 from corinfomax.commands import inputs, pretrain
 from corinfomax.options import Where, parse
 from corinfomax.recipes import RECIPES
@@ -305,3 +306,29 @@ def test_copies_are_as_large_as_the_views_need(tmp_path, capsys, size, side, bec
     recipe = replace(tiny.RECIPE, size=size, cache_side=side)
     assert inputs.fit_copies(recipe, str(data), Where()).cache_side == becomes
     assert ("--cache-side" in capsys.readouterr().out) == (becomes != side)
+
+
+def test_where_the_run_goes_is_known_before_images_are_decoded(tmp_path, monkeypatch, capsys):
+    data = tiny.folder(tmp_path / "data", {"": 4}, labelled=False)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("corinfomax.images.load", lambda *_, **__: pytest.fail("decoded before"))
+    assert cli.main(["pretrain", str(data), "--out", str(tmp_path / "file" / "run"), *KNOBS]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    data = tiny.folder(tmp_path / "data", {"": 4}, labelled=False)
+    monkeypatch.chdir(tmp_path)
+    for path in data.iterdir():
+        path.write_bytes(path.read_bytes()[:60])  # the header is whole
+    assert cli.main(["pretrain", "data", *KNOBS]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert [*(tmp_path / "runs").iterdir()] == []
+
+
+def test_a_named_set_is_found_again_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sources.root_of("cifar10", None) == tmp_path / "data"
+    assert sources.root_of("cifar10", Path("sets")) == tmp_path / "sets"
+    assert sources.root_of("mnist5k", None) is None
+    assert sources.root_of("./cifar10", Path("sets")) is None

@@ -179,6 +179,14 @@ def held(run: Path) -> Iterator[None]:
         yield
 
 
+def forget_empty(run: Path) -> None:
+    """Take away the folder of a run that never began."""
+    if not (run / "recipe.json").exists() and not checkpoints(run):
+        with contextlib.suppress(OSError):
+            (run / ".lock").unlink(missing_ok=True)
+            run.rmdir()  # only where it is empty
+
+
 def fresh_folder(parent: Path, name: str) -> Path:
     """A new folder `parent/name`, or name-2, name-3, … when that is taken."""
     parent.mkdir(parents=True, exist_ok=True)

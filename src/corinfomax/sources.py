@@ -14,6 +14,9 @@ from PIL import Image
 from corinfomax.files import DataError, MissingDataError, Source, from_folder, from_list, from_table, without
 from corinfomax.named import NAMED
 
+ROOT = Path("data")
+"""The folder of the named sets unless one is given."""
+
 
 def find(
     data: str | Path, *, root: Path | None = None, download: bool = False, skip: Collection[str] = ()
@@ -34,7 +37,7 @@ def find(
 
 def _all(data: str | Path, root: Path | None, download: bool) -> dict[str, Source]:
     if isinstance(data, str) and data in NAMED:
-        return NAMED[data](data, root or Path("data"), download)
+        return NAMED[data](data, root or ROOT, download)
     place = Path(data).expanduser()
     if place.is_dir():
         return from_folder(place.resolve())
@@ -53,6 +56,11 @@ def _all(data: str | Path, root: Path | None, download: bool) -> dict[str, Sourc
 def absolute(data: str) -> str:
     """`data` as it can be named from any folder: a named set as it is, a path from the root."""
     return data if data in NAMED else str(Path(data).expanduser().absolute())
+
+
+def root_of(data: str, root: Path | None) -> Path | None:
+    """Where a named set lies, as it can be named from any folder; None where `data` lies in no such place."""
+    return None if data not in NAMED or data == "mnist5k" else (root or ROOT).absolute()
 
 
 class Survey(NamedTuple):

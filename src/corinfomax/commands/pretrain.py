@@ -88,9 +88,22 @@ class Trained(NamedTuple):
     """With the options of the run, where it was resumed."""
 
 
-def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained | None:
-    """Images, recipe, run folder, training; None when it was asked to stop."""
-    resumed: checkpoint.Checkpoint | None = None
+class Plan(NamedTuple):
+    """What to train, before an image is decoded."""
+
+    data: str
+    where: Where
+    recipe: Recipe
+    name: str
+    """The recipe's."""
+    resumed: Checkpoint | None
+    command: Pretrain
+    """With the options of the run, where it is resumed."""
+
+
+def _plan(command: Pretrain, argv: list[str], device: torch.device) -> Plan:
+    """From what was typed, or from the run to go on with. ValueError for what no run can be."""
+    resumed: Checkpoint | None = None
     data, where, recipe, name = command.data, command.where, command.knobs, command.recipe
     if command.resume is not None:
         data, where, resumed = _resumed(command)
@@ -109,46 +122,33 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
         assert isinstance(again, Pretrain)
         recipe = again.knobs
         print(f"recipe {why}; --recipe names another")
-    first = distributed.rank() == 0
-    early = _new_run(command.out, "") if first and command.resume is None and command.out is not None else None
     if resumed is None:
         recipe = inputs.fit_copies(recipe, data, where)
-    with distributed.first_of_machine():  # one decodes, the others read its cache
-        splits = inputs.load(data, where, recipe.cache_side)
-    recipe = inputs.fit_batch(recipe, len(splits.train))
-    recipe = replace(recipe, precision=networks.precision(recipe, device))  # a resumed run keeps it on other hardware
-    if recipe.optim.warmup_epochs >= recipe.epochs > 1:
-        print(f"the warm-up, {recipe.optim.warmup_epochs:g} epochs, is as long as the run: --optim.warmup-epochs 1")
-    facts = {
-        "data": sources.absolute(data),  # a run may be resumed from anywhere
-        "root": None if where.root is None else str(where.root.absolute()),
-        "cache": None if where.cache is None else str(where.cache.absolute()),
-        "holdout": where.holdout,
-        "test_split": where.test_split,
-        "skip": None if where.skip is None else inputs.SKIPPED,
-        "recipe_name": name,
-        "images": len(splits.train),
-        "fingerprint": splits.train.fingerprint,
-        "versions": inputs.versions(),
-        "options": {name: getattr(command, name) for name in KEPT_OPTIONS},
-    }
-    if resumed is not None and resumed.facts["fingerprint"] != facts["fingerprint"]:
-        raise ValueError(
-            f"the images of {data} are not those that {command.resume} was trained on; put those back, or name where "
-            f"they are now: corinfomax pretrain DATA --resume {command.resume}"
-        )
-    if command.resume is not None:
-        run = command.resume
-    elif first:
-        run = early or _new_run(None, f"{Path(data).stem or 'images'}-{name}")
-    else:
-        run = command.out or Path("runs")  # the first process writes there, this one does not
-    pace = train.Pace(command.log_steps, command.checkpoint_minutes, command.keep, command.scores, command.diagnoses)
-    started = time.monotonic()
+    return Plan(data, where, recipe, name, resumed, command)
+
+
+def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained | None:
+    """Images, recipe, run folder, training; None when it was asked to stop."""
+    data, where, recipe, name, resumed, command = plan = _plan(command, argv, device)
+    first = distributed.rank() == 0
     with contextlib.ExitStack() as stack:
-        tell: track.Tell = lambda row: None  # noqa: E731
-        if first:
+        run = command.resume or command.out or Path("runs")
+        if first:  # which writes there: known to be possible before the hours that decoding may take
+            run = command.resume or _new_run(command.out, f"{Path(data).stem or 'images'}-{name}")
+            stack.callback(runs.forget_empty, run)
             stack.enter_context(runs.held(run))
+        with distributed.first_of_machine():  # one decodes, the others read its cache
+            splits = inputs.load(data, where, recipe.cache_side)
+        recipe = inputs.fit_batch(recipe, len(splits.train))
+        recipe = replace(recipe, precision=networks.precision(recipe, device))  # kept when resumed on other hardware
+        if recipe.optim.warmup_epochs >= recipe.epochs > 1:
+            print(f"the warm-up, {recipe.optim.warmup_epochs:g} epochs, is as long as the run: --optim.warmup-epochs 1")
+        facts = _facts(plan, splits)
+        if resumed is not None and resumed.facts["fingerprint"] != facts["fingerprint"]:
+            raise ValueError(
+                f"the images of {data} are not those that {run} was trained on; put those back, or name where they "
+                f"are now: corinfomax pretrain DATA --resume {run}"
+            )
         if first and resumed is None:
             if where.skip is not None:  # the run's own copy: what was left out stays known when the list is changed
                 runs.write_text(run / inputs.SKIPPED, files.names_as_text(sorted(inputs.left_out(where))))
@@ -156,16 +156,18 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
         elif first and resumed is not None:
             runs.forget_after(run, resumed.step)
             print(f"going on with {run} after step {resumed.step}")
+        tell: track.Tell = lambda row: None  # noqa: E731
         if first and command.track is not None:
             told = {flag: str(value) for flag, value in knobs.flags(recipe)}
             tell = stack.enter_context(track.to(command.track, run, told))
+        started = time.monotonic()
         try:
             network = train.pretrain(
                 recipe,
                 splits,
                 run,
                 device=device,
-                pace=pace,
+                pace=train.Pace(*(getattr(command, field) for field in train.Pace._fields)),
                 facts=facts,
                 resume=resumed,
                 tell=tell,
@@ -184,6 +186,25 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
     if first:
         print(f"trained in {(time.monotonic() - started) / 60:.1f} min: {runs.checkpoints(run)[-1]}")
     return Trained(data, run, network, recipe, facts, splits, device, command)
+
+
+def _facts(plan: Plan, splits: Splits) -> dict[str, Any]:
+    """What a run must know to be resumed from anywhere, and to be told from others."""
+    data, where, _, name, _, command = plan
+    root = sources.root_of(data, where.root)
+    return {
+        "data": sources.absolute(data),
+        "root": None if root is None else str(root),
+        "cache": None if where.cache is None else str(where.cache.absolute()),
+        "holdout": where.holdout,
+        "test_split": where.test_split,
+        "skip": None if where.skip is None else inputs.SKIPPED,
+        "recipe_name": name,
+        "images": len(splits.train),
+        "fingerprint": splits.train.fingerprint,
+        "versions": inputs.versions(),
+        "options": {name: getattr(command, name) for name in KEPT_OPTIONS},
+    }
 
 
 def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:
