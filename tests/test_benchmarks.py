@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import faults
 from benchmarks import __main__ as command
 from benchmarks import augmentation, loss, markdown, metrics, reliability, sparse, steps
 from benchmarks.clock import Effort, alternate, of_workers
@@ -198,12 +199,13 @@ def test_every_promise_counts_its_cases(tmp_path, monkeypatch):
     promises = (
         reliability.Promise("one", "a", ("test_a",)),
         reliability.Promise("two", "b", ("test_a::test_x", "test_b::test_z")),
+        reliability.Promise("three", "c", ("test_a::test_x[1",)),
     )
     monkeypatch.setattr(reliability, "PROMISES", promises)
     states = [("test_a", "test_x[1]", "passed"), ("test_a", "test_x[2]", "no GPU"), ("test_a", "test_y", "passed")]
     states += [("test_b", "test_z", "error"), ("test_b", "test_zz", "failed")]
     proofs = reliability.prove(junit(tmp_path / "a.xml", states))
-    assert [(proof.cases, proof.passed) for proof in proofs.values()] == [(3, 2), (3, 1)]
+    assert [(proof.cases, proof.passed) for proof in proofs.values()] == [(3, 2), (3, 1), (1, 1)]
     text = reliability.table(proofs)
     assert "| one | a | `test_a.py` | 3 | 2 passed; 1 skipped: no GPU |" in text
     assert "| two | b | `test_a.py`, `test_b.py` | 3 | 1 passed; **1 failed**; 1 skipped: no GPU |" in text
@@ -220,6 +222,8 @@ def test_every_promise_names_tests_that_are_there():
     here = Path(__file__).parent
     for promise in reliability.PROMISES:
         for test in promise.tests:
-            file, _, name = test.partition("::")
+            file, _, name = test.partition("[")[0].partition("::")
+            if "[" in test:
+                assert test.partition("[")[2] in faults.KINDS
             assert f"def {name}(" in (here / f"{file}.py").read_text() if name else (here / f"{file}.py").exists(), test
     assert reliability.BEGIN in reliability.PAGE.read_text() and reliability.END in reliability.PAGE.read_text()

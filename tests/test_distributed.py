@@ -104,6 +104,15 @@ def test_what_fails_in_one_process_stops_them_all_and_is_kept(tmp_path):
     assert all(tensor.isfinite().all() for tensor in kept.network.values())
 
 
+def test_a_process_that_goes_silent_is_a_sentence_in_time(tmp_path):
+    tiny.folder(tmp_path / "data", {"": 40}, labelled=False)
+    ((code, error),) = ended(start(HERE / "world.py", "hang", tmp_path / "said", 2))
+    assert code == 0, error
+    said, _, seconds = (tmp_path / "2").read_text().rpartition(" after ")
+    assert said.startswith("another process of this run is gone, or gave no answer for 0.05 minutes (")
+    assert int(seconds.split()[0]) < 15  # before the other ends, at 20
+
+
 def test_an_uneven_split_is_one_sentence(tmp_path):
     ((code, error),) = ended(start(HERE / "world.py", "uneven", tmp_path / "n.pt", 2))
     assert code != 0

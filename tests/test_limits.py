@@ -146,3 +146,19 @@ def test_the_cache_says_so_when_its_disk_is_full(data, small_disk):
     disk = small_disk("size=8k")
     with pytest.raises(ValueError, match=r"cannot write the image cache.*No space left.*CORINFOMAX_CACHE"):
         images.load(data, side=16, progress=False, cache=disk)
+
+
+@pytest.mark.parametrize(
+    ("end", "left"),
+    [(b"", 2), (b'{"step": 3, "lo', 2), (b"\0" * 40, 2), (b"\0\n\0\n", 2), (b'{"step": 3}\n', 3)],
+)
+def test_the_end_of_the_metrics_that_was_never_written_is_left_out(tmp_path, end, left):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n' + end)
+    assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1, 2, 3][:left]
+
+
+@pytest.mark.parametrize("line", [b"\0\0", b"{}", b'"step"', b'{"step": "1"}', b"\xff"])
+def test_a_line_of_the_metrics_that_is_damaged_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is no row of metrics"):
+        runs.read_metrics(tmp_path)

@@ -4,8 +4,10 @@ import math
 import os
 import socket
 import sys
+import time
 import traceback
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -96,11 +98,38 @@ def fail(out: Path) -> None:
         out.with_name(f"{out.name}-{distributed.rank()}").write_text(str(error))
 
 
+def hang(out: Path) -> None:
+    """After two steps the last process goes silent, as if its machine were lost; the first says what it sees."""
+    splits = images.load(out.parent / "data", side=16, progress=False, holdout=0.0, cache=out.parent / "cache")
+    real, calls = learner.ready, []
+
+    def silent(x: torch.Tensor, model: nn.Module) -> torch.Tensor:
+        calls.append(x)
+        if len(calls) == 5 and distributed.rank() == 1:
+            time.sleep(20)
+            os._exit(0)
+        return real(x, model)
+
+    learner.ready = silent
+    run = out.parent / "silent"
+    run.mkdir(exist_ok=True)
+    began = time.monotonic()
+    try:
+        train.pretrain(tiny.RECIPE, splits, run, device=CPU, pace=train.Pace(4, scores=0, diagnoses=0), facts={})
+    except ConnectionError as error:
+        out.write_text(f"{error} after {time.monotonic() - began:.0f} s")
+
+
 def work(job: str, out: Path) -> None:
     """What one process of the world does."""
+    if job == "hang":
+        distributed.ANSWER = timedelta(seconds=3)
     with distributed.group(CPU):
         if job == "fail":
             fail(out)
+            return
+        if job == "hang":
+            hang(out)
             return
         if job == "uneven":
             distributed.share(BATCH + 1)
