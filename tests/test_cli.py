@@ -332,3 +332,11 @@ def test_a_named_set_is_found_again_from_any_folder(tmp_path, monkeypatch):
     assert sources.root_of("cifar10", Path("sets")) == tmp_path / "sets"
     assert sources.root_of("mnist5k", None) is None
     assert sources.root_of("./cifar10", Path("sets")) is None
+
+
+def test_a_reader_that_has_heard_enough_is_no_error():
+    words = [sys.executable, "-m", "corinfomax", "recipes", "cifar10"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141

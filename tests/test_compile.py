@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from corinfomax import images, runs, train
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-def test_a_compiled_network_learns_the_same(tmp_path):
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_a_compiled_network_learns_the_same(tmp_path, micro_batch):
+    recipe = replace(tiny.RECIPE, micro_batch=micro_batch)
     data = tiny.folder(tmp_path / "images", {"train": 40, "test": 20})
     splits = images.load(data, side=16, cache=tmp_path / "cache", progress=False)
     pace = train.Pace(log_steps=1, scores=0, diagnoses=2)
@@ -23,7 +26,7 @@ def test_a_compiled_network_learns_the_same(tmp_path):
         run = tmp_path / str(compiled)
         run.mkdir()
         network = train.pretrain(
-            tiny.RECIPE, splits, run, device=torch.device("cpu"), pace=pace, facts={"data": "tiny"}, compiled=compiled
+            recipe, splits, run, device=torch.device("cpu"), pace=pace, facts={"data": "tiny"}, compiled=compiled
         )
         rows[compiled] = runs.read_metrics(run)
     assert network._compiled_call_impl is not None

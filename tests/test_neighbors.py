@@ -88,12 +88,13 @@ def test_the_command_prints_and_writes_a_page_with_names_escaped(folder, tmp_pat
     query = folder / "train" / "a<b>" / "1.png"
     out = tmp_path / "page.html"
     words = ["neighbors", str(weights), str(folder), "--query", str(query), "--query", str(query), "--out", str(out)]
-    assert cli.main([*words, "--architecture", "resnet18", "--count", "4"]) == 0
+    assert cli.main([*words, "--architecture", "resnet18", "--count", "4", "--size", "32"]) == 0
     said = capsys.readouterr().out
     first = [lines.splitlines()[1] for lines in said.split(str(query))[1:]]
     assert len(first) == 2  # the picture itself comes first, for both queries
     assert all(re.match(r" +1\.000 +train: train/a<b>/1\.png", line) for line in first), said
     page = out.read_text()
+    assert "a resnet18 at 32 px" in said
     assert "<script" not in page
     assert page.count("data:image/webp") == 2 * (1 + 4)
     assert "&lt;script&gt;" in page

@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("corinfomax: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads has heard enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor will Python complain at its end
+        return 141
     except Exception as error:
         said = errors.sentence(error)
         if said is None or os.environ.get("CORINFOMAX_TRACEBACK"):

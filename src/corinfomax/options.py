@@ -140,6 +140,10 @@ class Neighbors:
     """How many images to show for each."""
     architecture: str | None = None
     """The timm network of state dicts that do not tell theirs, such as resnet18."""
+    small_stem: bool = False
+    """That network has a 3×3 first convolution and no max-pool."""
+    size: int | None = None
+    """Side in pixels of the images that other weights than ours see; timm's own for the network unless given."""
     out: Path = Path("neighbors.html")
     """The page."""
     where: Annotated[Where, tyro.conf.arg(name="")] = Where()

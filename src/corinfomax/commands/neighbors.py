@@ -14,7 +14,9 @@ def run(command: Neighbors) -> int:
     if not command.query or command.count < 1:
         raise ValueError("name at least one picture with --query, and a --count of at least 1")
     device = inputs.device_of(command.where.device)
-    given = weights.load(command.weights, architecture=command.architecture)
+    given = weights.load(
+        command.weights, architecture=command.architecture, small_stem=command.small_stem, size=command.size
+    )
     print(f"loaded {given.said}")
     parts = inputs.every(command.data, command.where, given.recipe.cache_side)
     pool = neighbors.pool_of(parts)
