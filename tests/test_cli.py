@@ -340,3 +340,13 @@ def test_a_reader_that_has_heard_enough_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 141
+
+
+def test_a_run_that_diverged_has_a_page_all_the_same(tmp_path, capsys):
+    data = tiny.folder(tmp_path / "data", {"": 16}, labelled=False)
+    run = tmp_path / "run"
+    words = ["pretrain", str(data), "--out", str(run), *KNOBS, "--checkpoint-minutes", "0", "--log-steps", "1"]
+    assert cli.main([*words, "--optim.start-lr", "0.01", "--optim.lr", "1e30"]) == 2
+    assert f"report: {run / 'report.html'}" in capsys.readouterr().out
+    assert runs.read_json(run / "results.json")["verdict"]["kind"] == "diverging"
+    assert "diverging" in (run / "report.html").read_text()

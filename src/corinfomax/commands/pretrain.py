@@ -179,6 +179,9 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
         except FloatingPointError as error:
             if first:
                 _conclude(run, recipe, len(splits.train), error=str(error))
+                if command.report and runs.checkpoints(run):
+                    before, saved = checkpoint.load_network(run)
+                    _report_if_possible(run, before, recipe, saved.step, facts, splits, device)
             distributed.wait()  # the first to end would have torchrun end the others before they have spoken
             raise
         except OSError as error:
@@ -246,7 +249,8 @@ def _finish(trained: Trained) -> None:
     if command.evaluate and train.scorable(splits):
         evaluate.tell(scoring.evaluate(network.backbone, splits, recipe, device=device), splits, run / "results.json")
     if command.report:
-        _report_if_possible(run, network, recipe, facts, splits, device)
+        step = recipe.epochs * (len(splits.train) // recipe.batch)
+        _report_if_possible(run, network, recipe, step, facts, splits, device)
     root = [] if facts["root"] is None else ["--root", facts["root"]]
     print(f"feature vectors: {shlex.join(['corinfomax', 'embed', str(run), data, *root])}")
 
@@ -269,10 +273,9 @@ def _conclude(run: Path, recipe: Recipe, images: int, *, error: str | None = Non
 
 
 def _report_if_possible(
-    run: Path, network: Network, recipe: Recipe, facts: dict[str, Any], splits: Splits, device: torch.device
+    run: Path, network: Network, recipe: Recipe, step: int, facts: dict[str, Any], splits: Splits, device: torch.device
 ) -> None:
-    """The page at the end of a run; what goes wrong with it is a sentence, since the run itself is done and kept."""
-    step = recipe.epochs * (len(splits.train) // recipe.batch)
+    """The page of a run; what goes wrong with it is a sentence, since the run itself is done and kept."""
     try:
         from corinfomax import report  # so that a library of its plots that is broken costs the page alone
 
