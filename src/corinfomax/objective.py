@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -74,19 +73,17 @@ def corinfomax_loss(
     of several processes one would stop alone: there a non-finite batch gives a non-finite loss and leaves the moments
     as they were.
 
-    >>> z = F.normalize(torch.randn(8, 4), dim=1)
+    >>> z = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
     >>> terms, moments = corinfomax_loss(z, z, Moments.initial(4), alpha=16.0)
     >>> float(terms.attraction)
     0.0
     """
     _check_pair(z1, z2, dim=moments.mu1.shape[0])
-    dtype = moments.R1.dtype
     # Under autocast matmul would come down to bfloat16, whose 8 bits leave nothing of a log det.
     with torch.autocast(z1.device.type, enabled=False):
-        z = torch.stack((z1.to(dtype), z2.to(dtype)))
         R_past, mu_past = torch.stack((moments.R1, moments.R2)), torch.stack((moments.mu1, moments.mu2))
-        log_det, attraction, R, mu = _Parts.apply(z, R_past, mu_past, cov_decay, mean_decay, eps)
-        big_bang = -log_det.sum() / z.shape[2]
+        log_det, attraction, R, mu = _Parts.apply(z1, z2, R_past, mu_past, cov_decay, mean_decay, eps)
+        big_bang = -log_det.sum() / z1.shape[1]
         loss = alpha * attraction + big_bang
         # One bad batch must not live on in the moments; torch.where, since an `if` would wait for the device.
         good = loss.isfinite()
@@ -106,25 +103,30 @@ class _Parts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        z: Tensor,
+        z1: Tensor,
+        z2: Tensor,
         R_past: Tensor,
         mu_past: Tensor,
         cov_decay: float,
         mean_decay: float,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        views, rows, d = z.shape
+        rows, d = z1.shape
+        z = R_past.new_empty(2, rows, d)  # every pass over it takes as long as a fifth of a Gram matrix of 512
+        z[0], z[1] = z1, z2
         sums = distributed.total(torch.cat((z.sum(1).flatten(), z.new_full((1,), rows))))
         n = sums[-1]
-        m = (sums[:-1] / n).view(views, d)
+        m = (sums[:-1] / n).view(2, d)
         mu = torch.lerp(m, mu_past, mean_decay)
-        centred = z - mu[:, None]
         apart = z[0] - z[1]
-        sums = distributed.total(torch.cat(((centred.mT @ centred).flatten(), apart.square().sum()[None])))
-        R = torch.lerp(sums[:-1].view(views, d, d) / n, R_past, cov_decay)
+        centred = z.sub_(mu[:, None])
+        sums = distributed.total(
+            torch.cat(((centred.mT @ centred).flatten(), torch.linalg.vector_norm(apart)[None] ** 2))
+        )
+        R = torch.lerp(sums[:-1].view(2, d, d) / n, R_past, cov_decay)
         log_det, L = _cholesky_log_det(R, eps)
         ctx.save_for_backward(centred, (1 - mean_decay) * (m - mu), L, apart, n)
-        ctx.cov_decay = cov_decay
+        ctx.cov_decay, ctx.dtypes = cov_decay, (z1.dtype, z2.dtype)
         ctx.mark_non_differentiable(R, mu)
         return log_det, sums[-1] / (n * d), R, mu
 
@@ -133,11 +135,31 @@ class _Parts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         centred, through_mean, L, apart, n = ctx.saved_tensors
         to_log_det, to_mean_square = grads[0] * (2 * (1 - ctx.cov_decay) / n), grads[1] * (2 / (n * L.shape[-1]))
-        gradient = (centred - through_mean[:, None]) @ (torch.cholesky_inverse(L) * to_log_det[:, None, None])
-        pull = apart * to_mean_square
-        gradient[0] += pull
-        gradient[1] -= pull
-        return gradient, None, None, None, None, None
+        G = torch.cholesky_inverse(L) * to_log_det[:, None, None]
+        gradient = torch.baddbmm(-through_mean[:, None] @ G, centred, G)
+        gradient[0].addcmul_(apart, to_mean_square)
+        gradient[1].addcmul_(apart, to_mean_square, value=-1)
+        return *(g.to(dtype) for g, dtype in zip(gradient, ctx.dtypes, strict=True)), *[None] * 5
+
+
+class _Unit(torch.autograd.Function):
+    """Rows of length 1, as F.normalize makes them, in float32 or more; its gradient in as few passes as it takes."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.dtype = z.dtype
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        length = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min_(1e-12)
+        unit = z / length
+        ctx.save_for_backward(unit, length)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        unit, length = ctx.saved_tensors
+        along = torch.linalg.vecdot(grads[0], unit)[..., None]
+        return torch.addcmul(grads[0], unit, along, value=-1).div_(length).to(ctx.dtype)
 
 
 class CorInfoMaxLoss(nn.Module):
@@ -201,7 +223,7 @@ class CorInfoMaxLoss(nn.Module):
     def forward(self, z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"]) -> Terms:
         """The terms of this batch; in training mode the moments move on."""
         if self.normalize:
-            z1, z2 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1) for z in (z1, z2))
+            z1, z2 = _Unit.apply(z1), _Unit.apply(z2)
         z1, z2 = distributed.scale_gradient(z1), distributed.scale_gradient(z2)
         terms, moments = corinfomax_loss(
             z1,
