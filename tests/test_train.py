@@ -143,14 +143,14 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(splits, tmp_path, monkeyp
     recipe = replace(tiny.RECIPE, optim=replace(tiny.RECIPE.optim, name=name))
     whole = run_tiny(splits, tmp_path / "whole", recipe)
     stopped = tmp_path / "stopped"
-    real = train.batch_indices
+    real = train.make_views
 
-    def stop_in_step_6(recipe, step, count):
+    def stop_in_step_6(recipe, pixels, sizes, step, *rest):
         if step == 6:
             signal.raise_signal(signal.SIGINT)
-        return real(recipe, step, count)
+        return real(recipe, pixels, sizes, step, *rest)
 
-    monkeypatch.setattr(train, "batch_indices", stop_in_step_6)
+    monkeypatch.setattr(train, "make_views", stop_in_step_6)
     with pytest.raises(train.Interrupted) as interrupted:
         run_tiny(splits, stopped, recipe)
     monkeypatch.undo()

@@ -78,6 +78,11 @@ class Images:
             fingerprint=_digest(self.fingerprint.encode(), indices.to("cpu", torch.int64).numpy().tobytes()),
         )
 
+    @property
+    def equal(self) -> bool:
+        """Whether all are of one size, and a batch of them is one lookup."""
+        return self._grid is not None
+
     @cached_property
     def _grid(self) -> tuple[UInt8[Tensor, "rows 3 h w"], Int[Tensor, " n"]] | None:
         """`pixels` as equal images, and each image's row among them; None when sizes differ."""
@@ -98,10 +103,12 @@ class Images:
         sizes = self.sizes[indices]
         if self._grid is not None:
             grid, rows = self._grid
+            if grid.device.type == "cpu":  # NumPy, as below
+                return torch.from_numpy(grid.numpy().take(rows[indices].numpy(), 0)), sizes
             return grid.index_select(0, rows[indices].to(grid.device)), sizes
         height, width = sizes.amax(0).tolist() if len(sizes) else (0, 0)
         out = self.pixels.new_zeros(len(sizes), 3, height, width)
-        # On the CPU through NumPy: torch would start its threads for each image, ruinous where the cores are busy.
+        # On the CPU through NumPy: torch would start its threads, ruinous where the cores are busy.
         pixels, slots = (self.pixels.numpy(), out.numpy()) if out.device.type == "cpu" else (self.pixels, out)
         for slot, offset, (h, w) in zip(slots, self.offsets[indices].tolist(), sizes.tolist(), strict=True):
             slot[:, :h, :w] = pixels[offset : offset + 3 * h * w].reshape(3, h, w)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from corinfomax import checkpoint, diagnosis, distributed, embed, optim, probes, runs, verdict, views
 from corinfomax.checkpoint import Checkpoint
+from corinfomax.feed import feed
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe
 from corinfomax.learner import NUMBERS, Learner, NotFiniteError, build, capture, find_fault, put_back, scale, update
@@ -90,9 +91,8 @@ def pretrain(
         first, pending = resume.step, resume.loop.get("numbers", pending).to(device)
 
     def take(step: int) -> Float[Tensor, " 4"]:
-        indices = batch_indices(recipe, step, len(images))
-        pixels, _ = images.batch(indices[here])
-        pair = make_views(of_step(recipe, step, steps), pixels, images.sizes[indices], step, device, here)
+        sizes = images.sizes[batch_indices(recipe, step, len(images))]
+        pair = make_views(of_step(recipe, step, steps), batches.take(step), sizes, step, device, here)
         lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
         optim.set_learning_rate(learner.optimizer, lr)
         return update(recipe, learner, pair, step, device)
@@ -102,7 +102,11 @@ def pretrain(
     look_at = diagnosis.schedule(steps, recipe.batch, pace.diagnoses, watched)
     good, saved_at = capture(learner, first, recipe), time.monotonic()
     rows = runs.read_metrics(run) if first and writes else []
-    with Progress(recipe, first, steps, rows) as progress, stop_signals() as stop:
+    with (
+        feed(images, lambda step: batch_indices(recipe, step, len(images))[here], steps, device) as batches,
+        Progress(recipe, first, steps, rows) as progress,
+        stop_signals() as stop,
+    ):
         try:
             for step in range(first, steps):
                 pending = torch.cat((pending, take(step)[None]))
@@ -122,7 +126,7 @@ def pretrain(
                     if writes:
                         runs.append_metrics(run, row)
                         tell(row)
-                    progress.show(row)
+                    progress.show(row, batches.waited)
                 if asked_to_stop and (fault := find_fault(learner, pending, done)) is not None:
                     raise fault
                 time_to_save = time.monotonic() - saved_at > 60 * pace.checkpoint_minutes or (
@@ -221,7 +225,7 @@ def batch_indices(recipe: Recipe, step: int, count: int) -> Int[Tensor, " b"]:
     return _order(recipe.seed, epoch, count)[place * recipe.batch : (place + 1) * recipe.batch]
 
 
-@functools.lru_cache(maxsize=1)  # a million images take 20 ms to shuffle
+@functools.lru_cache(maxsize=2)  # a million images take 20 ms to shuffle; batches are read ahead into the next epoch
 def _order(seed: int, epoch: int, count: int) -> Int[Tensor, " n"]:
     return torch.randperm(count, generator=generator(seed, "order", epoch))
 
@@ -258,7 +262,7 @@ def make_views(
     here: slice = slice(None),
 ) -> list[Float[Tensor, "n 3 s s"]]:
     """The views of the images `here` of one step's batch, drawn for all of it from generators keyed on the step."""
-    pixels = pixels.to(device, non_blocking=True)
+    pixels = pixels.to(device)
     drawn = [views.draw(view, sizes, generator(recipe.seed, f"view {v}", step)) for v, view in enumerate(recipe.views)]
     return [
         views.apply(pixels, sizes[here], p.take(here), size=recipe.size, mean=recipe.mean, std=recipe.std)
@@ -332,8 +336,9 @@ class Progress:
         """Time spent on training, that before a resume with it."""
         return self.before + time.monotonic() - self.started
 
-    def show(self, row: dict[str, Any]) -> None:
-        """Tell where the run is: speed, time left, the loss and how far the spread is from its bound."""
+    def show(self, row: dict[str, Any], waited: float) -> None:
+        """Tell where the run is: speed, time left, the loss, how far the spread is from its bound; and what share of
+        the time it `waited`, in seconds, for images, where that is worth a word."""
         text = f"loss {row['loss']:.3f} · attraction {row['attraction']:.5f} · {row['gap']:.3f} above 2·ln D"
         if "knn" in row:
             text += f" · kNN {row['knn']:.1f} %"
@@ -341,6 +346,8 @@ class Progress:
         self.judge()
         if self.kind is not None:
             text += f" · {self.kind}"
+        if (share := waited / (time.monotonic() - self.started)) >= 0.01:
+            text += f" · {share:.0%} of the time waiting for images"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(row["step"] * self.batch - self.bar.n)
         now = time.monotonic()
