@@ -220,3 +220,18 @@ def test_lower_precision_trains_on_cuda(splits, tmp_path, precision):
     rows = runs.read_metrics(tmp_path)
     assert rows[-1]["step"] == 10 and all(math.isfinite(row["loss"]) for row in rows)
     assert all(("scale" in row) == (precision == "float16") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("processes", "micro_batch", "order", "parts"),
+    [
+        (1, None, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], None),
+        (1, 4, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], 4),
+        (2, None, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], None),
+        (2, 5, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], None),
+        (2, 2, [0, 1, 5, 6, 2, 3, 7, 8, 4, 9], 4),
+    ],
+)
+def test_one_process_sees_the_parts_that_several_saw(processes, micro_batch, order, parts):
+    found, size = replay.as_one(10, processes, micro_batch)
+    assert (found.tolist(), size) == (order, parts)

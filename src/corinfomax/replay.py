@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from corinfomax import checkpoint, optim
@@ -51,6 +52,8 @@ def replay(path: Path, device: torch.device) -> Replay:
     least = smallest_eigenvalue(learner.criterion)
     seen = replace(recipe, size=saved.facts.get("size", recipe.size))
     pair = make_views(seen, saved.loop["pixels"], saved.loop["sizes"], saved.step, device)
+    order, micro_batch = as_one(len(pair[0]), saved.facts.get("processes", 1), recipe.micro_batch)
+    recipe, pair = replace(recipe, micro_batch=micro_batch), [view[order] for view in pair]
     values = [float("nan")] * len(NUMBERS)
     failed = True
     with first_not_finite(network) as found, contextlib.suppress(NotFiniteError):
@@ -68,6 +71,17 @@ def replay(path: Path, device: torch.device) -> Replay:
             for name, p in network.named_parameters()
         ],
     )
+
+
+def as_one(batch: int, processes: int, micro_batch: int | None) -> tuple[Int[Tensor, " n"], int | None]:
+    """In which order, and in parts of how many, one process sees the same images together that `processes` did.
+
+    Their BatchNorm takes its statistics over the same part of each process's share.
+    """
+    shares = torch.arange(batch).view(processes, -1)
+    if micro_batch is None or micro_batch >= shares.shape[1]:
+        return shares.flatten(), None
+    return torch.cat([part.flatten() for part in shares.split(micro_batch, 1)]), micro_batch * processes
 
 
 @contextlib.contextmanager

@@ -205,6 +205,7 @@ def keep_failure(
                 **facts,
                 "failure": str(fault),
                 "lr": optimizer.param_groups[0]["lr"],
+                "processes": distributed.size(),
                 "size": of_step(recipe, fault.step, recipe.epochs * (len(images) // recipe.batch)).size,
             },
             loop={"indices": indices, "pixels": pixels, "sizes": sizes, **scale(scaler)},
