@@ -250,7 +250,7 @@ def stopped(case: Case) -> None:
     if end.code:
         assert f"to go on: corinfomax pretrain --resume {case.run}" in end.said, end.said
         case.end()
-    else:  # in the last step
+    else:  # it never came by
         same_end(case.run, case.world.whole())
 
 

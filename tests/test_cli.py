@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import tiny
-from corinfomax import checkpoint, cli, knobs, named, runs, sources
+from corinfomax import checkpoint, cli, knobs, named, runs, sources, train
 from corinfomax.commands import inputs, pretrain
 from corinfomax.options import Where, parse
 from corinfomax.recipes import RECIPES
@@ -350,3 +351,56 @@ def test_a_run_that_diverged_has_a_page_all_the_same(tmp_path, capsys):
     assert f"report: {run / 'report.html'}" in capsys.readouterr().out
     assert runs.read_json(run / "results.json")["verdict"]["kind"] == "diverging"
     assert "diverging" in (run / "report.html").read_text()
+
+
+def told_to_stop(*_, **__):
+    signal.raise_signal(signal.SIGTERM)
+    pytest.fail("it went on")
+
+
+def test_sigterm_while_images_are_decoded_is_a_word_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    data = tiny.folder(tmp_path / "data", {"": 4}, labelled=False)
+    monkeypatch.setattr("corinfomax.images.load", told_to_stop)
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS]) == 130
+    assert capsys.readouterr().err == "corinfomax: stopped\n"
+    assert not (tmp_path / "run").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("place", ["corinfomax.train.build", "corinfomax.evaluate.evaluate"])
+def test_sigterm_before_and_after_training_says_how_to_go_on(tmp_path, monkeypatch, capsys, place):
+    data, run = tiny.folder(tmp_path / "data", {"train": 16, "test": 4}), tmp_path / "run"
+    monkeypatch.setattr(place, told_to_stop)
+    words = ["pretrain", str(data), "--out", str(run), *KNOBS, "--no-report"]
+    assert cli.main(words) == 130
+    assert f"corinfomax pretrain --resume {run}\n" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert cli.main(["pretrain", "--resume", str(run)]) == 0
+    assert "scores" in runs.read_json(run / "results.json")
+
+
+def test_a_signal_in_the_last_step_is_heard(tmp_path, monkeypatch, capsys):
+    data, run = tiny.folder(tmp_path / "data", {"": 16}, labelled=False), tmp_path / "run"
+    real = train.make_views
+
+    def stop(recipe, pixels, sizes, step, *rest):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(recipe, pixels, sizes, step, *rest)
+
+    monkeypatch.setattr(train, "make_views", stop)
+    assert cli.main(["pretrain", str(data), "--out", str(run), *KNOBS]) == 130
+    assert f"to go on: corinfomax pretrain --resume {run}" in capsys.readouterr().out
+    assert runs.step_of(runs.checkpoints(run)[-1]) == 4
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["--checkpoint-minutes", "nan"], ["--checkpoint-minutes", "-1"], ["--optim.lr", "nan"]]
+)
+def test_numbers_that_protect_nothing_are_refused(tmp_path, capsys, words):
+    data = tiny.folder(tmp_path / "data", {"": 16}, labelled=False)
+    assert cli.main(["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS, "--checkpoint-minutes", minutes]) == 2
+    assert "finite" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

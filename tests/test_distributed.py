@@ -117,3 +117,9 @@ def test_an_uneven_split_is_one_sentence(tmp_path):
     ((code, error),) = ended(start(HERE / "world.py", "uneven", tmp_path / "n.pt", 2))
     assert code != 0
     assert "25 images a step cannot be shared equally by 2 processes; choose a multiple" in error
+
+
+def test_long_waits_are_waited_for_and_processes_that_differ_say_in_what(tmp_path):
+    ((code, error),) = ended(start(HERE / "world.py", "differ", tmp_path / "n.pt", 2))
+    assert code != 0
+    assert error.count("ValueError: the processes of this run differ in their images; every machine needs") == 2

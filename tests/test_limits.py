@@ -1,8 +1,10 @@
 """What stops a run from outside costs one sentence, exit code 2, and nothing that was saved."""
 
 import errno
+import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -162,3 +164,70 @@ def test_a_line_of_the_metrics_that_is_damaged_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is no row of metrics"):
         runs.read_metrics(tmp_path)
+
+
+def test_a_second_command_leaves_the_folder_to_the_one_that_is_about_to_begin(tmp_path):
+    run = tmp_path / "run"
+    with runs.begun(run):
+        before = (run / ".lock").stat().st_ino
+        for _ in range(2):
+            with pytest.raises(ValueError, match="is in use by another process"), runs.begun(run):
+                pass
+        assert (run / ".lock").stat().st_ino == before
+    assert not run.exists(), "nothing began"
+
+
+def test_a_lock_that_was_taken_away_holds_nobody(tmp_path, monkeypatch):
+    import fcntl
+
+    real, calls = fcntl.flock, []
+
+    def flock(file, how):
+        calls.append(file)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        return real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with runs.held(tmp_path):
+        assert len(calls) == 2
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="in use"), runs.held(tmp_path):
+            pass
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(handle):
+        done.append(("sync", str(Path(f"/proc/self/fd/{handle}").readlink())))
+        fsync(handle)
+
+    def renamed(self, target):
+        done.append(("name", str(target)))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    runs.write_text(tmp_path / "a", "a")
+    assert [what for what, _ in done] == ["sync", "name", "sync"]
+    assert done[0][1].endswith(".part")
+    assert done[1:] == [("name", str(tmp_path / "a")), ("sync", str(tmp_path))]
+
+
+def test_all_checkpoints_damaged_is_a_sentence_that_says_what_to_do(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for step in (1, 2):
+        (folder / f"step-{step:08d}.safetensors").write_bytes(b"nothing")
+    (folder / f"step-{3:08d}.safetensors").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"no other of the 3 in .* is whole: put a good copy back, or take them away"):
+        checkpoint.load_begun(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"recipe": {}}', "nothing"])
+def test_a_damaged_recipe_file_is_named(tmp_path, content):
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(ValueError, match=r"recipe\.json"):
+        checkpoint.load_begun(tmp_path)

@@ -95,3 +95,9 @@ def test_clipping_is_torchs_and_gives_the_norm_before_it(most, dtype):
 def test_a_clip_that_is_no_norm_is_an_error(most):
     with pytest.raises(ValueError, match="largest norm must be above 0"):
         Optim(clip=most)
+
+
+@pytest.mark.parametrize("name", ["lr", "start_lr", "min_lr", "weight_decay"])
+def test_a_rate_that_is_no_number_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is nan; it must be a finite number"):
+        Optim(**{name: math.nan})

@@ -50,3 +50,11 @@ def test_each_process_has_the_gpu_of_its_own_place_and_touches_no_other(monkeypa
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="process 2 of this machine has no GPU of its own: there are 2"):
         distributed.own(torch.device("cuda"))
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), signals.stop_signals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.agreed(1)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")

@@ -120,9 +120,18 @@ def hang(out: Path) -> None:
         out.write_text(f"{error} after {time.monotonic() - began:.0f} s")
 
 
+def differ() -> None:
+    """The first process takes longer than an answer may, which is known and waited for; then their images differ."""
+    if distributed.rank() == 0:
+        time.sleep(6)
+    distributed.wait()
+    distributed.agree({"their recipe": "the same", "their images": "the same"})
+    distributed.agree({"their recipe": "the same", "their images": str(distributed.rank())})
+
+
 def work(job: str, out: Path) -> None:
     """What one process of the world does."""
-    if job == "hang":
+    if job in ("hang", "differ"):
         distributed.ANSWER = timedelta(seconds=3)
     with distributed.group(CPU):
         if job == "fail":
@@ -131,6 +140,8 @@ def work(job: str, out: Path) -> None:
         if job == "hang":
             hang(out)
             return
+        if job == "differ":
+            differ()
         if job == "uneven":
             distributed.share(BATCH + 1)
         kept = {

@@ -106,6 +106,8 @@ def load_begun(run: Path) -> Checkpoint:
     if runs.checkpoints(run) or not about.exists():
         return load_last(run)[1]
     content = runs.read_json(about)
+    if not isinstance(content, dict) or not {"recipe", "facts"} <= set(content):
+        raise ValueError(f"{about} is not what a run writes: it has no recipe or no facts")
     return Checkpoint(knobs.from_json(content["recipe"]), 0, content["facts"], {}, {}, {})
 
 
@@ -139,16 +141,20 @@ def load_last(run: Path) -> tuple[Path, Checkpoint]:
     """
     last(run)
     damaged: DamagedError | None = None
-    for path in reversed(runs.checkpoints(run)):
+    saved = runs.checkpoints(run)
+    for path in reversed(saved):
         try:
             loaded = load(path)
-        except DamagedError as error:
-            damaged = damaged or error
-            print(f"{error}; trying the one before", file=sys.stderr)
+        except (DamagedError, FileNotFoundError) as error:  # the latter of a link to nothing, or a folder
+            damaged = damaged or DamagedError(str(error))
+            if path != saved[0]:
+                print(f"{error}; trying the one before", file=sys.stderr)
         else:
             return path, loaded
-    assert damaged is not None
-    raise damaged
+    raise DamagedError(
+        f"{damaged}; no other of the {len(saved)} in {saved[0].parent} is whole: put a good copy back, or take them "
+        "away to begin again"
+    )
 
 
 def _digest(about: str, tensors: dict[str, Tensor]) -> str:

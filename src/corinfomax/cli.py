@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
 
 from corinfomax import slurm
 from corinfomax.commands import errors
@@ -25,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 doctor found what must be mended, 2 a mistake, said in a sentence,
     130 stopped."""
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        with _told_to_stop():
+            return _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print("corinfomax: stopped", file=sys.stderr)
         return 130
@@ -38,6 +44,23 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"corinfomax: {said}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C; training has its own answer to both."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(argv: list[str]) -> int:

@@ -6,6 +6,7 @@ The only room that knows torch.distributed. In a single process everything here 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -123,6 +124,23 @@ def largest(*here: float) -> list[float]:
     with _answers():
         dist.all_reduce(x, dist.ReduceOp.MAX)
         return x.tolist()
+
+
+def agree(known: dict[str, str]) -> None:
+    """ValueError in every process when they know different things; its sentence names what differs."""
+    if size() == 1:
+        return
+    digests = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") for text in known.values()]
+    x = torch.tensor([*digests, *(-digest for digest in digests)], device=_device())
+    with _answers():
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    most, least = x.cpu().view(2, -1)
+    different = [name for name, one, other in zip(known, most.tolist(), least.tolist(), strict=True) if one != -other]
+    if different:
+        raise ValueError(
+            f"the processes of this run differ in {' and '.join(different)}; every machine needs the same images, "
+            "command and run folder"
+        )
 
 
 def total(x: Tensor) -> Tensor:

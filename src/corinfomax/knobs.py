@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, isfinite
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -126,6 +126,9 @@ class Optim:
     """Largest norm of the gradient of all weights together; a longer one is scaled down to it. None is no limit."""
 
     def __post_init__(self) -> None:
+        for name in ("lr", "start_lr", "min_lr", "warmup_epochs", "momentum", "weight_decay"):
+            if not isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip is {self.clip}; the gradient's largest norm must be above 0, or None")
 

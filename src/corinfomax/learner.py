@@ -116,7 +116,7 @@ def find_fault(learner: Learner, numbers: Float[Tensor, "k 4"], done: int) -> No
 
     With float16 a gradient that overflows is left out and its scale halved; a scale below 1 is a fault.
     """
-    network, criterion, optimizer, scaler = learner
+    network, scaler = learner.network, learner.scaler
     numbers = numbers.cpu()
     finite = numbers.isfinite()
     if scaler.is_enabled():
@@ -125,22 +125,28 @@ def find_fault(learner: Learner, numbers: Float[Tensor, "k 4"], done: int) -> No
     bad = (~finite.all(1)).nonzero()[:, 0]
     if len(bad):
         at = done - len(numbers) + int(bad[0])
-        loss, attraction, big_bang, norm = numbers[bad[0]].tolist()
+        loss, *_, norm = numbers[bad[0]].tolist()
         what = f"loss became {loss:.3g}" if not finite[bad[0], :3].all() else f"gradient's norm became {norm:.3g}"
-        known = f"loss {loss:.3g}, attraction {attraction:.3g}, big bang {big_bang:.3g}, gradient's norm {norm:.3g}"
-        least, lr = smallest_eigenvalue(criterion), optimizer.param_groups[0]["lr"]
         return NotFiniteError(
             at,
-            f"the {what} in step {at} ({known}, smallest eigenvalue of the covariances {least:.3g}, learning rate "
-            f"{lr:.3g}; looked at every {len(numbers)} steps, last good look after step {done - len(numbers)}); {CURE}",
+            f"the {what} in step {at} ({_known(numbers[bad[0]], learner)}; looked at every {len(numbers)} steps, last "
+            f"good look after step {done - len(numbers)}); {CURE}",
         )
     floats = [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
     if not bool(torch.nn.utils.get_total_norm(floats).isfinite()):
-        norm = float(numbers[-1, 3]) if len(numbers) else float("nan")
-        lr = optimizer.param_groups[0]["lr"]
-        message = f"the weights became infinite in step {done - 1}, gradient's norm {norm:.3g}, learning rate {lr:.3g}"
-        return NotFiniteError(done - 1, f"{message}; {CURE}")
+        known = f" ({_known(numbers[-1], learner)})" if len(numbers) else ""
+        return NotFiniteError(done - 1, f"the weights became infinite in step {done - 1}{known}; {CURE}")
     return None
+
+
+def _known(numbers: Float[Tensor, " 4"], learner: Learner) -> str:
+    """A step's terms, and what else tells why it failed."""
+    loss, attraction, big_bang, norm = numbers.tolist()
+    return (
+        f"loss {loss:.3g}, attraction {attraction:.3g}, big bang {big_bang:.3g}, gradient's norm {norm:.3g}, smallest "
+        f"eigenvalue of the covariances {smallest_eigenvalue(learner.criterion):.3g}, learning rate "
+        f"{learner.optimizer.param_groups[0]['lr']:.3g}"
+    )
 
 
 def smallest_eigenvalue(criterion: CorInfoMaxLoss) -> float:

@@ -40,6 +40,8 @@ def replay(path: Path, device: torch.device) -> Replay:
 
     ValueError when the file is a damaged or another one.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; --replay takes a run's failed-step-N.safetensors")
     saved = checkpoint.load(path)
     if "pixels" not in saved.loop:
         raise ValueError(f"{path} is a checkpoint, no failed step; --replay takes a run's failed-step-N.safetensors")

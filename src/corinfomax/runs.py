@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
 
@@ -166,25 +166,52 @@ def held(run: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with _named(run):
-        file = (run / ".lock").open("w")
-    with file:
+    path = run / ".lock"
+    while True:
+        with _named(run):
+            file = path.open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            file.close()
             raise ValueError(f"{run} is in use by another process; wait for it, or choose another --out") from error
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
+                file.close()
                 raise
+        if _is(file, path):
+            break
+        file.close()  # whoever held it took it away in the moment between
+    with file:
         yield
 
 
-def forget_empty(run: Path) -> None:
-    """Take away the folder of a run that never began."""
-    if not (run / "recipe.json").exists() and not checkpoints(run):
-        with contextlib.suppress(OSError):
-            (run / ".lock").unlink(missing_ok=True)
-            run.rmdir()  # only where it is empty
+@contextlib.contextmanager
+def begun(run: Path) -> Iterator[None]:
+    """A new run in the folder `run`, held; the folder is taken away if by the end of the block nothing began in it.
+
+    ValueError when it holds a run, or another process holds it.
+    """
+    with _named(run):
+        run.mkdir(parents=True, exist_ok=True)
+    with held(run):
+        if checkpoints(run) or read_metrics(run):
+            raise ValueError(f"{run} holds a run already; --resume {run} goes on with it, another --out starts anew")
+        try:
+            yield
+        finally:
+            if not (run / "recipe.json").exists():
+                with contextlib.suppress(OSError):
+                    (run / ".lock").unlink(missing_ok=True)
+                    run.rmdir()  # only where it is empty
+
+
+def _is(file: IO[str], path: Path) -> bool:
+    """Whether the open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def fresh_folder(parent: Path, name: str) -> Path:

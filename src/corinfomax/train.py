@@ -77,13 +77,7 @@ def pretrain(
     images = splits.train
     steps_per_epoch = len(images) // recipe.batch
     steps = recipe.epochs * steps_per_epoch
-    here, writes = distributed.share(recipe.batch), distributed.rank() == 0
-    if recipe.micro_batch is not None and (here.stop - here.start) % recipe.micro_batch == 1:
-        raise ValueError(
-            f"{here.stop - here.start} images in parts of {recipe.micro_batch} leave a part of one, and BatchNorm "
-            "needs at least 2; choose a --micro-batch that divides them"
-        )
-
+    here, writes = check_parts(recipe), distributed.rank() == 0
     learner = build(recipe, device, compiled=compiled)
     first, pending = 0, torch.empty(0, len(NUMBERS), dtype=learner.criterion.R1.dtype, device=device)
     if resume is not None and resume.step > 0:
@@ -135,7 +129,7 @@ def pretrain(
                 if writes and (last or asked_to_stop or time_to_save):
                     save(run, learner, pending, done, recipe, facts, progress.rows, pace.keep)
                     saved_at = time.monotonic()
-                if asked_to_stop and not last:
+                if asked_to_stop:
                     raise Interrupted(runs.checkpoint_path(run, done))
         except NotFiniteError as fault:
             # Every process comes here after the same step, and goes once more to the one that failed.
@@ -148,6 +142,17 @@ def pretrain(
                 fault.step, f"{fault}; {keep_failure(run, learner, fault, recipe, facts, images)}"
             ) from fault
     return learner.network
+
+
+def check_parts(recipe: Recipe) -> slice:
+    """This process's part of a batch; ValueError where processes or micro-batches cannot share it."""
+    here = distributed.share(recipe.batch)
+    if recipe.micro_batch is not None and (here.stop - here.start) % recipe.micro_batch == 1:
+        raise ValueError(
+            f"{here.stop - here.start} images in parts of {recipe.micro_batch} leave a part of one, and BatchNorm "
+            "needs at least 2; choose a --micro-batch that divides them"
+        )
+    return here
 
 
 def save(
@@ -308,7 +313,7 @@ class Progress:
     def __init__(self, recipe: Recipe, first: int, steps: int, rows: list[dict[str, Any]]) -> None:
         self.recipe, self.first, self.steps, self.batch = recipe, first, steps, recipe.batch
         self.rows = rows
-        self.before = max((row["seconds"] for row in rows), default=0.0)
+        self.before = max((row.get("seconds", 0.0) for row in rows), default=0.0)
         self.kind: verdict.Kind | None = None
         self.started = self.told = time.monotonic()
         self.bar = tqdm(

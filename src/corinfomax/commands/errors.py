@@ -5,8 +5,8 @@ from __future__ import annotations
 
 def sentence(error: Exception) -> str | None:
     """What to say of it; None where it is a mistake of ours, whose traceback is wanted."""
-    if isinstance(error, OSError) and error.filename is None and error.strerror:
-        return error.strerror
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return str(error)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

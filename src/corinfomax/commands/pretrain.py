@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import shlex
 import sys
@@ -61,7 +63,11 @@ def run(command: Pretrain, argv: list[str]) -> int:
     if trained is None:
         return 130
     if first:
-        _finish(trained)
+        try:
+            _finish(trained)
+        except KeyboardInterrupt:
+            print(f"stopped; the run is trained, and this goes on with scores and page: {_go_on(trained.run)}")
+            return 130
     return 0
 
 
@@ -113,6 +119,8 @@ def _plan(command: Pretrain, argv: list[str], device: torch.device) -> Plan:
         raise ValueError("name the images: corinfomax pretrain DATA, or --resume RUN to go on with a run")
     if command.log_steps < 1 or command.keep < 1 or min(command.scores, command.diagnoses) < 0:
         raise ValueError("--log-steps and --keep must be at least 1, --scores and --diagnoses at least 0")
+    if not 0 <= command.checkpoint_minutes < math.inf:
+        raise ValueError(f"--checkpoint-minutes is {command.checkpoint_minutes:g}; it must be at least 0, and finite")
     if command.track is not None:
         track.check(command.track)
     if name is None:
@@ -124,19 +132,41 @@ def _plan(command: Pretrain, argv: list[str], device: torch.device) -> Plan:
         print(f"recipe {why}; --recipe names another")
     if resumed is None:
         recipe = inputs.fit_copies(recipe, data, where)
+    train.check_parts(recipe)
     return Plan(data, where, recipe, name, resumed, command)
 
 
 def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained | None:
     """Images, recipe, run folder, training; None when it was asked to stop."""
-    data, where, recipe, name, resumed, command = plan = _plan(command, argv, device)
     first = distributed.rank() == 0
     with contextlib.ExitStack() as stack:
-        run = command.resume or command.out or Path("runs")
-        if first:  # which writes there: known to be possible before the hours that decoding may take
-            run = command.resume or _new_run(command.out, f"{Path(data).stem or 'images'}-{name}")
-            stack.callback(runs.forget_empty, run)
-            stack.enter_context(runs.held(run))
+        run = command.resume or command.out
+        # The first process writes there: held before anything in it is read, and known to be possible before the hours
+        # that decoding may take.
+        if first and command.resume is not None and command.resume.is_dir():
+            stack.enter_context(runs.held(command.resume))
+        elif first and command.resume is None and command.out is not None:
+            stack.enter_context(runs.begun(command.out))
+        plan = _plan(command, argv, device)
+        if run is None:
+            run = Path("runs")
+            if first:
+                run = runs.fresh_folder(run, f"{Path(plan.data).stem or 'images'}-{plan.name}")
+                stack.enter_context(runs.begun(run))
+        try:
+            return _train_in(run, plan, argv, device)
+        except KeyboardInterrupt:
+            if not (run / "recipe.json").exists():
+                raise
+            print(f"stopped\nto go on: {_go_on(run)}")
+            return None
+
+
+def _train_in(run: Path, plan: Plan, argv: list[str], device: torch.device) -> Trained | None:
+    """The same, in a run folder that is held."""
+    data, where, recipe, _, resumed, command = plan
+    first = distributed.rank() == 0
+    with contextlib.ExitStack() as stack:
         with distributed.first_of_machine():  # one decodes, the others read its cache
             splits = inputs.load(data, where, recipe.cache_side)
         recipe = inputs.fit_batch(recipe, len(splits.train))
@@ -144,6 +174,13 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
         if recipe.optim.warmup_epochs >= recipe.epochs > 1:
             print(f"the warm-up, {recipe.optim.warmup_epochs:g} epochs, is as long as the run: --optim.warmup-epochs 1")
         facts = _facts(plan, splits)
+        distributed.agree(
+            {
+                "their images": facts["fingerprint"],
+                "their recipe": json.dumps(knobs.to_json(recipe)),
+                "the step they go on from": str(resumed and resumed.step),
+            }
+        )
         if resumed is not None and resumed.facts["fingerprint"] != facts["fingerprint"]:
             raise ValueError(
                 f"the images of {data} are not those that {run} was trained on; put those back, or name where they "
@@ -155,6 +192,8 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
             runs.write_json(run / "recipe.json", {"recipe": knobs.to_json(recipe), "facts": facts, "command": argv})
         elif first and resumed is not None:
             runs.forget_after(run, resumed.step)
+            if resumed.step and not runs.read_metrics(run):
+                print(f"{run / 'metrics.jsonl'} is gone: curves and verdict begin at step {resumed.step}")
             print(f"going on with {run} after step {resumed.step}")
         tell: track.Tell = lambda row: None  # noqa: E731
         if first and command.track is not None:
@@ -175,6 +214,7 @@ def _train(command: Pretrain, argv: list[str], device: torch.device) -> Trained 
             )
         except train.Interrupted as stop:
             print(f"stopped; {stop.checkpoint} has all that was done\nto go on: {_go_on(run)}")
+            distributed.wait()  # the first to end would have torchrun end the one that writes
             return None
         except FloatingPointError as error:
             if first:
@@ -223,23 +263,18 @@ def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:
             "are now, and the device"
         )
     loaded = checkpoint.load_begun(run)
+    needed = {"data", "root", "cache", "holdout", "test_split", "recipe_name", "fingerprint"}
+    if missing := sorted(needed - set(loaded.facts)):
+        raise ValueError(f"{run} was not begun by this command, or is damaged: it does not say its {missing[0]}")
     return command.data or loaded.facts["data"], inputs.where_it_was(where, run, loaded.facts), loaded
 
 
 def _as_it_ran(command: Pretrain, argv: list[str], facts: dict[str, Any]) -> Pretrain:
     """The options that the run had, but for those that are typed now: --resume RUN alone goes on as it was."""
-    typed = {word.partition("=")[0].replace("_", "-").removeprefix("--").removeprefix("no-") for word in argv}
+    flags = (word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--"))
+    typed = {flag.removeprefix("--").removeprefix("no-") for flag in flags}
     kept = facts.get("options", {})  # runs of older versions have none
     return replace(command, **{name: value for name, value in kept.items() if name.replace("_", "-") not in typed})
-
-
-def _new_run(out: Path | None, name: str) -> Path:
-    if out is None:
-        return runs.fresh_folder(Path("runs"), name)
-    if runs.checkpoints(out) or runs.read_metrics(out):
-        raise ValueError(f"{out} holds a run already; --resume {out} goes on with it, another --out starts anew")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
 
 
 def _finish(trained: Trained) -> None:
