@@ -21,7 +21,6 @@ from cases import CASES, Case, probe
 from corinfomax import runs, train, verdict
 
 CPU = torch.device("cpu")
-RECOVERED = "It ends sound, but"
 
 
 class Outcome(NamedTuple):
@@ -29,8 +28,6 @@ class Outcome(NamedTuple):
 
     last: str
     """What was said at the end."""
-    recovered: bool
-    """Whether that was that it ends sound after trouble."""
     said: list[tuple[float, str]]
     """Share of the run and kind, after every row."""
     ridge: float | None
@@ -68,7 +65,7 @@ def judge_case(case: Case, folder: Path) -> Outcome:
     assert last is not None
     if "error" in done:
         said.append((rows[-1]["step"] / steps if rows else 0.0, last.kind))
-    return Outcome(last.kind, last.evidence.startswith(RECOVERED), said, done.get("ridge"), last.advice)
+    return Outcome(last.kind, said, done.get("ridge"), last.advice)
 
 
 def first_named(case: Case, outcome: Outcome) -> float | None:
@@ -78,7 +75,7 @@ def first_named(case: Case, outcome: Outcome) -> float | None:
 
 def right_at_the_end(case: Case, outcome: Outcome) -> bool:
     """Whether the last word is what the run is, or what it was where it has recovered."""
-    return outcome.last in case.right or (case.recovers and outcome.recovered)
+    return outcome.last in case.right or (case.recovers and outcome.last == "recovered")
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
@@ -95,7 +92,7 @@ def table(outcomes: dict[str, Outcome]) -> str:
         when = "" if case.good else "never" if named is None else f"{named:.0%}"
         ridge = "–" if outcome.ridge is None else f"{outcome.ridge:.1f}"
         mark = "" if right_at_the_end(case, outcome) else "**"
-        last = outcome.last + " after trouble" * outcome.recovered
+        last = outcome.last
         seen = "yes" if case.tuned else "no"
         lines.append(f"| {name} | {seen} | {ridge} | {what} | {when} | {mark}{last}{mark} |")
     for seen in (True, False):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 
@@ -561,3 +562,34 @@ def test_paper_is_light(visit, flat):
     assert sum(int(n) for n in re.findall(r"\d+", tab.evaluate("theme.colour('ink')"))[:3]) < 150  # dark on white
     assert tab.locator("nav").is_hidden()
     assert tab.locator("#theme").is_hidden()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pretrain", "a b", "--out", "runs/x", "--no-evaluate", "--root", "here"],
+        [
+            "pretrain",
+            "a b",
+            "--recipe=cifar10",
+            "--optim.no-decay-norms",
+            "--early-sizes",
+            "16",
+            "--early-shares",
+            "0.2",
+        ],
+        ["pretrain", "--views.0.blur", "0.5", "a b", "--optim.clip", "2", "--projector.widths", "8", "4"],
+    ],
+)
+def test_the_command_of_the_page_makes_the_same_recipe(words):
+    from corinfomax import options, recipes
+
+    asked = options.parse(words)
+    chosen = recipes.choose("a b", 3000, 128, cuda=False)[1] if asked.recipe is None else asked.knobs
+    recipe = options.parse(words, chosen).knobs
+    name = asked.recipe or "cpu-small"
+    _, *again = shlex.split(page.command(words, recipe, name))
+    repeated = options.parse(again)
+    assert repeated.knobs == recipe
+    assert (repeated.data, repeated.evaluate, repeated.where) == ("a b", asked.evaluate, asked.where)
+    assert repeated.recipe == name and repeated.out is None

@@ -164,3 +164,10 @@ def test_a_rival_is_named_with_its_numbers():
     sentence = scores.beside("pretrained", got, probe="linear")
     assert "pretrained is worse than timm:resnet18: 60.0 and 70.0 %, 10.0 points fewer" in sentence
     assert re.search(r"−1[12]\.\d to −[89]\.\d", sentence)
+
+
+def test_all_right_on_a_few_images_is_no_certainty():
+    low, high = scores.wilson(100.0, 12)
+    assert (low, high) == (pytest.approx(75.75, abs=0.01), pytest.approx(100.0))
+    assert scores.wilson(0.0, 12) == (pytest.approx(0.0), pytest.approx(24.25, abs=0.01))
+    assert scores.wilson(50.0, 100) == (pytest.approx(40.38, abs=0.01), pytest.approx(59.62, abs=0.01))

@@ -1,6 +1,7 @@
 """The verdict: rows as runs gave them and rows made up at each threshold; and runs made to go wrong on purpose."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -118,7 +119,7 @@ def test_a_good_end_after_a_long_collapse_says_so():
     bad = {"spread_gap": 6.0}
     looks = [row(60), row(200, **bad), row(400, **bad), row(700, **bad), row(900), row(1000)]
     found = judge(*looks, recipe=replace(RECIPE, optim=Optim(lr=30.0)), ended=True)
-    assert found.kind == "healthy"
+    assert found.kind == "recovered"
     assert "from step 200 to 700 of 1000 it was in dimensional collapse" in found.evidence
     assert "--optim.lr 1" in found.advice
     assert "collapse" not in judge(*looks[:1], *looks[3:], ended=True).text  # one bad look is not long
@@ -220,3 +221,15 @@ def test_runs_made_to_go_wrong_are_named(splits, tmp_path, recipe, spoil, kinds)
         error = str(stopped)
     found = verdict.judge(runs.read_metrics(tmp_path), recipe, steps=60, ended=True, error=error)
     assert found.kind in kinds, found.text
+
+
+@pytest.mark.parametrize("steps", [10, 40, 99])
+def test_a_run_that_was_too_short_is_told_how_long_is_enough(steps):
+    recipe = replace(RECIPE, epochs=7)
+    found = verdict.judge([row(steps)], recipe, steps=steps, ended=True)
+    epochs = int(re.search(r"--epochs (\d+)", found.advice)[1])
+    enough = steps * epochs // 7
+    looks = {max(1, round(enough * ((i + 1) / 10) ** 1.5)) for i in range(10)}  # the fewest that there are
+    again = verdict.judge([row(step) for step in sorted(looks)], recipe, steps=enough, ended=True)
+    assert "too short" not in again.advice
+    assert enough < 200

@@ -250,3 +250,19 @@ def test_other_weights_stand_beside_ours(model, tmp_path, capsys, monkeypatch):
     assert content["scores"]["b"] == content["scores"]["pretrained"]
     assert [c["other"] for c in content["comparisons"]][1:] == ["b", "a"]
     assert max(map(len, out[out.index("%") :].split("±:")[0].splitlines())) <= 100
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    state = {name: x.long() for name, x in timm.create_model(NAME, num_classes=0).state_dict().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"holds whole numbers .*int64.* where weights are, first"):
+        weights.load(str(tmp_path / "a.safetensors"), architecture=NAME)
+
+
+@pytest.mark.parametrize("recipe", ["not json", "[]", '{"not": 1}'])
+def test_a_recipe_that_is_none_is_told_with_its_file(tmp_path, recipe):
+    save_file(
+        timm.create_model(NAME, num_classes=0).state_dict(), tmp_path / "a.safetensors", metadata={"recipe": recipe}
+    )
+    with pytest.raises(ValueError, match=r"a\.safetensors says of its recipe what is none"):
+        weights.load(str(tmp_path / "a.safetensors"))

@@ -139,8 +139,14 @@ def tabulate(outcomes: dict[str, Outcomes], *, seed: int) -> Table:
     bounds = scores.intervals(scores.resample_means(values, seed=seed))
     for (name, probe), mean, (low, high) in zip(cells, values.nanmean(0).tolist(), bounds, strict=True):
         draws = 100 * outcomes[name][probe].mean(1)
-        sd = float(draws.std()) if len(draws) > 1 else None
-        table[name][probe] = Score(mean, sd, low, high)
+        if (
+            probe == "mAP"
+        ):  # every image is a query and in the others' galleries: rows that are drawn anew say too little
+            table[name][probe] = Score(mean, None, None, None)
+        elif len(draws) == 1 and low == high:  # all right or all wrong, of which drawing anew knows no doubt
+            table[name][probe] = Score(mean, None, *scores.wilson(mean, len(values)))
+        else:
+            table[name][probe] = Score(mean, float(draws.std()) if len(draws) > 1 else None, low, high)
     return table
 
 

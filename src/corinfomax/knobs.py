@@ -248,6 +248,20 @@ def flags(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [row for name, inner in fields for row in flags(inner, f"{prefix}.{name}" if prefix else name)]
 
 
+def typed(recipe: Recipe, usual: Recipe) -> list[str]:
+    """The words of a command that make `usual` into `recipe`."""
+    words = []
+    for (flag, value), (_, other) in zip(flags(recipe), flags(usual), strict=True):
+        if value == other:
+            continue
+        if isinstance(value, bool):
+            head, dot, last = flag.rpartition(".")
+            words.append(f"--{flag}" if value else f"--{head}{dot}no-{last}")
+        else:
+            words += [f"--{flag}", *str(value).split()]
+    return words
+
+
 def from_json(content: Any) -> Recipe:
     """The recipe that `to_json` wrote. ValueError with the field's name for a missing, unknown or ill-typed one."""
     recipe = _from_json(Recipe, content, "recipe")

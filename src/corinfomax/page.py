@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import math
+import re
 import shlex
 from base64 import b64encode
 from importlib.resources import files
@@ -43,7 +44,7 @@ def render(content: dict[str, Any]) -> str:
             charts=charts,
             columns=_columns(content["results"].get("scores") or {}),
             knob_rows=knob_rows(content["recipe"], content["facts"]["recipe_name"]),
-            command=command(content["about"]["command"], content["facts"]["recipe_name"]),
+            command=command(content["about"]["command"], content["recipe"], content["facts"]["recipe_name"]),
             spent=spent(content),
             payload=as_script(
                 {"charts": charts, "speed": speed(content), "spectra": content["spectra"], "map": _map(content["map"])}
@@ -130,7 +131,7 @@ def duration(seconds: float) -> str:
 
 def tone(found: dict[str, Any] | None) -> str:
     """How the verdict is coloured."""
-    if found is None or found["kind"] == "still warming up":
+    if found is None or found["kind"] in ("still warming up", "recovered"):
         return "pending"
     return "good" if found["kind"] in verdict.GOOD else "bad"
 
@@ -267,10 +268,22 @@ def knob_rows(recipe: Recipe, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def command(argv: list[str], recipe_name: str) -> str:
-    """The command that repeats the run, the recipe named even where it was chosen."""
-    named = any(word == "--recipe" or word.startswith("--recipe=") for word in argv)
-    return shlex.join(["corinfomax", *argv, *([] if named else ["--recipe", recipe_name])])
+def command(argv: list[str], recipe: Recipe, name: str) -> str:
+    """The command that repeats the run: what was typed, the recipe named, and every knob that differs from it, as one
+    that was chosen for the images does; without the folder, which holds this run."""
+    values = {"--recipe": 1, "--out": 1, "--resume": 1}
+    values |= {f"--{f}": 0 if isinstance(value, bool) else len(str(value).split()) for f, value in knobs.flags(recipe)}
+    words, kept = list(argv), []
+    while words:
+        flag, equals, _ = (word := words.pop(0)).partition("=")
+        flag = flag.replace("_", "-")
+        if (name_of := next((f for f in (flag, re.sub(r"(^--|\.)no-", r"\1", flag)) if f in values), None)) is None:
+            kept.append(word)
+        else:  # what was typed is what the recipe has
+            del words[: max(values[name_of] - bool(equals), 0)]
+    named = name in recipes.RECIPES
+    usual = recipes.RECIPES[name].recipe if named else Recipe()
+    return shlex.join(["corinfomax", *kept, *["--recipe", name][: 2 * named], *knobs.typed(recipe, usual)])
 
 
 def _map(drawn: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 import torch
@@ -96,6 +98,14 @@ def intervals(means: Float[Tensor, "b c"]) -> list[tuple[float, float]]:
     ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=means.dtype)
     low, high = means.nanquantile(ends, 0).tolist()
     return list(zip(low, high, strict=True))
+
+
+def wilson(percent: float, count: int) -> tuple[float, float]:
+    """Wilson's interval at LEVEL of an accuracy in percent on `count` images, in percent."""
+    z, share = NormalDist().inv_cdf((1 + LEVEL) / 2), percent / 100
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0)
 
 
 def compare(ours: Float[Tensor, " m"], others: dict[str, Float[Tensor, " m"]], *, seed: int) -> Comparison:

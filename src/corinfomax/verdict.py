@@ -13,6 +13,7 @@ Kind = Literal[
     "improving",
     "healthy",
     "saturated",
+    "recovered",
     "complete collapse",
     "dimensional collapse",
     "over-invariant",
@@ -39,6 +40,7 @@ UNRELATED = 0.15  # the same share: views hardly tell images apart; 0.3 to 0.9 i
 APART = 1.2  # squared distance of two views, 2 for unrelated ones: a cosine below 0.4
 YOUNG = 20  # steps in which the loss still forgets that its covariance began at the identity
 LAGGING = 50  # steps in which BatchNorm's running statistics are not yet the network's: held-out spreads look poor
+ENOUGH = 3 * LAGGING  # steps in which there are looks after LAGGING in both the first two thirds and the last
 SETTLED = 0.3  # share of a run after which the scale of the projections has found its place
 GROWING = 0.05  # relative gain of the best measure over the last third of the steps so far
 STEADY = 0.01
@@ -102,7 +104,7 @@ def _recovered(rows: Sequence[Row], recipe: Recipe, steps: int) -> Verdict | Non
     (first, _), (last, found) = trouble[0], trouble[-1]
     evidence = f"It ends sound, but from step {first} to {last} of {steps} it was in {found.kind}."
     return Verdict(
-        "healthy", evidence, f"That time was lost: {found.advice[0].lower()}{found.advice[1:]}", found.measures
+        "recovered", evidence, f"That time was lost: {found.advice[0].lower()}{found.advice[1:]}", found.measures
     )
 
 
@@ -232,7 +234,7 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
     if not before or (share < SETTLED and not ended):
         evidence = f"After {share:.0%} of the steps {state}."
         advice = (
-            f"The run was too short to say more: --epochs {4 * recipe.epochs}."
+            f"The run was too short to say more: --epochs {math.ceil(recipe.epochs * ENOUGH / last['step'])}."
             if ended
             else "Nothing looks wrong so far."
         )

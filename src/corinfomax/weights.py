@@ -6,6 +6,7 @@ import dataclasses
 import json
 import urllib.error
 import urllib.request
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,6 +147,9 @@ def _heads(model: nn.Module) -> set[str]:
 
 def _into(model: nn.Module, tensors: dict[str, Tensor], recipe: Recipe, what: str) -> Weights:
     chosen, notes = fit(tensors, model, what=what)
+    own = model.state_dict()
+    if whole := [name for name, x in chosen.items() if own[name].is_floating_point() and not x.is_floating_point()]:
+        raise ValueError(f"{what} holds whole numbers ({chosen[whole[0]].dtype}) where weights are, first {whole[0]}")
     if bad := [name for name, tensor in chosen.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
         raise ValueError(
             f"{what} holds nan or inf in {len(bad)} tensors, first {bad[0]}; the run that made it diverged"
@@ -160,15 +164,16 @@ def _read(path: Path) -> Named:
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
         recipe = metadata.get("recipe")
-        return Named(tensors, None if recipe is None else knobs.from_json(json.loads(recipe)))
+        return Named(tensors, None if recipe is None else _recipe(path, recipe))
     if path.suffix not in PICKLED:
         raise ValueError(f"{path} is no file of weights: they end in .safetensors, or {', '.join(PICKLED)}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's advice is to read what could run code
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign parser on a file from anywhere: it may raise anything
         raise ValueError(
             f"{path} was refused: it is torn, or holds more than tensors, which could run code when read; where you "
-            f"trust it, save its state dict as .safetensors ({str(error).splitlines()[0] if str(error) else 'empty'})"
+            "trust it, save its state dict as .safetensors"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; wanted a state dict, names with their tensors")
@@ -205,6 +210,14 @@ def _is_checkpoint(path: Path) -> bool:
         return True  # torn: reading it as a checkpoint says so
 
 
+def _recipe(path: Path, text: str) -> Recipe:
+    """What a file of weights says of its recipe; ValueError with the file's name when that is none."""
+    try:
+        return knobs.from_json(json.loads(text))
+    except ValueError as error:
+        raise ValueError(f"{path} says of its recipe what is none: {error}") from error
+
+
 def _from_timm_folder(folder: Path, size: int | None) -> Weights:
     """A folder with config.json and model.safetensors, as timm's hub keeps them and `export` writes them."""
     file = folder / "model.safetensors"
@@ -212,7 +225,7 @@ def _from_timm_folder(folder: Path, size: int | None) -> Weights:
         raise FileNotFoundError(f"{folder} has a config.json but no model.safetensors beside it")
     tensors, metadata = read_safetensors(file)
     if "recipe" in metadata:
-        recipe = knobs.from_json(json.loads(metadata["recipe"]))
+        recipe = _recipe(file, metadata["recipe"])
         return _into(networks.build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(folder))
     config = runs.read_json(folder / "config.json")
     name = config.get("architecture", "")

@@ -42,6 +42,13 @@ def load(data: str, where: Where, side: int) -> Splits:
     test = f", {len(splits.test):,} to score on" if splits.test is not None else ""
     classes = f", {len(splits.train.classes)} classes (for scoring only)" if splits.train.classes else ""
     print(f"{len(splits.train):,} images to train on{test}{classes}")
+    depths = [path.count("/") for path in splits.train.paths]
+    if splits.train.labels is None and (least := min(depths)) < max(depths):
+        beside = [path for path, depth in zip(splits.train.paths, depths, strict=True) if depth == least]
+        print(
+            f"no labels: {len(beside):,} of {len(depths):,} images lie beside the folders, not in one, first "
+            f"{files.quoted(beside[0])}"
+        )
     if splits.train.labels is not None and splits.test is not None and splits.test.labels is None:
         print("no scores: the images to score on have no labels; --holdout 0.1 scores on some of the training images")
     return splits
