@@ -244,7 +244,7 @@ def as_text(table: Table) -> str:
     return "\n\n".join(texts)
 
 
-LEGEND = "±: half the 95 % interval over test images; N a class: standard deviation over draws of the N labels"
+LEGEND = "±: half the 95 % interval over test images, none for mAP; N a class: sd over draws of the N labels"
 
 
 def _cell(score: Score | None) -> str:
