@@ -173,6 +173,17 @@ def test_embed_writes_every_image(whole_job, tmp_path, capsys):
     assert np.isfinite(table["features"]).all()
 
 
+def test_embed_takes_any_weights(whole_job, tmp_path, capsys):
+    data, run, _ = whole_job
+    assert cli.main(["export", str(run), "--format", "state-dict", "--out", str(tmp_path / "a.safetensors")]) == 0
+    for weights, name in ((run, "ours"), (tmp_path / "a.safetensors", "exported")):
+        assert cli.main(["embed", str(weights), str(data), "--out", str(tmp_path / f"{name}.npz")]) == 0
+    ours, exported = (np.load(tmp_path / f"{name}.npz")["features"] for name in ("ours", "exported"))
+    np.testing.assert_allclose(exported, ours, atol=1e-5)
+    assert cli.main(["embed", "timm:no-such", str(data), "--out", str(tmp_path / "x.npz")]) == 2
+    assert "no-such" in capsys.readouterr().err
+
+
 def test_a_run_folder_in_use_is_not_written_over(whole_job, capsys):
     data, run, _ = whole_job
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}

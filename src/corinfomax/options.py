@@ -36,6 +36,18 @@ class Where:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Network:
+    """Of what network weights are that do not tell it."""
+
+    architecture: str | None = None
+    """The timm network of state dicts that do not tell theirs, such as resnet18."""
+    small_stem: bool = False
+    """Such a network has a 3×3 first convolution and no max-pool."""
+    size: int | None = None
+    """Side in pixels of the images that other weights than ours see; timm's own for the network unless given."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pretrain:
     """Pretrain a backbone on images without looking at labels; where there are labels, score it at the end.
 
@@ -94,12 +106,7 @@ class Evaluate:
     """Folder, list or name of the labelled images."""
     against: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Other weights to compare with; may be given several times."""
-    architecture: str | None = None
-    """The timm network of state dicts that do not tell theirs, such as resnet18."""
-    small_stem: bool = False
-    """Those networks have a 3×3 first convolution and no max-pool."""
-    size: int | None = None
-    """Side in pixels of the images that other weights than ours see; timm's own for the network unless given."""
+    network: Annotated[Network, tyro.conf.arg(name="")] = Network()
     fine_tune: bool = False
     """Also the whole network trained on 1 % and on 10 % of the labels; minutes to hours without a GPU."""
     published_probe: bool = False
@@ -111,14 +118,18 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
-    """Write the feature vectors of every image of every split to a file."""
+    """Write the feature vectors of every image of every split to a file.
 
-    weights: Annotated[Path, tyro.conf.Positional]
-    """A run folder or one of its checkpoints."""
+    WEIGHTS are whatever evaluate takes: a run, a file of weights, or timm:NETWORK.
+    """
+
+    weights: Annotated[str, tyro.conf.Positional]
+    """A run folder, a file of weights, or timm:NETWORK."""
     data: Annotated[str, tyro.conf.Positional]
     """Folder, list or name of the images."""
     out: Path = Path("embeddings.npz")
     """Ends in .npz, or in .parquet with the parquet extra."""
+    network: Annotated[Network, tyro.conf.arg(name="")] = Network()
     where: Annotated[Where, tyro.conf.arg(name="")] = Where()
 
 
@@ -138,12 +149,7 @@ class Neighbors:
     """A picture; may be given several times."""
     count: int = 12
     """How many images to show for each."""
-    architecture: str | None = None
-    """The timm network of state dicts that do not tell theirs, such as resnet18."""
-    small_stem: bool = False
-    """That network has a 3×3 first convolution and no max-pool."""
-    size: int | None = None
-    """Side in pixels of the images that other weights than ours see; timm's own for the network unless given."""
+    network: Annotated[Network, tyro.conf.arg(name="")] = Network()
     out: Path = Path("neighbors.html")
     """The page."""
     where: Annotated[Where, tyro.conf.arg(name="")] = Where()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-import torch
-
-from corinfomax import checkpoint, embed
+from corinfomax import embed
 from corinfomax.commands import inputs
 from corinfomax.options import Embed
 
@@ -15,11 +13,10 @@ def run(command: Embed) -> int:
     """Write the features of every image of every split."""
     embed.check_ending(command.out)
     device = inputs.device_of(command.where.device)
-    network, saved = checkpoint.load_network(command.weights)
-    backbone = network.backbone.to(device).to(memory_format=torch.channels_last)
-    parts = inputs.every(command.data, command.where, saved.recipe.cache_side)
+    given = inputs.weights_of(command.weights, command.network, device)
+    parts = inputs.every(command.data, command.where, given.recipe.cache_side)
     vectors = {
-        name: embed.features(backbone, part, saved.recipe, device=device, progress=f"embedding {name}")
+        name: embed.features(given.backbone, part, given.recipe, device=device, progress=f"embedding {name}")
         for name, part in parts.items()
     }
     embed.write(command.out, vectors, parts)

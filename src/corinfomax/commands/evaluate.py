@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from corinfomax import evaluate, runs, weights
+from corinfomax import evaluate, runs
 from corinfomax.commands import inputs
 from corinfomax.evaluate import Result
 from corinfomax.images import Splits
@@ -17,12 +15,7 @@ def run(command: Evaluate) -> int:
     """Score weights on labelled images, beside baselines and other weights."""
     device = inputs.device_of(command.where.device)
     names = (command.weights, *command.against)
-    loaded = []
-    for name in names:
-        given = weights.load(name, architecture=command.architecture, small_stem=command.small_stem, size=command.size)
-        print(f"loaded {given.said}")
-        backbone = given.backbone.to(device).to(memory_format=torch.channels_last)
-        loaded.append(given._replace(backbone=backbone))
+    loaded = [inputs.weights_of(name, command.network, device) for name in names]
     ours, others = loaded[0], loaded[1:]
     splits = inputs.load(command.data, command.where, ours.recipe.cache_side)
     evaluate.check_labels(splits)

@@ -12,10 +12,11 @@ from typing import Any
 import timm
 import torch
 
-from corinfomax import __version__, distributed, files, images, sources
+from corinfomax import __version__, distributed, files, images, sources, weights
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe
-from corinfomax.options import Where
+from corinfomax.options import Network, Where
+from corinfomax.weights import Weights
 
 SKIPPED = "skip.txt"
 """The list of images to leave out: what doctor writes unless told where, and a run's own copy in its folder."""
@@ -31,6 +32,13 @@ def device_of(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot compute on device {name!r}: {reason}") from error
     return device
+
+
+def weights_of(name: str, network: Network, device: torch.device) -> Weights:
+    """The backbone that a run, a file of weights or timm holds, on the device, with a word on what it is."""
+    given = weights.load(name, **vars(network))
+    print(f"loaded {given.said}")
+    return given._replace(backbone=given.backbone.to(device).to(memory_format=torch.channels_last))
 
 
 def load(data: str, where: Where, side: int) -> Splits:

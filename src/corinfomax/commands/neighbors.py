@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from corinfomax import neighbors, page, runs, weights
+from corinfomax import neighbors, page, runs
 from corinfomax.commands import inputs
 from corinfomax.options import Neighbors
 
@@ -14,14 +12,10 @@ def run(command: Neighbors) -> int:
     if not command.query or command.count < 1:
         raise ValueError("name at least one picture with --query, and a --count of at least 1")
     device = inputs.device_of(command.where.device)
-    given = weights.load(
-        command.weights, architecture=command.architecture, small_stem=command.small_stem, size=command.size
-    )
-    print(f"loaded {given.said}")
+    given = inputs.weights_of(command.weights, command.network, device)
     parts = inputs.every(command.data, command.where, given.recipe.cache_side)
     pool = neighbors.pool_of(parts)
-    backbone = given.backbone.to(device).to(memory_format=torch.channels_last)
-    found = neighbors.search(backbone, pool, given.recipe, command.query, k=command.count, device=device)
+    found = neighbors.search(given.backbone, pool, given.recipe, command.query, k=command.count, device=device)
     for one in found:
         print(neighbors.as_text(one, pool))
     text = neighbors.as_page(found, pool, data=command.data)
