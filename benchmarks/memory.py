@@ -27,17 +27,19 @@ from corinfomax import train
 
 MILLION = 10**6
 FEW = 10**4  # in their stead when it must be quick
-CONTESTANTS = ("step", "plain", "views", "kornia", "pil", "million")
+CONTESTANTS = ("step", "micro", "plain", "views", "kornia", "pil", "million")
 
 
 def run(effort: Effort) -> Iterator[Metric]:
-    """A training step, the views of a batch of large images, and batches of a million images."""
+    """A training step, whole and in parts, the views of a batch of large images, and batches of a million images."""
     batch, rounds = whole(effort).batch, 1 if effort.quick else min(effort.rounds, 3)
     found = [peaks(quick=effort.quick) for _ in range(rounds)]
     costs = {name: [peak[name] for peak in found] for name in found[0]}
     step = f"peak memory of a training step, ResNet-18, batch {batch}"
     views = "peak memory of the pair of views, 64 images of 256 px to 224 px"
     yield metric("memory", step, "the plain baseline, its workers left out", costs["step"], costs["plain"], unit="MB")
+    micro = f"peak memory of that step in parts of {part_of(batch)} (--micro-batch), the same gradient"
+    yield metric("memory", micro, "the whole batch at once", costs["micro"], costs["step"], unit="MB")
     if "kornia" in costs:
         yield metric("memory", views, "kornia", costs["views"], costs["kornia"], unit="MB")
     yield metric("memory", views, "torchvision on PIL images", costs["views"], costs["pil"], unit="MB")
@@ -45,6 +47,11 @@ def run(effort: Effort) -> Iterator[Metric]:
     total = [count * 3 * 64 * 64 / 1e6] * rounds
     name = f"memory beside the map, {count:,} images of 64 px, 50 random batches"
     yield metric("memory", name, "all of their pixels", costs["million"], total, unit="MB", at_least=10.0)
+
+
+def part_of(batch: int) -> int:
+    """The micro-batch that is compared with the batch."""
+    return max(batch // 8, 2)
 
 
 def peaks(*, quick: bool) -> dict[str, float]:
@@ -69,8 +76,9 @@ def main(contestant: str, quick: bool) -> float:
     if contestant == "million":
         return _million(FEW if quick else MILLION, recipe.batch)
     before = _megabytes("VmRSS")
-    if contestant == "step":
-        body(recipe, as_images(pixels))()
+    if contestant in ("step", "micro"):
+        part = part_of(recipe.batch) if contestant == "micro" else None
+        body(replace(recipe, micro_batch=part), as_images(pixels))()
     elif contestant == "plain":
         _, update = plain(recipe)
         update(*torch.randn(2, recipe.batch, 3, recipe.size, recipe.size))

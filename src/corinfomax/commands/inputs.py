@@ -50,6 +50,13 @@ def load(data: str, where: Where, side: int) -> Splits:
     test = f", {len(splits.test):,} to score on" if splits.test is not None else ""
     classes = f", {len(splits.train.classes)} classes (for scoring only)" if splits.train.classes else ""
     print(f"{len(splits.train):,} images to train on{test}{classes}")
+    drawn = splits.test is not None and splits.test.pixels is splits.train.pixels
+    if drawn and where.holdout is None:
+        others = [name for name in sources.find(data, root=where.root) if name != "train"]
+        if others:
+            print(
+                f"no labels in {' or '.join(others)}: {len(splits.test or ()):,} training images are scored on instead"
+            )
     depths = [path.count("/") for path in splits.train.paths]
     if splits.train.labels is None and (least := min(depths)) < max(depths):
         beside = [path for path, depth in zip(splits.train.paths, depths, strict=True) if depth == least]
