@@ -15,7 +15,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How many faults test_faults.py puts in."""
-    parser.addoption("--faults", type=int, default=16, help="how many faults to put into tiny runs; 200 take minutes")
+    parser.addoption("--faults", type=int, default=8, help="how many faults to put into tiny runs; 200 take minutes")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

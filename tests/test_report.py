@@ -399,6 +399,9 @@ def test_the_page_fits_any_screen_and_both_themes(visit, hostile, width, scheme)
         f"({wide})(document).filter(x => x.getBoundingClientRect().right > {width}).map(x => x.outerHTML.slice(0, 99))"
     )
     assert tab.evaluate(beyond) == []
+    hidden = "[...document.querySelectorAll('.plain td')].filter(td => td.getBoundingClientRect().width > 0 && "
+    hidden += "td.getBoundingClientRect().right > td.closest('.scroll').getBoundingClientRect().right + 1).length"
+    assert tab.evaluate(hidden) == 0, "a value that must be scrolled to is not seen on a phone"
     broken = "[...document.images].filter(i => i.src && i.complete && !i.naturalWidth).length"
     assert tab.evaluate(broken) == 0
     red, green, blue = background(tab)
