@@ -72,7 +72,7 @@ def run(out: Path, precision: str) -> None:
     # A large batch, few dimensions and small steps: elsewhere rounding grows tenfold with each step for longer, as it
     # does within one process when a weight is changed by 1e-15.
     projector = replace(tiny.RECIPE.projector, widths=(32, 4), batch_norm=True)
-    optim = replace(tiny.RECIPE.optim, lr=0.01, clip=2.0)
+    optim = replace(tiny.RECIPE.optim, lr=0.001, start_lr=0.0005, clip=2.0)
     recipe = replace(tiny.RECIPE, batch=40, epochs=10, projector=projector, optim=optim, precision=precision)
     splits = images.load(out.parent / "data", side=16, progress=False, holdout=0.0, cache=out.parent / "cache")
     out.mkdir(exist_ok=True)
