@@ -119,10 +119,10 @@ def test_measured_is_what_training_runs(monkeypatch):
 def test_the_update_leaves_the_recipes_network_as_it_was():
     learner = build(replace(tiny.RECIPE, optim=replace(tiny.RECIPE.optim, lr=0.0)), CPU)
     before = {name: p.clone() for name, p in learner.network.named_parameters()}
-    R1 = learner.criterion.R1
+    R = learner.criterion.R
     bench._step_apart(tiny.RECIPE, learner, bench.made_up(tiny.RECIPE), 0, CPU)
     assert tiny.equal_states(before, dict(learner.network.named_parameters()))
-    assert not learner.criterion.R1.equal(R1) and learner.criterion.training
+    assert not learner.criterion.R.equal(R) and learner.criterion.training
 
 
 def test_the_command_on_made_up_images_and_on_a_folder(tmp_path, capsys):

@@ -84,6 +84,19 @@ def test_a_whole_checkpoint_of_another_version_is_no_damage(tmp_path, monkeypatc
     assert not isinstance(caught.value, checkpoint.DamagedError)
 
 
+def test_moments_of_two_views_by_their_names_are_read(tmp_path, monkeypatch):
+    """As versions up to 0.1.0 wrote them."""
+    path = tmp_path / "old.safetensors"
+    R, mu = state()[1].buffers()
+    names = {"R1": R[0], "R2": R[1], "mu1": mu[0], "mu2": mu[1]}
+    monkeypatch.setattr(CorInfoMaxLoss, "state_dict", lambda self: names)
+    monkeypatch.setattr(checkpoint, "FORMAT", "corinfomax-2")
+    save(path)
+    monkeypatch.undo()
+    back = checkpoint.load(path)
+    assert back.criterion["R"].equal(R) and back.criterion["mu"].equal(mu) and set(back.criterion) == {"R", "mu"}
+
+
 @pytest.mark.parametrize("where", ["weights", "facts"])
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(tmp_path, capsys, where):
     for step in (1, 2):

@@ -67,7 +67,7 @@ def test_loss_gradients_moments_and_statistics_are_those_of_one_process(results,
     # float32: a batch's sums in another order, through four steps of a network with BatchNorm.
     for precision, relative, absolute in (("double", 1e-9, 1e-12), ("float", 2e-3, 1e-5), ("pure", 1e-9, 1e-12)):
         assert several[precision].keys() == alone[precision].keys()
-        assert len(alone[precision]) >= 6
+        assert len(alone[precision]) >= 4
         for name, want in alone[precision].items():
             got = several[precision][name]
             assert got.dtype == want.dtype

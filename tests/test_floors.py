@@ -17,7 +17,7 @@ FLOORS = (
     ("named", "decode"),
     ("sources",),
     ("images", "checkpoint", "examine"),
-    ("embed", "feed", "micro", "diagnosis", "pictures", "page", "health"),
+    ("embed", "feed", "micro", "baselines", "diagnosis", "pictures", "page", "health"),
     ("supervised", "card", "neighbors", "learner"),
     ("train", "evaluate", "weights", "export"),
     ("bench", "report", "replay"),

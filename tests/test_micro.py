@@ -27,23 +27,23 @@ def projector_of(net):
     return project
 
 
-def in_parts(norm, part, count=12):
-    net, criterion = network(norm), CorInfoMaxLoss(6)
-    pair = torch.randn(2, count, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).unbind()
-    terms = micro.backward(projector_of(net), net, criterion, pair, part)
-    return net, criterion, terms, pair
+def in_parts(norm, part, count=12, views=2):
+    net, criterion = network(norm), CorInfoMaxLoss(6, views=views)
+    rng = torch.Generator().manual_seed(1)
+    crops = torch.randn(views, count, 3, 8, 8, generator=rng, dtype=torch.float64).unbind()
+    terms = micro.backward(projector_of(net), net, criterion, crops, part)
+    return net, criterion, terms, crops
 
 
+@pytest.mark.parametrize("views", [2, 3])
 @pytest.mark.parametrize("part", [2, 5, 12])
-def test_the_gradient_is_the_whole_batchs(part):
-    net, criterion, terms, pair = in_parts(lambda c: nn.GroupNorm(2, c), part)
-    whole, once = network(lambda c: nn.GroupNorm(2, c)), CorInfoMaxLoss(6)
+def test_the_gradient_is_the_whole_batchs(part, views):
+    net, criterion, terms, crops = in_parts(lambda c: nn.GroupNorm(2, c), part, views=views)
+    whole, once = network(lambda c: nn.GroupNorm(2, c)), CorInfoMaxLoss(6, views=views)
     # Dropout is drawn for each part: the whole batch gets the same masks by running the parts with their graphs.
-    split = [x.split(part) for x in pair]
-    starts = (0, len(split[0]))
-    z = [
-        torch.cat([projector_of(whole)(x, s + i) for i, x in enumerate(v)]) for s, v in zip(starts, split, strict=True)
-    ]
+    split = [x.split(part) for x in crops]
+    each = len(split[0])
+    z = [torch.cat([projector_of(whole)(x, v * each + i) for i, x in enumerate(view)]) for v, view in enumerate(split)]
     want = once(*z)
     want.loss.backward()
     torch.testing.assert_close(terms.loss, want.loss, rtol=1e-12, atol=0)

@@ -1,5 +1,6 @@
 """The loss against the reference values, closed forms, and what the method promises."""
 
+import itertools
 import math
 
 import numpy as np
@@ -21,19 +22,20 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp_min(1e-300))
 
 
-def by_autograd(z1, z2, moments, *, alpha, cov_decay, mean_decay, eps):
-    """The equations as they stand in the paper, differentiated by autograd."""
-    n, d = z1.shape
+def by_autograd(views, moments, *, alpha, cov_decay, mean_decay, eps):
+    """The equations as they stand in the paper, for all pairs of views, differentiated by autograd."""
+    n, d = views[0].shape
     new, log_dets = [], []
-    for z, R, mu in ((z1, moments.R1, moments.mu1), (z2, moments.R2, moments.mu2)):
+    for z, R, mu in zip(views, *moments, strict=True):
         mu = mean_decay * mu + (1 - mean_decay) * z.mean(0)
         R = cov_decay * R + (1 - cov_decay) * (z - mu).T @ (z - mu) / n
         log_dets.append(torch.logdet(R + eps * torch.eye(d, dtype=R.dtype)))
-        new.append((R, mu))
-    big_bang = -sum(log_dets) / d
-    attraction = ((z1 - z2) ** 2).sum() / (n * d)
-    (R1, mu1), (R2, mu2) = new
-    return alpha * attraction + big_bang, Moments(R1.detach(), R2.detach(), mu1.detach(), mu2.detach())
+        new.append((R.detach(), mu.detach()))
+    # The mean over pairs of what the paper says of its one pair.
+    pairs = list(itertools.combinations(range(len(views)), 2))
+    big_bang = -sum(log_dets[u] + log_dets[v] for u, v in pairs) / d / len(pairs)
+    attraction = sum(((views[u] - views[v]) ** 2).sum() for u, v in pairs) / (n * d) / len(pairs)
+    return alpha * attraction + big_bang, Moments(*map(torch.stack, zip(*new, strict=True)))
 
 
 @pytest.mark.shared
@@ -55,36 +57,41 @@ def test_reference_values(shared, name):
         z1, z2 = (reference[key][step].double().requires_grad_() for key in ("z1", "z2"))
         terms = criterion(z1, z2)
         terms.loss.backward()
-        got = {**terms._asdict(), "grad_z1": z1.grad, "grad_z2": z2.grad, **dict(criterion.named_buffers())}
+        (R1, R2), (mu1, mu2) = criterion.R, criterion.mu
+        got = {**terms._asdict(), "grad_z1": z1.grad, "grad_z2": z2.grad, "R1": R1, "R2": R2, "mu1": mu1, "mu2": mu2}
         for key in ("loss", "attraction", "big_bang", "grad_z1", "grad_z2", "R1", "R2", "mu1", "mu2"):
             assert relative(got[key].detach(), reference[key][step].double()) < 1e-6, (step, key)
 
 
 @pytest.mark.parametrize(("n", "d"), [(7, 3), (3, 7), (1, 5), (16, 1), (2, 2)])
 @pytest.mark.parametrize(("cov_decay", "mean_decay", "eps"), [(0.01, 0.01, 1e-8), (0.3, 0.7, 1e-3), (0.5, 0.0, 1e-8)])
-def test_equals_autograd_over_steps(n, d, cov_decay, mean_decay, eps):
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_equals_autograd_over_steps(n, d, cov_decay, mean_decay, eps, count):
     knobs = {"alpha": 2.5 * d, "cov_decay": cov_decay, "mean_decay": mean_decay, "eps": eps}
-    ours = theirs = Moments.initial(d, cov_init=0.7)
+    ours = theirs = Moments.initial(d, views=count, cov_init=0.7)
     for step in range(4):
-        a1, a2 = (unit(n, d, 10 * step + v).requires_grad_() for v in (1, 2))
-        b1, b2 = (z.detach().clone().requires_grad_() for z in (a1, a2))
-        terms, ours = corinfomax_loss(a1, a2, ours, **knobs)
-        loss, theirs = by_autograd(b1, b2, theirs, **knobs)
+        a = [unit(n, d, 10 * step + v).requires_grad_() for v in range(count)]
+        b = [z.detach().clone().requires_grad_() for z in a]
+        terms, ours = corinfomax_loss(a, ours, **knobs)
+        loss, theirs = by_autograd(b, theirs, **knobs)
         terms.loss.backward()
         loss.backward()
         # float64 carries 16 digits; with N < D the covariance's condition number, up to 1e4 here, costs some.
         assert relative(terms.loss.detach(), loss.detach()) < 1e-10
-        for got, want in ((a1.grad, b1.grad), (a2.grad, b2.grad), *zip(ours, theirs, strict=True)):
+        gradients = [(x.grad, y.grad) for x, y in zip(a, b, strict=True)]
+        for got, want in (*gradients, *zip(ours, theirs, strict=True)):
             assert relative(got, want) < 1e-8
 
 
 def test_gradcheck():
-    moments = Moments.initial(4)._replace(mu1=torch.full((4,), 0.1, dtype=torch.float64))
+    mu = torch.zeros(3, 4, dtype=torch.float64)
+    mu[0] = 0.1
+    moments = Moments.initial(4, views=3)._replace(mu=mu)
 
-    def loss(z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:
-        return tuple(corinfomax_loss(z1, z2, moments, alpha=3.0, cov_decay=0.2, mean_decay=0.4)[0])
+    def loss(*views: Tensor) -> tuple[Tensor, ...]:
+        return tuple(corinfomax_loss(views, moments, alpha=3.0, cov_decay=0.2, mean_decay=0.4)[0])
 
-    assert torch.autograd.gradcheck(loss, (unit(6, 4, 0).requires_grad_(), unit(6, 4, 1).requires_grad_()))
+    assert torch.autograd.gradcheck(loss, [unit(6, 4, v).requires_grad_() for v in range(3)])
 
 
 def test_parts_have_their_own_gradients():
@@ -133,6 +140,14 @@ def test_big_bang_reaches_its_floor_only_when_isotropic(d):
         for _ in range(8):
             terms = criterion(tilted, tilted)
         assert float(terms.big_bang) > criterion.floor + 1e-3
+
+
+def test_more_views_have_the_same_terms_where_all_are_alike():
+    z = unit(40, 6, 0)
+    pair, four = CorInfoMaxLoss(6), CorInfoMaxLoss(6, views=4)
+    for _ in range(3):
+        torch.testing.assert_close(torch.stack(pair(z, z)), torch.stack(four(z, z, z, z)), rtol=1e-12, atol=1e-12)
+    assert pair.floor == four.floor
 
 
 def test_published_floors():
@@ -248,7 +263,7 @@ def test_non_finite_input_is_an_error_that_says_where(poison):
     criterion = CorInfoMaxLoss(8)
     with pytest.raises(ValueError, match=r"z2 has nan or infinity in 1 of its 16 rows"):
         criterion(z1, z2)
-    assert criterion.R2.equal(torch.eye(8, dtype=torch.float64))
+    assert criterion.R[1].equal(torch.eye(8, dtype=torch.float64))
 
 
 @pytest.mark.gpu
@@ -257,7 +272,7 @@ def test_non_finite_input_on_cuda_is_no_silent_nan_and_leaves_the_moments():
     z2[3, 5] = math.nan
     criterion = CorInfoMaxLoss(8).cuda()
     assert not criterion(z1, z2).loss.isfinite()
-    assert criterion.R2.equal(torch.eye(8, dtype=torch.float64, device="cuda"))
+    assert criterion.R[1].equal(torch.eye(8, dtype=torch.float64, device="cuda"))
 
 
 @pytest.mark.gpu
@@ -285,6 +300,7 @@ def test_cuda_equals_cpu_and_never_waits():
         (((8, 4), (7, 4)), "same rows"),
         (((8, 6), (8, 6)), "moments have dimension 4, the projections 6"),
         (((0, 4), (0, 4)), "n ≥ 1"),
+        (((8, 4), (8, 4), (8, 4)), "moments are those of 2 views; got 3"),
     ],
 )
 def test_wrong_shapes_are_errors_that_carry_them(shapes, message, without_shape_check):
@@ -293,7 +309,16 @@ def test_wrong_shapes_are_errors_that_carry_them(shapes, message, without_shape_
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"dim": 0}, {"cov_decay": 1.0}, {"mean_decay": -0.1}, {"eps": 0.0}, {"alpha": -1.0}, {"cov_init": 0.0}]
+    "knobs",
+    [
+        {"dim": 0},
+        {"cov_decay": 1.0},
+        {"mean_decay": -0.1},
+        {"eps": 0.0},
+        {"alpha": -1.0},
+        {"cov_init": 0.0},
+        {"views": 1},
+    ],
 )
 def test_impossible_knobs_are_errors(knobs):
     name = next(iter(knobs))
@@ -305,9 +330,7 @@ def test_state_dict_carries_the_moments():
     criterion = CorInfoMaxLoss(5)
     criterion(unit(9, 5, 0), unit(9, 5, 1))
     state = criterion.state_dict()
-    assert {name: value.dtype for name, value in state.items()} == dict.fromkeys(
-        ("R1", "R2", "mu1", "mu2"), torch.float64
-    )
+    assert {name: value.dtype for name, value in state.items()} == dict.fromkeys(("R", "mu"), torch.float64)
     other = CorInfoMaxLoss(5)
     other.load_state_dict(state)
     z1, z2 = unit(9, 5, 2), unit(9, 5, 3)
@@ -317,19 +340,19 @@ def test_state_dict_carries_the_moments():
 def test_eval_mode_leaves_the_moments():
     criterion = CorInfoMaxLoss(5).eval()
     first = criterion(unit(9, 5, 0), unit(9, 5, 1)).loss
-    assert criterion.R1.equal(torch.eye(5, dtype=torch.float64))
+    assert criterion.R[0].equal(torch.eye(5, dtype=torch.float64))
     assert float(first) == float(criterion.train()(unit(9, 5, 0), unit(9, 5, 1)).loss)
-    assert not criterion.R1.equal(torch.eye(5, dtype=torch.float64))
+    assert not criterion.R[0].equal(torch.eye(5, dtype=torch.float64))
 
 
 def test_casting_a_model_leaves_the_moments_float64():
     criterion = CorInfoMaxLoss(5)
     criterion(unit(9, 5, 0), unit(9, 5, 1))
-    before = criterion.R1.clone()
+    before = criterion.R.clone()
     for cast in (criterion.half, criterion.bfloat16, criterion.float, lambda: criterion.to(torch.float16)):
         cast()
-        assert criterion.R1.dtype == torch.float64
-        assert criterion.R1.equal(before)
+        assert criterion.R.dtype == torch.float64
+        assert criterion.R.equal(before)
 
 
 def test_mps_has_float32_moments_and_says_so():

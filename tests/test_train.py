@@ -1,6 +1,7 @@
 """The loop: what it optimises, that it stops and goes on, and that nothing but the recipe decides the result."""
 
 import functools
+import itertools
 import math
 import os
 import signal
@@ -47,22 +48,23 @@ def test_a_run_writes_metrics_and_a_checkpoint(splits, tmp_path):
     assert runs.checkpoints(tmp_path)[-1] == runs.checkpoint_path(tmp_path, 10)
 
 
-def test_metrics_are_the_loss_of_the_step_by_hand(splits, tmp_path):
+@pytest.mark.parametrize("crops", [2, 4])
+def test_metrics_are_the_loss_of_the_step_by_hand(splits, tmp_path, crops):
     """The first two steps again, from the parts: order, views, forwards, loss, update."""
-    run_tiny(splits, tmp_path)
-    recipe = tiny.RECIPE
+    recipe = replace(tiny.RECIPE, crops=crops)
+    run_tiny(splits, tmp_path, recipe)
     torch.manual_seed(key(recipe.seed, "weights"))
     network = Network(recipe.backbone, recipe.projector).to(memory_format=torch.channels_last)
-    criterion = CorInfoMaxLoss(8)
+    criterion = CorInfoMaxLoss(8, views=crops)
     optimizer = torch.optim.SGD(network.parameters(), lr=recipe.optim.start_lr, momentum=0.9, weight_decay=1e-4)
     losses = []
     for step in range(2):
         pixels, sizes = splits.train.batch(train.batch_indices(recipe, step, 40))
-        x1, x2 = train.make_views(recipe, pixels, sizes, step, CPU)
+        views = train.make_views(recipe, pixels, sizes, step, CPU)
         for group in optimizer.param_groups:
             # five steps an epoch, half an epoch of warm-up: the second step is at 1/2.5 of the rise
             group["lr"] = 3e-3 + (0.05 - 3e-3) * step / 2.5
-        loss = criterion(network(x1), network(x2)).loss
+        loss = criterion(*map(network, views)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -122,6 +124,32 @@ def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(splits, 
     )
     assert tiny.equal_states(first, again)
     assert not tiny.equal_states(first, other)
+
+
+def test_four_crops_are_four_views_of_each_image(splits, tmp_path):
+    recipe = replace(tiny.RECIPE, crops=4)
+    pixels, sizes = splits.train.batch(torch.arange(8))
+    crops = train.make_views(recipe, pixels, sizes, 3, CPU)
+    assert len(crops) == 4
+    for one, other in itertools.combinations(crops, 2):
+        assert not torch.allclose(one, other)
+    # The first two are those of a run with two.
+    for one, other in zip(crops, train.make_views(tiny.RECIPE, pixels, sizes, 3, CPU), strict=False):
+        assert one.equal(other)
+    solarised = replace(recipe, views=(replace(recipe.views[0], solarize=0.0), replace(recipe.views[1], solarize=1.0)))
+    drawn = train.draw_views(solarised, sizes, 3)
+    assert [bool(p.solarize.all()) for p in drawn] == [False, True, False, True]
+    tiny.run(splits, tmp_path / "run", recipe)
+    saved = checkpoint.load_last(tmp_path / "run")[1]
+    assert saved.recipe.crops == 4 and saved.criterion["R"].shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.5, 8), (0.4, 2), (2, 10)])
+def test_the_last_epoch_may_be_a_part(splits, tmp_path, epochs, steps):
+    tiny.run(splits, tmp_path / "run", replace(tiny.RECIPE, epochs=epochs))
+    rows = runs.read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert steps == 2 or rows[-1]["lr"] < 0.01  # at the end of the cosine, which 0.4 epochs of warm-up have no time for
 
 
 def test_labels_never_reach_training(splits, tmp_path):

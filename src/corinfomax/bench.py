@@ -92,12 +92,12 @@ def pace(recipe: Recipe, device: torch.device, *, seconds: float) -> Pace:
 
 def foreseen(pace: Pace, recipe: Recipe, images: int, device: torch.device) -> str:
     """A sentence: what a run of `recipe` on so many images takes here, and how that is known."""
-    steps = recipe.epochs * (images // recipe.batch)
+    steps = recipe.steps(images)
     minutes = train.work(recipe, steps, steps) / recipe.size**2 * pace.step / 60
     time = f"{minutes:,.1f} min" if minutes < 90 else f"{minutes / 60:,.1f} hours"
     memory = "" if pace.memory is None else f" and {pace.memory / 1e9:,.1f} GB of memory"
     return (
-        f"training takes about {time}{memory} on this {device.type}: {recipe.epochs} epochs of {images:,} images are "
+        f"training takes about {time}{memory} on this {device.type}: {recipe.epochs:g} epochs of {images:,} images are "
         f"{steps:,} steps of {recipe.batch}, each {1e3 * pace.step:,.0f} ms by {pace.steps} steps timed now on made-up "
         "images; scores and report come on top"
     )
@@ -149,14 +149,14 @@ def measure(recipe: Recipe, images: Images, device: torch.device, *, seconds: fl
     operations: dict[str, list[float]] = {name: [] for name in _operations(recipe)}
     ready, loop = [], []
     pixels, sizes = images.batch(train.batch_indices(recipe, 0, len(images)))
-    pair = train.make_views(recipe, pixels, sizes, 0, device)
+    crops = train.make_views(recipe, pixels, sizes, 0, device)
     for _ in range(rounds):
         laps = [apart() for _ in range(steps)]
         for part in PARTS:
             parts[part].append(statistics.median(lap[part] for lap in laps))
         with _stopwatch(device) as watch:
             for _ in range(steps):
-                update(recipe, learner, pair, next(counter), device)
+                update(recipe, learner, crops, next(counter), device)
         ready.append(watch() / steps)
         loop.append(_loop(recipe, images, device, steps))
         for name, less in _operations(recipe).items():
@@ -182,14 +182,13 @@ def _step_apart(recipe: Recipe, learner: Learner, images: Images, step: int, dev
     last = time.perf_counter()
     pixels, sizes = images.batch(batch)
     lap("read")
-    pair = train.make_views(recipe, pixels, sizes, step, device)
+    crops = train.make_views(recipe, pixels, sizes, step, device)
     lap("views")
-    update(recipe, learner, pair, step, device, lap)
+    update(recipe, learner, crops, step, device, lap)
     # The backward pass of the loss is inside "backward": time it alone, on rows of the same shape, and move it over.
-    rows = torch.randn(2, recipe.batch, recipe.projector.widths[-1], device=device).unbind()
-    z1, z2 = (row.requires_grad_() for row in rows)
+    rows = torch.randn(recipe.crops, recipe.batch, recipe.projector.widths[-1], device=device).unbind()
     learner.criterion.eval()  # the moments stay as they are
-    terms = learner.criterion(z1, z2)
+    terms = learner.criterion(*(row.requires_grad_() for row in rows))
     _wait(device)
     last = time.perf_counter()
     terms.loss.backward()

@@ -25,7 +25,7 @@ def markdown(saved: Checkpoint, results: dict[str, Any], *, plain: bool) -> str:
         "Method": "CorInfoMax (arXiv 2209.07999): self-supervised, no label was used",
         "Network": f"{recipe.backbone.name} of timm, without classifier" + ("" if plain else ", with a small stem"),
         "Images": f"{facts['images']:,} of `{_name(facts['data'])}`, fingerprint {facts['fingerprint']}",
-        "Training": f"recipe {facts['recipe_name']}, {recipe.epochs} epochs of batches of {recipe.batch}, "
+        "Training": f"recipe {facts['recipe_name']}, {recipe.epochs:g} epochs of batches of {recipe.batch}, "
         f"{knobs.sides(recipe)}; these are the weights after step {saved.step:,}",
         "Made with": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
     }

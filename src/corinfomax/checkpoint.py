@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from corinfomax import knobs, runs
 from corinfomax.networks import Network
 
-FORMAT = "corinfomax-2"
+FORMAT = "corinfomax-3"
+BEFORE = "corinfomax-2"  # with the moments of two views by their names
 
 
 class DamagedError(ValueError):
@@ -88,12 +89,15 @@ def load(path: Path) -> Checkpoint:
     if metadata.get("digest") != _digest(metadata["corinfomax"], tensors):
         raise DamagedError(f"{path} is damaged: its checksum is not that of its content")
     about = json.loads(metadata["corinfomax"])
-    if about["format"] != FORMAT:
+    if about["format"] not in (BEFORE, FORMAT):
         raise ValueError(f"{path} is of format {about['format']}; this version reads {FORMAT}")
     parts: dict[str, dict[str, Tensor]] = {"network": {}, "criterion": {}, "optimizer": {}, "loop": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = tensor
+    if about["format"] == BEFORE:
+        old = parts["criterion"]
+        parts["criterion"] = {name: torch.stack((old[f"{name}1"], old[f"{name}2"])) for name in ("R", "mu")}
     return Checkpoint(knobs.from_json(about["recipe"]), about["step"], about["facts"], **parts)
 
 

@@ -85,10 +85,21 @@ class Projector:
     """BatchNorm after every hidden layer."""
 
 
+Objective = Literal["corinfomax", "vicreg", "barlow-twins", "simclr", "sigreg"]
+PAIRED: tuple[Objective, ...] = ("vicreg", "barlow-twins", "simclr")
+"""Objectives of two views, no more."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """alpha · attraction + big_bang (arXiv 2209.07999)."""
+    """alpha · attraction + big_bang (arXiv 2209.07999), or another objective to compare it with."""
 
+    name: Objective = "corinfomax"
+    """The others are there to compare with: they come with the extra `baselines`, know `weights` alone of the fields
+    below, and have no verdict."""
+    weights: tuple[float, ...] = ()
+    """Of vicreg invariance, variance and covariance; of barlow-twins redundancy; of simclr the temperature; of sigreg
+    the share of SIGReg. () is what their authors take: 25 25 1, 0.0051, 0.5, 0.05."""
     alpha: float | None = None
     """Weight of the attraction; None is 3.906·D, the rule the published rows obey."""
     cov_decay: float = 0.01
@@ -170,13 +181,17 @@ class Recipe:
     std: tuple[float, float, float] = IMAGENET_STATS[1]
     """What red, green and blue are divided by."""
     views: tuple[View, View] = PAPER_VIEWS
+    """How an image's crops are made, in turn."""
+    crops: int = 2
+    """Views of an image in a step. The attraction is to their mean; more of them cost as many more forwards, so that
+    it is crops, not epochs, that runs are compared by."""
     backbone: Backbone = field(default_factory=Backbone)
     projector: Projector = field(default_factory=Projector)
     loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)
     probe: Probe = field(default_factory=Probe)
-    epochs: int = 100
-    """Times every image is seen."""
+    epochs: float = 100
+    """Times every image is seen; the last one may be a part."""
     batch: int = 512
     """Images a step; the last short batch of an epoch is dropped."""
     micro_batch: int | None = None
@@ -192,10 +207,14 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 < self.test_scale < inf:
             raise ValueError(f"test_scale is {self.test_scale}; it must be above 0")
-        if min(self.size, self.cache_side, self.epochs) < 1:
-            raise ValueError(
-                f"size, cache_side and epochs must be at least 1, got {self.size}, {self.cache_side}, {self.epochs}"
-            )
+        if min(self.size, self.cache_side) < 1:
+            raise ValueError(f"size and cache_side must be at least 1, got {self.size} and {self.cache_side}")
+        if not 0 < self.epochs < inf:
+            raise ValueError(f"epochs is {self.epochs}; it must be above 0")
+        if self.crops < 2:
+            raise ValueError(f"crops is {self.crops}; agreement needs at least 2 views of an image")
+        if self.crops != 2 and self.loss.name in PAIRED:
+            raise ValueError(f"crops is {self.crops}, and {self.loss.name} compares two views")
         if len(self.early_sizes) != len(self.early_shares) or min(self.early_sizes, default=1) < 1:
             raise ValueError(
                 f"early_sizes and early_shares are {self.early_sizes} and {self.early_shares}; each part needs a side, "
@@ -212,6 +231,10 @@ class Recipe:
         if not self.projector.widths or min(self.projector.widths) < 1:
             raise ValueError(f"projector widths must be one or more numbers above 0, got {self.projector.widths}")
 
+    def steps(self, images: int) -> int:
+        """Of a run on so many images."""
+        return round(self.epochs * (images // self.batch))
+
     @property
     def test_side(self) -> int:
         """Side of the views once trained, in pixels."""
@@ -225,7 +248,8 @@ def sides(recipe: Recipe) -> str:
 
 
 LATER: dict[str, dict[str, Any]] = {
-    "recipe": {"test_scale": 1.0, "early_sizes": (), "early_shares": ()},
+    "recipe": {"test_scale": 1.0, "early_sizes": (), "early_shares": (), "crops": 2},
+    "recipe.loss": {"name": "corinfomax", "weights": ()},
     "recipe.backbone": {"zero_init_last": True},
     "recipe.optim": {"clip": None},
 }

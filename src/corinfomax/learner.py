@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from corinfomax import checkpoint, distributed, micro, optim
+from corinfomax.baselines import Baseline
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.knobs import Recipe
 from corinfomax.networks import Network, arithmetic, fixed_size, ready
@@ -33,7 +34,7 @@ class Learner(NamedTuple):
     """The network, the loss with its moments, the optimiser with its state, the scale of a float16 gradient."""
 
     network: Network
-    criterion: CorInfoMaxLoss
+    criterion: CorInfoMaxLoss | Baseline
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     """Passes everything through as it is unless the precision is float16."""
@@ -60,15 +61,25 @@ def build(recipe: Recipe, device: torch.device, *, compiled: bool = False) -> Le
     distributed.share_batch_norm(network)
     if compiled:
         network.compile(dynamic=False)
-    criterion = CorInfoMaxLoss(recipe.projector.widths[-1], **vars(recipe.loss)).to(device)
+    criterion = build_criterion(recipe).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     return Learner(network, criterion, optim.build(network, recipe.optim), scaler)
+
+
+def build_criterion(recipe: Recipe) -> CorInfoMaxLoss | Baseline:
+    """The recipe's objective. ValueError for another one than CorInfoMax in several processes."""
+    if recipe.loss.name == "corinfomax":
+        own = {name: value for name, value in vars(recipe.loss).items() if name not in ("name", "weights")}
+        return CorInfoMaxLoss(recipe.projector.widths[-1], views=recipe.crops, **own)
+    if distributed.size() > 1:
+        raise ValueError(f"objective {recipe.loss.name} is there to compare with, in one process")
+    return Baseline(recipe.loss)
 
 
 def update(
     recipe: Recipe,
     learner: Learner,
-    pair: Sequence[Float[Tensor, "n 3 s s"]],
+    crops: Sequence[Float[Tensor, "n 3 s s"]],
     step: int,
     device: torch.device,
     lap: Callable[[str], object] = lambda part: None,
@@ -89,12 +100,12 @@ def update(
 
     optimizer.zero_grad(set_to_none=True)
     try:
-        if recipe.micro_batch is not None and recipe.micro_batch < len(pair[0]):
-            terms = micro.backward(project, network, criterion, pair, recipe.micro_batch, scaler.scale)
+        if recipe.micro_batch is not None and recipe.micro_batch < len(crops[0]):
+            terms = micro.backward(project, network, criterion, crops, recipe.micro_batch, scaler.scale)
         else:
-            z1, z2 = project(pair[0], 0), project(pair[1], 1)  # apart: each view has its own BatchNorm statistics
+            z = [project(x, v) for v, x in enumerate(crops)]  # apart: each view has its own BatchNorm statistics
             lap("forward")
-            terms = criterion(z1, z2)
+            terms = criterion(*z)
             lap("loss")
             scaler.scale(terms.loss).backward()
     except NotFiniteInputError as error:
@@ -149,9 +160,9 @@ def _known(numbers: Float[Tensor, " 4"], learner: Learner) -> str:
     )
 
 
-def smallest_eigenvalue(criterion: CorInfoMaxLoss) -> float:
-    """Of both views' running covariances."""
-    return min(float(torch.linalg.eigvalsh(R.cpu()).min()) for R in (criterion.R1, criterion.R2))
+def smallest_eigenvalue(criterion: CorInfoMaxLoss | Baseline) -> float:
+    """Of all views' running covariances; nan for an objective that has none."""
+    return float("nan") if isinstance(criterion, Baseline) else float(torch.linalg.eigvalsh(criterion.R.cpu()).min())
 
 
 def capture(learner: Learner, step: int, recipe: Recipe) -> Checkpoint:

@@ -17,27 +17,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from corinfomax.objective import CorInfoMaxLoss, Terms
+from corinfomax.objective import Terms
 
 
 def backward(
     project: Callable[[Float[Tensor, "m 3 s s"], int], Float[Tensor, "m d"]],
     network: nn.Module,
-    criterion: CorInfoMaxLoss,
-    pair: Sequence[Float[Tensor, "n 3 s s"]],
+    criterion: Callable[..., Terms],
+    crops: Sequence[Float[Tensor, "n 3 s s"]],
     part: int,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> Terms:
-    """Accumulate the gradient of the loss of both views into the network, `part` images of a view at a time.
+    """Accumulate the gradient of the loss of all views into the network, `part` images of a view at a time.
 
-    `project(images, i)` runs the network on the i-th part, counted over both views: the same for the same i, dropout
+    `project(images, i)` runs the network on the i-th part, counted over the views: the same for the same i, dropout
     included. The gradient is that of `scale(loss)`.
     """
-    parts = [images for view in pair for images in view.split(part)]
+    parts = [images for view in crops for images in view.split(part)]
     with torch.no_grad():
         projections = [project(images, i) for i, images in enumerate(parts)]
-    half = len(parts) // 2
-    leaves = [torch.cat(view).requires_grad_() for view in (projections[:half], projections[half:])]
+    each = len(parts) // len(crops)
+    leaves = [torch.cat(projections[i : i + each]).requires_grad_() for i in range(0, len(parts), each)]
     terms = criterion(*leaves)
     scale(terms.loss).backward()
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]

@@ -1,4 +1,4 @@
-"""The CorInfoMax objective (arXiv 2209.07999): log det spreads the features, attraction makes two views agree.
+"""The CorInfoMax objective (arXiv 2209.07999): log det spreads the features, attraction makes the views agree.
 
     μ ← λ_μ μ + (1−λ_μ) mean(z)                     each view has its own moments
     R ← λ_R R + (1−λ_R) (z−μ)ᵀ(z−μ)/N               centred with the new mean
@@ -7,13 +7,17 @@
     loss       = alpha · attraction + big_bang
 
 λ weighs the past. The gradient flows through the batch's own mean and covariance; the past is a constant.
+
+Of V views, z̄ their mean, the first is −(2/V) Σ log det(R_v+εI) / D and the second 2/(V−1) · Σ ‖z_v−z̄‖² / (N·D), which
+is the mean of ‖z_u−z_v‖² / (N·D) over all pairs, since Σ_{u<v} ‖z_u−z_v‖² = V Σ ‖z_v−z̄‖². Two views give the lines
+above, and any number has the same bounds and wants the same alpha.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,24 +30,23 @@ from corinfomax.knobs import ALPHA_PER_DIM
 
 
 class Moments(NamedTuple):
-    """Running covariance and mean of the projections, one pair a view."""
+    """Running covariance and mean of each view's projections."""
 
-    R1: Float[Tensor, "d d"]
-    R2: Float[Tensor, "d d"]
-    mu1: Float[Tensor, " d"]
-    mu2: Float[Tensor, " d"]
+    R: Float[Tensor, "v d d"]
+    mu: Float[Tensor, "v d"]
 
     @classmethod
-    def initial(cls, dim: int, *, cov_init: float = 1.0, device: torch.device | str | None = None) -> Moments:
+    def initial(
+        cls, dim: int, *, views: int = 2, cov_init: float = 1.0, device: torch.device | str | None = None
+    ) -> Moments:
         """The moments before the first step: R = cov_init·I, mu = 0, in `moment_dtype(device)`."""
         dtype = moment_dtype(device)
         R = cov_init * torch.eye(dim, dtype=dtype, device=device)
-        mu = torch.zeros(dim, dtype=dtype, device=device)
-        return cls(R, R.clone(), mu, mu.clone())
+        return cls(R.repeat(views, 1, 1), torch.zeros(views, dim, dtype=dtype, device=device))
 
 
 class Terms(NamedTuple):
-    """The loss and its two parts, each a differentiable scalar in the moments' dtype."""
+    """The loss and its two parts, each a differentiable scalar in the moments' dtype (other objectives' in theirs)."""
 
     loss: Float[Tensor, ""]
     attraction: Float[Tensor, ""]
@@ -51,8 +54,7 @@ class Terms(NamedTuple):
 
 
 def corinfomax_loss(
-    z1: Float[Tensor, "n d"],
-    z2: Float[Tensor, "n d"],
+    views: Sequence[Float[Tensor, "n d"]],
     moments: Moments,
     *,
     alpha: float,
@@ -60,35 +62,38 @@ def corinfomax_loss(
     mean_decay: float = 0.01,
     eps: float = 1e-8,
 ) -> tuple[Terms, Moments]:
-    """The published loss of two views of a batch and the moments after it.
+    """The loss of two or more views of a batch, of two the published one, and the moments after it.
 
-    Rows of `z1` and `z2` are projections, L2-normalised by the caller; any floating dtype, the arithmetic is that of
-    `moments` (float64). `cov_decay` and `mean_decay` weigh the past. The returned moments are detached.
+    Rows of each view are projections, L2-normalised by the caller, the same row in all for one image; any floating
+    dtype, the arithmetic is that of `moments` (float64). `cov_decay` and `mean_decay` weigh the past. The returned
+    moments are detached.
 
     Where torch.distributed runs, the rows are one process's part of the batch: the terms and moments are those of the
-    whole batch, the same in each process, and the gradient is the whole loss's to these rows; 2·D + 1 and then 2·D² + 1
-    numbers are summed, and nothing in the backward pass. Sum the parameters' gradients over processes to go on.
+    whole batch, the same in each process, and the gradient is the whole loss's to these rows; V·D + 1 and then
+    V·D² + 1 numbers are summed, none in the backward pass. Sum the parameters' gradients over processes to go on.
 
-    Raises ValueError for a wrong shape or a non-finite value. On CUDA looking at values would make the host wait, and
-    of several processes one would stop alone: there a non-finite batch gives a non-finite loss and leaves the moments
-    as they were.
+    Raises ValueError for a wrong shape or number of views, or a non-finite value. On CUDA looking at values would make
+    the host wait, and of several processes one would stop alone: there a non-finite batch gives a non-finite loss and
+    leaves the moments as they were.
 
     >>> z = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
-    >>> terms, moments = corinfomax_loss(z, z, Moments.initial(4), alpha=16.0)
+    >>> terms, moments = corinfomax_loss((z, z), Moments.initial(4), alpha=16.0)
     >>> float(terms.attraction)
     0.0
     """
-    _check_pair(z1, z2, dim=moments.mu1.shape[0])
+    count, dim = moments.mu.shape
+    if len(views) != count:
+        raise ValueError(f"the moments are those of {count} views; got {len(views)}")
+    _check_views(views, dim=dim)
     # Under autocast matmul would come down to bfloat16, whose 8 bits leave nothing of a log det.
-    with torch.autocast(z1.device.type, enabled=False):
-        R_past, mu_past = torch.stack((moments.R1, moments.R2)), torch.stack((moments.mu1, moments.mu2))
-        log_det, attraction, R, mu = _Parts.apply(z1, z2, R_past, mu_past, cov_decay, mean_decay, eps)
-        big_bang = -log_det.sum() / z1.shape[1]
+    with torch.autocast(views[0].device.type, enabled=False):
+        log_det, attraction, R, mu = _Parts.apply(*moments, cov_decay, mean_decay, eps, *views)
+        big_bang = -2 / count * log_det.sum() / dim
         loss = alpha * attraction + big_bang
         # One bad batch must not live on in the moments; torch.where, since an `if` would wait for the device.
         good = loss.isfinite()
-        R, mu = torch.where(good, R, R_past), torch.where(good, mu, mu_past)
-    return Terms(loss, attraction, big_bang), Moments(*R.unbind(), *mu.unbind())
+        R, mu = torch.where(good, R, moments.R), torch.where(good, mu, moments.mu)
+    return Terms(loss, attraction, big_bang), Moments(R, mu)
 
 
 class _Parts(torch.autograd.Function):
@@ -103,43 +108,42 @@ class _Parts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        z1: Tensor,
-        z2: Tensor,
         R_past: Tensor,
         mu_past: Tensor,
         cov_decay: float,
         mean_decay: float,
         eps: float,
+        *views: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows, d = z1.shape
-        z = R_past.new_empty(2, rows, d)  # every pass over it takes as long as a fifth of a Gram matrix of 512
-        z[0], z[1] = z1, z2
+        rows, d = views[0].shape
+        z = R_past.new_empty(len(views), rows, d)  # every pass over two takes a fifth of a Gram matrix of 512
+        for z_v, view in zip(z, views, strict=True):
+            z_v.copy_(view)
         sums = distributed.total(torch.cat((z.sum(1).flatten(), z.new_full((1,), rows))))
         n = sums[-1]
-        m = (sums[:-1] / n).view(2, d)
+        m = (sums[:-1] / n).view(-1, d)
         mu = torch.lerp(m, mu_past, mean_decay)
-        apart = z[0] - z[1]
+        apart = z - z.mean(0)
         centred = z.sub_(mu[:, None])
         sums = distributed.total(
             torch.cat(((centred.mT @ centred).flatten(), torch.linalg.vector_norm(apart)[None] ** 2))
         )
-        R = torch.lerp(sums[:-1].view(2, d, d) / n, R_past, cov_decay)
+        R = torch.lerp(sums[:-1].view(-1, d, d) / n, R_past, cov_decay)
         log_det, L = _cholesky_log_det(R, eps)
         ctx.save_for_backward(centred, (1 - mean_decay) * (m - mu), L, apart, n)
-        ctx.cov_decay, ctx.dtypes = cov_decay, (z1.dtype, z2.dtype)
+        ctx.cov_decay, ctx.dtypes = cov_decay, [view.dtype for view in views]
         ctx.mark_non_differentiable(R, mu)
-        return log_det, sums[-1] / (n * d), R, mu
+        return log_det, 2 / (len(views) - 1) * sums[-1] / (n * d), R, mu
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         centred, through_mean, L, apart, n = ctx.saved_tensors
-        to_log_det, to_mean_square = grads[0] * (2 * (1 - ctx.cov_decay) / n), grads[1] * (2 / (n * L.shape[-1]))
+        count, _, d = centred.shape
+        to_log_det, to_distance = grads[0] * (2 * (1 - ctx.cov_decay) / n), grads[1] * (4 / ((count - 1) * n * d))
         G = torch.cholesky_inverse(L) * to_log_det[:, None, None]
-        gradient = torch.baddbmm(-through_mean[:, None] @ G, centred, G)
-        gradient[0].addcmul_(apart, to_mean_square)
-        gradient[1].addcmul_(apart, to_mean_square, value=-1)
-        return *(g.to(dtype) for g, dtype in zip(gradient, ctx.dtypes, strict=True)), *[None] * 5
+        gradient = torch.baddbmm(-through_mean[:, None] @ G, centred, G).addcmul_(apart, to_distance)
+        return *[None] * 5, *(g.to(dtype) for g, dtype in zip(gradient, ctx.dtypes, strict=True))
 
 
 class _Unit(torch.autograd.Function):
@@ -165,11 +169,11 @@ class _Unit(torch.autograd.Function):
 class CorInfoMaxLoss(nn.Module):
     """The loss as a module for anyone's loop; its state is the running moments.
 
-    `terms = criterion(z1, z2)` takes two projections of shape (n, dim), any floating dtype, and gives scalars
-    `terms.loss`, `terms.attraction` and `terms.big_bang`, differentiable, float64. `alpha=None` means 3.906·dim, the
-    rule the published rows obey. In eval mode the moments stay as they are. They are float64 buffers (`R1`, `R2`,
-    `mu1`, `mu2`) in `state_dict`, and stay float64 under `.half()`; on MPS, which has no float64, float32 with a
-    warning.
+    `terms = criterion(z1, z2)` takes two projections of shape (n, dim), or as many as `views`, any floating dtype, and
+    gives scalars `terms.loss`, `terms.attraction` and `terms.big_bang`, differentiable, float64. `alpha=None` means
+    3.906·dim, the rule the published rows obey. In eval mode the moments stay as they are. They are float64 buffers
+    in `state_dict`, `R` (views, dim, dim) and `mu` (views, dim), and stay float64 under `.half()`; on MPS, which has
+    no float64, float32 with a warning.
 
     Where torch.distributed runs, the batch is that of all processes (see `corinfomax_loss`), and the gradient is such
     that the mean over processes, which DistributedDataParallel takes, is the gradient of the whole loss.
@@ -183,15 +187,14 @@ class CorInfoMaxLoss(nn.Module):
     True
     """
 
-    R1: Tensor
-    R2: Tensor
-    mu1: Tensor
-    mu2: Tensor
+    R: Tensor
+    mu: Tensor
 
     def __init__(
         self,
         dim: int,
         *,
+        views: int = 2,
         alpha: float | None = None,
         cov_decay: float = 0.01,
         mean_decay: float = 0.01,
@@ -202,6 +205,7 @@ class CorInfoMaxLoss(nn.Module):
         super().__init__()
         for name, value, fits, wanted in (
             ("dim", dim, dim >= 1, "at least 1"),
+            ("views", views, views >= 2, "at least 2"),
             ("alpha", alpha, alpha is None or alpha >= 0, "at least 0, or None for 3.906·dim"),
             ("cov_decay", cov_decay, 0 <= cov_decay < 1, "in [0, 1): the weight of the past"),
             ("mean_decay", mean_decay, 0 <= mean_decay < 1, "in [0, 1): the weight of the past"),
@@ -212,36 +216,34 @@ class CorInfoMaxLoss(nn.Module):
                 raise ValueError(f"{name} is {value}; it must be {wanted}")
         self.alpha = ALPHA_PER_DIM * dim if alpha is None else alpha
         self.cov_decay, self.mean_decay, self.eps, self.normalize = cov_decay, mean_decay, eps, normalize
-        for name, moment in Moments.initial(dim, cov_init=cov_init)._asdict().items():
+        for name, moment in Moments.initial(dim, views=views, cov_init=cov_init)._asdict().items():
             self.register_buffer(name, moment)
 
     @property
     def floor(self) -> float:
         """The least big_bang that unit rows can reach, 2·ln D: all directions in equal use."""
-        return 2 * math.log(len(self.mu1))
+        return 2 * math.log(self.mu.shape[1])
 
-    def forward(self, z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"]) -> Terms:
+    def forward(self, *views: Float[Tensor, "n d"]) -> Terms:
         """The terms of this batch; in training mode the moments move on."""
         if self.normalize:
-            z1, z2 = _Unit.apply(z1), _Unit.apply(z2)
-        z1, z2 = distributed.scale_gradient(z1), distributed.scale_gradient(z2)
+            views = tuple(_Unit.apply(z) for z in views)
         terms, moments = corinfomax_loss(
-            z1,
-            z2,
-            Moments(self.R1, self.R2, self.mu1, self.mu2),
+            [distributed.scale_gradient(z) for z in views],
+            Moments(self.R, self.mu),
             alpha=self.alpha,
             cov_decay=self.cov_decay,
             mean_decay=self.mean_decay,
             eps=self.eps,
         )
         if self.training:
-            self.R1, self.R2, self.mu1, self.mu2 = moments
+            self.R, self.mu = moments
         return terms
 
     def extra_repr(self) -> str:
         return (
-            f"dim={len(self.mu1)}, alpha={self.alpha:g}, cov_decay={self.cov_decay:g}, mean_decay={self.mean_decay:g}, "
-            f"eps={self.eps:g}, normalize={self.normalize}"
+            f"dim={self.mu.shape[1]}, views={len(self.mu)}, alpha={self.alpha:g}, cov_decay={self.cov_decay:g}, "
+            f"mean_decay={self.mean_decay:g}, eps={self.eps:g}, normalize={self.normalize}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CorInfoMaxLoss:
@@ -268,7 +270,7 @@ def ldmi(z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"], *, eps: float = 1e-
     Rows are paired observations, used as they are (not normalised). Raises ValueError for a wrong shape or a
     non-finite value.
     """
-    _check_pair(z1, z2)
+    _check_views((z1, z2))
     dtype = moment_dtype(z1.device)
     with torch.autocast(z1.device.type, enabled=False):
         joint = torch.cat((z1, z2), 1).to(dtype)
@@ -301,23 +303,25 @@ class NotFiniteInputError(ValueError):
     """Projections that hold nan or infinity."""
 
 
-def _check_pair(z1: Tensor, z2: Tensor, *, dim: int | None = None) -> None:
-    shapes = f"got {tuple(z1.shape)} and {tuple(z2.shape)}"
-    if z1.ndim != 2 or z2.ndim != 2 or len(z1) != len(z2) or len(z1) == 0:
-        raise ValueError(f"z1 and z2 must be two matrices with the same rows (n, d), n ≥ 1; {shapes}")
-    if z1.shape[1] != z2.shape[1]:
-        raise ValueError(f"z1 and z2 must have the same dimension; {shapes}")
-    if dim is not None and z1.shape[1] != dim:
-        raise ValueError(f"the moments have dimension {dim}, the projections {z1.shape[1]}; {shapes}")
-    if not (z1.is_floating_point() and z2.is_floating_point()):
-        raise ValueError(f"z1 and z2 must be floating-point; got {z1.dtype} and {z2.dtype}")
-    if z1.device != z2.device:
-        raise ValueError(f"z1 and z2 must be on one device; got {z1.device} and {z2.device}")
-    if z1.device.type == "cuda" or distributed.size() > 1:
+def _check_views(views: Sequence[Tensor], *, dim: int | None = None) -> None:
+    first, *others = views
+    names = " and ".join(f"z{v}" for v in range(1, len(views) + 1))
+    shapes = f"got {' and '.join(str(tuple(z.shape)) for z in views)}"
+    if first.ndim != 2 or len(first) == 0 or any(z.ndim != 2 or len(z) != len(first) for z in others):
+        raise ValueError(f"{names} must be matrices with the same rows (n, d), n ≥ 1; {shapes}")
+    if any(z.shape[1] != first.shape[1] for z in others):
+        raise ValueError(f"{names} must have the same dimension; {shapes}")
+    if dim is not None and first.shape[1] != dim:
+        raise ValueError(f"the moments have dimension {dim}, the projections {first.shape[1]}; {shapes}")
+    if not all(z.is_floating_point() for z in views):
+        raise ValueError(f"{names} must be floating-point; got {' and '.join(str(z.dtype) for z in views)}")
+    if any(z.device != first.device for z in others):
+        raise ValueError(f"{names} must be on one device; got {' and '.join(str(z.device) for z in views)}")
+    if first.device.type == "cuda" or distributed.size() > 1:
         return  # reading a value would make the host wait; one process's error would leave the others waiting for it
-    for name, z in (("z1", z1), ("z2", z2)):
+    for v, z in enumerate(views, 1):
         bad = int((~z.detach().isfinite()).any(1).sum())
         if bad:
             raise NotFiniteInputError(
-                f"{name} has nan or infinity in {bad} of its {len(z)} rows; all values must be finite"
+                f"z{v} has nan or infinity in {bad} of its {len(z)} rows; all values must be finite"
             )

@@ -26,7 +26,7 @@ def build(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
 
 
-def learning_rate(optim: Optim, step: int, *, steps_per_epoch: int, epochs: int) -> float:
+def learning_rate(optim: Optim, step: int, *, steps_per_epoch: int, epochs: float) -> float:
     """The learning rate of a step: linear warm-up from `start_lr` to `lr`, then a cosine to `min_lr`.
 
     With schedule "epoch", the paper's, it is constant within an epoch: epoch 0 has `start_lr`, the last warm-up epoch

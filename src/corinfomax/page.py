@@ -155,8 +155,8 @@ def headlines(content: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _epochs(count: int) -> str:
-    return "1 epoch" if count == 1 else f"{count:,} epochs"
+def _epochs(count: float) -> str:
+    return "1 epoch" if count == 1 else f"{count:,g} epochs"
 
 
 # Title, what to read in it, whether it is shown at once, and its curves: name and column.
@@ -188,7 +188,7 @@ OTHER = {"step", "seconds", "attraction", "finite"}
 def curves(metrics: list[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
     """A chart for each family of measures that metrics.jsonl holds, and one for each number that is of none."""
     alpha = recipe.loss.alpha if recipe.loss.alpha is not None else ALPHA_PER_DIM * recipe.projector.widths[-1]
-    rows = [row | ({"pull": alpha * row["attraction"]} if "attraction" in row else {}) for row in metrics]
+    rows = [row | ({"pull": alpha * row["attraction"]} if "big_bang" in row else {}) for row in metrics]
     known = OTHER | {column for *_, series in CHARTS for _, column in series}
     found: dict[str, set[float]] = {}
     for row in rows:

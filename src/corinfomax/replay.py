@@ -53,13 +53,13 @@ def replay(path: Path, device: torch.device) -> Replay:
     weights = {name: float(p.detach().norm()) for name, p in network.named_parameters()}
     least = smallest_eigenvalue(learner.criterion)
     seen = replace(recipe, size=saved.facts.get("size", recipe.size))
-    pair = make_views(seen, saved.loop["pixels"], saved.loop["sizes"], saved.step, device)
-    order, micro_batch = as_one(len(pair[0]), saved.facts.get("processes", 1), recipe.micro_batch)
-    recipe, pair = replace(recipe, micro_batch=micro_batch), [view[order] for view in pair]
+    crops = make_views(seen, saved.loop["pixels"], saved.loop["sizes"], saved.step, device)
+    order, micro_batch = as_one(len(crops[0]), saved.facts.get("processes", 1), recipe.micro_batch)
+    recipe, crops = replace(recipe, micro_batch=micro_batch), [view[order] for view in crops]
     values = [float("nan")] * len(NUMBERS)
     failed = True
     with first_not_finite(network) as found, contextlib.suppress(NotFiniteError):
-        numbers = update(recipe, learner, pair, saved.step, device)
+        numbers = update(recipe, learner, crops, saved.step, device)
         values, failed = numbers.tolist(), find_fault(learner, numbers[None], saved.step + 1) is not None
     return Replay(
         step=saved.step,

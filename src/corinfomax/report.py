@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from corinfomax import diagnosis, embed, maps, page, pictures, runs, similar, train, views
+from corinfomax import diagnosis, embed, maps, page, pictures, runs, similar, train
 from corinfomax.images import Splits
 from corinfomax.knobs import Recipe, View
 from corinfomax.networks import Network
@@ -104,7 +104,7 @@ def gather(subject: Subject, *, device: torch.device, progress: bool = True) -> 
         "facts": subject.facts,
         "recipe": recipe,
         "step": subject.step,
-        "steps": recipe.epochs * (subject.facts["images"] // recipe.batch),
+        "steps": recipe.steps(subject.facts["images"]),
         "results": results,
         "metrics": metrics,
         "spectra": [_spectrum("backbone features", features), _spectrum("projections", projections)],
@@ -225,21 +225,24 @@ def contact_sheet(subject: Subject, *, device: torch.device) -> list[dict[str, A
     some = slice(0, SEEN)
     pixels, _ = images.batch(indices[some])
     sizes = images.sizes[indices]
-    steps = recipe.epochs * (len(images) // recipe.batch)
-    pair = [
+    steps = recipe.steps(len(images))
+    crops = [
         pictures.normalised_to_bytes(x.float(), mean=recipe.mean, std=recipe.std)
         for x in train.make_views(train.of_step(recipe, step, steps), pixels, sizes, step, device, some)
     ]
     # For the captions alone: the pictures come from the training loop's own function.
-    drawn = [views.draw(view, sizes, generator(recipe.seed, f"view {v}", step)) for v, view in enumerate(recipe.views)]
+    drawn = train.draw_views(recipe, sizes, step)
     whole = Pool(("train",), (images,))
     return [
         {
             "path": images.paths[row],
             "image": pictures.webp(whole.pixels(row), 128),
             "views": [
-                {"image": pictures.webp(x[place], 128, quality=85), "said": operations(view, p, sizes[place], place)}
-                for x, view, p in zip(pair, recipe.views, drawn, strict=True)
+                {
+                    "image": pictures.webp(x[place], 128, quality=85),
+                    "said": operations(train.of_crop(recipe, crop), p, sizes[place], place),
+                }
+                for crop, (x, p) in enumerate(zip(crops, drawn, strict=True))
             ],
         }
         for place, row in enumerate(indices[some].tolist())

@@ -20,9 +20,10 @@ from corinfomax import checkpoint, diagnosis, distributed, embed, optim, probes,
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.feed import feed
 from corinfomax.images import Images, Splits
-from corinfomax.knobs import Recipe
+from corinfomax.knobs import Recipe, View
 from corinfomax.learner import NUMBERS, Learner, NotFiniteError, build, capture, find_fault, put_back, scale, update
 from corinfomax.networks import Network
+from corinfomax.objective import moment_dtype
 from corinfomax.seeds import generator
 from corinfomax.signals import stop_signals
 
@@ -76,20 +77,20 @@ def pretrain(
     """
     images = splits.train
     steps_per_epoch = len(images) // recipe.batch
-    steps = recipe.epochs * steps_per_epoch
+    steps = recipe.steps(len(images))
     here, writes = check_parts(recipe), distributed.rank() == 0
     learner = build(recipe, device, compiled=compiled)
-    first, pending = 0, torch.empty(0, len(NUMBERS), dtype=learner.criterion.R1.dtype, device=device)
+    first, pending = 0, torch.empty(0, len(NUMBERS), dtype=moment_dtype(device), device=device)
     if resume is not None and resume.step > 0:
         put_back(learner, resume)
         first, pending = resume.step, resume.loop.get("numbers", pending).to(device)
 
     def take(step: int) -> Float[Tensor, " 4"]:
         sizes = images.sizes[batch_indices(recipe, step, len(images))]
-        pair = make_views(of_step(recipe, step, steps), batches.take(step), sizes, step, device, here)
+        crops = make_views(of_step(recipe, step, steps), batches.take(step), sizes, step, device, here)
         lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
         optim.set_learning_rate(learner.optimizer, lr)
-        return update(recipe, learner, pair, step, device)
+        return update(recipe, learner, crops, step, device)
 
     score_at = {round(steps * (i + 1) / pace.scores) for i in range(pace.scores)}
     watched = diagnosis.choose(splits, recipe, device=device)
@@ -211,7 +212,7 @@ def keep_failure(
                 "failure": str(fault),
                 "lr": optimizer.param_groups[0]["lr"],
                 "processes": distributed.size(),
-                "size": of_step(recipe, fault.step, recipe.epochs * (len(images) // recipe.batch)).size,
+                "size": of_step(recipe, fault.step, recipe.steps(len(images))).size,
             },
             loop={"indices": indices, "pixels": pixels, "sizes": sizes, **scale(scaler)},
         )
@@ -269,11 +270,24 @@ def make_views(
 ) -> list[Float[Tensor, "n 3 s s"]]:
     """The views of the images `here` of one step's batch, drawn for all of it from generators keyed on the step."""
     pixels = pixels.to(device)
-    drawn = [views.draw(view, sizes, generator(recipe.seed, f"view {v}", step)) for v, view in enumerate(recipe.views)]
+    drawn = draw_views(recipe, sizes, step)
     return [
         views.apply(pixels, sizes[here], p.take(here), size=recipe.size, mean=recipe.mean, std=recipe.std)
         for p in drawn
     ]
+
+
+def draw_views(recipe: Recipe, sizes: Int[Tensor, "b 2"], step: int) -> list[views.Parameters]:
+    """What is done to each image of a step's batch, for each of its crops."""
+    return [
+        views.draw(of_crop(recipe, crop), sizes, generator(recipe.seed, f"view {crop}", step))
+        for crop in range(recipe.crops)
+    ]
+
+
+def of_crop(recipe: Recipe, crop: int) -> View:
+    """How the crop of that number is made."""
+    return recipe.views[crop % len(recipe.views)]
 
 
 def log_row(pending: Float[Tensor, "k 4"], done: int, learner: Learner, progress: Progress) -> dict[str, Any]:
@@ -283,7 +297,11 @@ def log_row(pending: Float[Tensor, "k 4"], done: int, learner: Learner, progress
         raise fault
     numbers = pending.cpu()
     means = dict(zip(NUMBERS, numbers.mean(0).tolist(), strict=True))
-    row = {"step": done, **means, "gap": means["big_bang"] - learner.criterion.floor}
+    row: dict[str, Any] = {"step": done, **means}
+    if learner.criterion.floor is None:
+        del row["big_bang"]
+    else:
+        row["gap"] = means["big_bang"] - learner.criterion.floor
     if learner.scaler.is_enabled():  # without the updates that the scaler left out
         norms = numbers[:, 3][numbers[:, 3].isfinite()]
         row["gradient_norm"] = float(norms.mean()) if len(norms) else None
@@ -345,7 +363,9 @@ class Progress:
     def show(self, row: dict[str, Any], waited: float) -> None:
         """Tell where the run is: speed, time left, the loss, how far the spread is from its bound; and what share of
         the time it `waited`, in seconds, for images, where that is worth a word."""
-        text = f"loss {row['loss']:.3f} · attraction {row['attraction']:.5f} · {row['gap']:.3f} above 2·ln D"
+        text = f"loss {row['loss']:.3f} · attraction {row['attraction']:.5f}"
+        if "gap" in row:
+            text += f" · {row['gap']:.3f} above 2·ln D"
         if "knn" in row:
             text += f" · kNN {row['knn']:.1f} %"
         self.rows.append(row)

@@ -73,7 +73,8 @@ def judge(
 
     `ended` is a run that has all its steps; `error` is why it broke off. The first of these that holds is said: the
     data is at fault, the numbers are impossible, all images are at one point or in few directions, views make no
-    difference or more than images do, the loss rises; and only then how far the run has come.
+    difference or more than images do, the loss rises; and only then how far the run has come. Of another objective
+    than CorInfoMax only the data and the error are judged: the thresholds are not known for it.
     """
     looks = [row for row in rows if "views_differ" in row]
     if error is not None:
@@ -82,6 +83,8 @@ def judge(
         )
     if not looks:
         return None
+    if recipe.loss.name != "corinfomax":
+        return _data(looks[-1])
     share = rows[-1]["step"] / steps
     return (
         _data(looks[-1])
@@ -248,7 +251,7 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
     if gain >= GROWING:
         kind = "improving"
         advice = (
-            f"It was still learning when it ended: --epochs {2 * recipe.epochs} would give more."
+            f"It was still learning when it ended: --epochs {2 * recipe.epochs:g} would give more."
             if ended
             else "Let it run."
         )

@@ -284,7 +284,7 @@ def _finish(trained: Trained) -> None:
     if command.evaluate and train.scorable(splits):
         evaluate.tell(scoring.evaluate(network.backbone, splits, recipe, device=device), splits, run / "results.json")
     if command.report:
-        step = recipe.epochs * (len(splits.train) // recipe.batch)
+        step = recipe.steps(len(splits.train))
         _report_if_possible(run, network, recipe, step, facts, splits, device)
     root = [] if facts["root"] is None else ["--root", facts["root"]]
     print(f"feature vectors: {shlex.join(['corinfomax', 'embed', str(run), data, *root])}")
@@ -292,7 +292,7 @@ def _finish(trained: Trained) -> None:
 
 def _conclude(run: Path, recipe: Recipe, images: int, *, error: str | None = None) -> None:
     """Say and keep whether the run worked, and which of its checkpoints is best."""
-    rows, steps = runs.read_metrics(run), recipe.epochs * (images // recipe.batch)
+    rows, steps = runs.read_metrics(run), recipe.steps(images)
     found = verdict.judge(rows, recipe, steps=steps, ended=True, error=error)
     if found is None:
         return

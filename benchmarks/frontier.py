@@ -1,0 +1,305 @@
+"""Accuracy against compute: CorInfoMax, other objectives and labels, on one network in equal processor time.
+
+    python -m benchmarks.frontier tune --root data
+    python -m benchmarks.frontier measure --root data
+    python -m benchmarks.frontier train --root data --minutes 10 --seeds 0 1 2
+    python -m benchmarks.frontier write
+
+`tune` chooses each method's settings on a slice of CIFAR-10's training images, by the same search for all; what it
+found stands in `benchmarks.methods`. `measure` takes the processor seconds of a step, by turns on a quiet machine, so
+that the number of steps that fit into a run is a matter of one quiet measurement and not of what ran beside it.
+`train` trains and scores; what is in the file of results already is left out, so several can work side by side with
+other `--seeds` or `--methods`. `write` draws the table and the plot of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import machine
+from benchmarks.methods import CHOSEN, DATA, METHODS, SUPERVISED, Changes, Method, changed
+from corinfomax import embed, images, knobs, optim, probes, train
+from corinfomax.images import Splits
+from corinfomax.knobs import Projector, Recipe
+from corinfomax.learner import build, update
+from corinfomax.networks import Network
+from corinfomax.seeds import generator, key
+
+CPU = torch.device("cpu")
+ROWS = Path(__file__).with_name("frontier.jsonl")
+SPEEDS = Path(__file__).with_name("frontier.json")
+TRIAL_MINUTES = 2.0
+HELD_OUT = 5000
+
+
+def load(data: str, root: Path, cache: Path | None) -> Splits:
+    """The images of a set, decoded at the side its runs want."""
+    loaded = images.load(root / data, side=DATA[data].cache_side, cache=cache)
+    assert loaded.test is not None
+    return loaded
+
+
+def held_out(splits: Splits) -> Splits:
+    """Training images alone, the last of them in a random order to score on: test images are for the end."""
+    order = torch.randperm(len(splits.train), generator=generator(0, "slice"))
+    return Splits(splits.train.select(order[:-HELD_OUT]), splits.train.select(order[-HELD_OUT:]))
+
+
+class Stepper:
+    """Steps of a method one at a time, with what the training loop does for each: images, views, update."""
+
+    def __init__(self, name: str, recipe: Recipe, splits: Splits) -> None:
+        self.recipe, self.splits, self.step = recipe, splits, 0
+        if name == SUPERVISED:
+            self.advance = _supervised(recipe, splits).__next__
+        else:
+            learner = build(recipe, CPU)
+
+            def advance() -> object:
+                indices = train.batch_indices(recipe, self.step, len(splits.train))
+                pixels, sizes = splits.train.batch(indices)
+                crops = train.make_views(recipe, pixels, sizes, self.step, CPU)
+                return update(recipe, learner, crops, self.step, CPU)
+
+            self.advance = advance
+
+    def seconds(self, steps: int) -> float:
+        """Processor seconds a step of so many more."""
+        began = time.process_time()
+        for _ in range(steps):
+            self.advance()
+            self.step += 1
+        return (time.process_time() - began) / steps
+
+
+def _supervised(recipe: Recipe, splits: Splits) -> Iterator[Network]:
+    """The recipe's network trained by cross-entropy on the labels, one view of an image a step; after each step."""
+    labels = splits.train.labels
+    assert labels is not None
+    per_epoch = len(splits.train) // recipe.batch
+    torch.manual_seed(key(recipe.seed, "weights"))
+    network = Network(recipe.backbone, Projector(widths=(len(splits.train.classes),)), size=recipe.size)
+    network = network.to(memory_format=torch.channels_last)
+    optimizer = optim.build(network, recipe.optim)
+    step = 0
+    while True:
+        indices = train.batch_indices(recipe, step, len(splits.train))
+        pixels, sizes = splits.train.batch(indices)
+        x = train.make_views(replace(recipe, views=(recipe.views[0],) * 2), pixels, sizes, step, CPU)[0]
+        lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=per_epoch, epochs=recipe.epochs)
+        optim.set_learning_rate(optimizer, lr)
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(network(x), labels[indices]).backward()
+        optimizer.step()
+        step += 1
+        yield network
+
+
+def fit(name: str, recipe: Recipe, splits: Splits) -> tuple[Network, float]:
+    """The network after all of the recipe's steps, and the processor seconds it took."""
+    began = time.process_time()
+    if name == SUPERVISED:
+        steps = _supervised(recipe, splits)
+        for _ in range(recipe.steps(len(splits.train))):
+            network = next(steps)
+        return network.eval(), time.process_time() - began
+    pace = train.Pace(log_steps=50, checkpoint_minutes=math.inf, scores=0, diagnoses=0)
+    with tempfile.TemporaryDirectory() as folder:
+        network = train.pretrain(recipe, Splits(splits.train, None), Path(folder), device=CPU, pace=pace, facts={})
+    return network.eval(), time.process_time() - began
+
+
+def score(network: Network, splits: Splits, recipe: Recipe, *, most: int | None = None) -> dict[str, float]:
+    """Top-1 in percent on the second split of probes on the first, at most so many of it."""
+    assert splits.test is not None
+    first = splits.train if most is None else splits.train.select(torch.arange(most))
+    x, y = (embed.features(network.backbone, split, recipe) for split in (first, splits.test))
+    labels, truth = first.labels, splits.test.labels
+    assert labels is not None and truth is not None
+    few = probes.few_label(x, labels, y, per_class=10, seed=0)
+    found = {
+        "kNN": probes.knn(x, labels, y),
+        "linear": probes.logistic(x, labels, y, seed=0).predicted,
+    }
+    return {
+        **{name: probes.accuracy(predicted, truth) for name, predicted in found.items()},
+        "10 a class": statistics.fmean(probes.accuracy(predicted, truth) for predicted in few),
+    }
+
+
+def sized(recipe: Recipe, steps: int, count: int) -> Recipe:
+    """The recipe for so many steps on so many images."""
+    per_epoch = count // recipe.batch
+    epochs = steps / per_epoch
+    warmup = min(recipe.optim.warmup_epochs, epochs / 10)
+    sized = replace(recipe, epochs=epochs, optim=replace(recipe.optim, warmup_epochs=warmup))
+    assert sized.steps(count) == steps
+    return sized
+
+
+def flops(recipe: Recipe, name: str) -> float:
+    """Of one crop, forward and backward: three times the forward's."""
+    widths = (10,) if name == SUPERVISED else recipe.projector.widths
+    network = Network(recipe.backbone, replace(recipe.projector, widths=widths), size=recipe.size).eval()
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, recipe.size, recipe.size))
+    return 3 * float(counter.get_total_flops())
+
+
+def rows() -> list[dict[str, Any]]:
+    """Everything measured so far."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def add(row: dict[str, Any]) -> None:
+    """One more line, in one write, for others append to the same file."""
+    with ROWS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def trial(method: Method, changes: Changes, splits: Splits, seed: int) -> float:
+    """The linear probe of one setting of a method on the slice; read where it was tried before."""
+    mark = {"kind": "trial", "method": method.name, "changes": json.loads(json.dumps(changes)), "seed": seed}
+    for row in rows():
+        if all(row.get(name) == value for name, value in mark.items()):
+            return float(row["linear"])
+    recipe = replace(changed(method.start, changes), seed=seed)
+    stepper = Stepper(method.name, recipe, splits)
+    stepper.seconds(3)
+    steps = round(60 * TRIAL_MINUTES / statistics.median(stepper.seconds(4) for _ in range(3)))
+    recipe = sized(recipe, steps, len(splits.train))
+    try:
+        network, seconds = fit(method.name, recipe, splits)
+        found = score(network, splits, recipe, most=15_000)
+    except FloatingPointError as error:
+        found, seconds = {"linear": 0.0, "error": str(error)}, math.nan
+    add({**mark, "steps": steps, "cpu_seconds": round(seconds, 1), **_rounded(found)})
+    return float(found["linear"])
+
+
+def tune(method: Method, splits: Splits, seed: int = 0) -> Changes:
+    """The best setting found by changing one thing after the other and keeping what helped."""
+    best: Changes = {}
+    most = trial(method, best, splits, seed)
+    for options in method.options:
+        found = [
+            ({**best, **option}, trial(method, {**best, **option}, splits, seed))
+            for option in options(changed(method.start, best))
+        ]
+        changes, value = max(found, key=lambda pair: pair[1])
+        if value > most:
+            best, most = changes, value
+    print(f"{method.name}: {best} {most:.1f}", flush=True)
+    return best
+
+
+def settings(name: str, data: str) -> Recipe:
+    """A method as it was chosen, for a set of images."""
+    return DATA[data].fit(changed(METHODS[name].start, CHOSEN[name]))
+
+
+def measure(names: list[str], every: dict[str, Splits], rounds: int = 7) -> None:
+    """Processor seconds of a step of each method on each set, by turns."""
+    kept = json.loads(SPEEDS.read_text()) if SPEEDS.exists() else {}
+    for data, splits in every.items():
+        steppers = {name: Stepper(name, settings(name, data), splits) for name in names}
+        for stepper in steppers.values():
+            stepper.seconds(3)
+        taken: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(rounds):
+            for name, stepper in steppers.items():
+                taken[name].append(stepper.seconds(4))
+        kept[data] = kept.get(data, {}) | {
+            name: {
+                "seconds": round(statistics.median(samples), 5),
+                "spread": round(max(samples) / min(samples) - 1, 3),
+                "recipe": knobs.to_json(settings(name, data)),
+            }
+            for name, samples in taken.items()
+        }
+    SPEEDS.write_text(json.dumps(kept | {"machine": machine.machine("cpu")}, indent=1) + "\n")
+
+
+def run(name: str, data: str, splits: Splits, minutes: float, seed: int) -> None:
+    """One row of the table, unless it is there."""
+    mark = {"kind": "run", "method": name, "data": data, "minutes": minutes, "seed": seed}
+    recipe = replace(settings(name, data), seed=seed)
+    speed = json.loads(SPEEDS.read_text())[data][name]
+    if speed["recipe"] != json.loads(json.dumps(knobs.to_json(replace(recipe, seed=0)))):
+        raise SystemExit(
+            f"{name} on {data} has other settings than were measured: python -m benchmarks.frontier measure"
+        )
+    if any(all(row.get(key) == value for key, value in mark.items()) for row in rows()):
+        return
+    steps = round(60 * minutes / speed["seconds"])
+    recipe = sized(recipe, steps, len(splits.train))
+    network, seconds = fit(name, recipe, splits)
+    crops = steps * recipe.batch * (1 if name == SUPERVISED else recipe.crops)
+    work = {"steps": steps, "crops": crops, "tflops": round(crops * flops(recipe, name) / 1e12, 1)}
+    add(
+        {
+            **mark,
+            **work,
+            "cpu_seconds": round(seconds, 1),
+            **_rounded(score(network, splits, recipe)),
+            "commit": machine.commit(),
+        }
+    )
+
+
+def _rounded(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 2) if isinstance(value, float) else value for name, value in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tune", "measure", "train", "write"))
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
+    parser.add_argument("--cache", type=Path, default=None, help="folder of decoded images")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--data", nargs="*", default=list(DATA), choices=list(DATA))
+    parser.add_argument("--minutes", type=float, nargs="*", default=[10.0], help="processor minutes of training")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    doing: dict[str, Callable[[], None]] = {
+        "tune": lambda: _tune(options),
+        "measure": lambda: measure(
+            options.methods, {data: load(data, options.root, options.cache) for data in options.data}
+        ),
+        "train": lambda: _train(options),
+    }
+    doing[options.what]()
+
+
+def _tune(options: argparse.Namespace) -> None:
+    splits = held_out(load("cifar10", options.root, options.cache))
+    for name in options.methods:
+        tune(METHODS[name], splits)
+
+
+def _train(options: argparse.Namespace) -> None:
+    every = {data: load(data, options.root, options.cache) for data in options.data}
+    for minutes in options.minutes:
+        for seed in options.seeds:
+            for data, splits in every.items():
+                for name in options.methods:
+                    run(name, data, splits, minutes, seed)
+
+
+if __name__ == "__main__":
+    main()

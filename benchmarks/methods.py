@@ -1,0 +1,115 @@
+"""The methods that are compared, where the search for their settings begins and what it may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from corinfomax.baselines import AUTHORS
+from corinfomax.knobs import PAPER_VIEWS, Loss, Objective, Optim, Projector, Recipe
+from corinfomax.recipes import RECIPES
+
+Changes = dict[str, dict[str, Any]]
+"""Fields of parts of a recipe, "" for those of its own: {"optim": {"lr": 0.3}, "": {"batch": 256}}."""
+SUPERVISED = "supervised"
+START: Recipe = RECIPES["cpu-small"].recipe
+
+
+class Data(NamedTuple):
+    """How a set of images is seen."""
+
+    size: int
+    cache_side: int
+
+    def fit(self, recipe: Recipe) -> Recipe:
+        """A recipe for 32 px, or for the 24 px of crops of them, at the same share of these images' side."""
+        size = round(recipe.size * self.size / 24)
+        return replace(recipe, size=size, cache_side=self.cache_side)
+
+
+DATA = {"cifar10": Data(24, 32), "tiny-imagenet-64-100c": Data(36, 64)}
+
+
+class Method(NamedTuple):
+    """An objective, where its search begins, and the search: of each list of changes the best is kept, if it helps."""
+
+    name: str
+    start: Recipe
+    options: Sequence[Callable[[Recipe], list[Changes]]] = ()
+
+
+def changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with these fields replaced."""
+    for part, fields in changes.items():
+        recipe = replace(recipe, **(fields if part == "" else {part: replace(getattr(recipe, part), **fields)}))
+    return recipe
+
+
+def _projectors(*widths: tuple[int, ...]) -> Callable[[Recipe], list[Changes]]:
+    return lambda recipe: [{"projector": {"widths": each}} for each in widths]
+
+
+def _rates(recipe: Recipe) -> list[Changes]:
+    return [{"optim": {"lr": round(recipe.optim.lr * by, 4)}} for by in (0.5, 2.0)]
+
+
+def _weights(recipe: Recipe) -> list[Changes]:
+    """Half and twice what the objective weighs its first part by, its temperature or its share."""
+    if recipe.loss.name == "corinfomax":
+        alpha = 250.0 if recipe.loss.alpha is None else recipe.loss.alpha
+        return [{"loss": {"alpha": alpha * by}} for by in (0.5, 2.0)]
+    first, *rest = recipe.loss.weights
+    return [{"loss": {"weights": (first * by, *rest)}} for by in (0.5, 2.0)]
+
+
+def _decays(recipe: Recipe) -> list[Changes]:
+    return [{"optim": _with(recipe, weight_decay=decay)} for decay in (1e-4, 1e-3)]
+
+
+def _batches(recipe: Recipe) -> list[Changes]:
+    return [{"": {"batch": 256}, "optim": _with(recipe, lr=round(recipe.optim.lr * by, 4))} for by in (1.0, 2.0)]
+
+
+def _adam(recipe: Recipe) -> list[Changes]:
+    return [{"optim": {"name": "adamw", "lr": lr, "start_lr": lr / 100, "weight_decay": 0.05}} for lr in (1e-3, 3e-3)]
+
+
+def _with(recipe: Recipe, **fields: Any) -> dict[str, Any]:
+    """What a search has changed of the optimiser so far, and these."""
+    usual = vars(START.optim)
+    return {name: value for name, value in vars(recipe.optim).items() if value != usual[name]} | fields
+
+
+def _method(name: Objective, *projectors: tuple[int, ...]) -> Method:
+    first, *others = projectors
+    loss = Loss() if name == "corinfomax" else Loss(name=name, weights=AUTHORS[name])
+    start = replace(START, loss=loss, projector=Projector(widths=first, batch_norm=True))
+    return Method(name, start, (_projectors(*others), _rates, _weights, _decays, _batches, _adam))
+
+
+PAPER = replace(
+    RECIPES["cifar10"].recipe,
+    mean=START.mean,
+    std=START.std,
+    views=PAPER_VIEWS,
+    backbone=START.backbone,
+    optim=Optim(warmup_epochs=1),
+)
+"""The published settings on the network that all of these have; ten epochs of warm-up become a tenth at most."""
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("paper", PAPER),
+        _method("corinfomax", (512, 512, 64), (2048, 2048, 64), (512, 512, 128)),
+        _method("vicreg", (2048, 2048, 2048), (512, 512, 512), (512, 512, 128)),
+        _method("barlow-twins", (2048, 2048, 2048), (512, 512, 512), (512, 512, 128)),
+        _method("simclr", (2048, 128), (512, 512, 64), (512, 512, 128)),
+        _method("sigreg", (2048, 2048, 64), (512, 512, 64), (512, 512, 16)),
+        Method(SUPERVISED, START, (_rates, _decays, _batches, _adam)),
+    )
+}
+
+CHOSEN: dict[str, Changes] = {name: {} for name in METHODS}
+"""What the search kept."""

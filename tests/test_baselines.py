@@ -1,0 +1,144 @@
+"""Other objectives: each against its definition, and a whole run behind the same loop."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tiny
+from corinfomax import CorInfoMaxLoss, distributed, learner, runs, verdict
+from corinfomax.baselines import AUTHORS, SLICES, Baseline
+from corinfomax.knobs import Loss
+
+pytest.importorskip("lightly")
+
+N, D = 12, 5
+
+
+def rows(count: int = 2, seed: int = 0) -> list[torch.Tensor]:
+    """Views that agree somewhat, off the origin."""
+    rng = torch.Generator().manual_seed(seed)
+    common = torch.randn(N, D, generator=rng) + 0.3
+    return [(common + 0.5 * torch.randn(N, D, generator=rng)).requires_grad_() for _ in range(count)]
+
+
+def vicreg(a, b):
+    def spread(z):
+        covariance = torch.cov(z.T)
+        hinge = (1 - (covariance.diagonal() + 1e-4).sqrt()).clamp_min(0).mean()
+        return 25 * hinge / 2, (covariance.square().sum() - covariance.diagonal().square().sum()) / D
+
+    (h1, c1), (h2, c2) = spread(a), spread(b)
+    return 25 * (a - b).square().sum() / (N * D) + h1 + h2 + c1 + c2
+
+
+def barlow_twins(a, b):
+    a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (a, b))
+    total = 0.0
+    for i in range(D):
+        for j in range(D):
+            c = (a[:, i] * b[:, j]).mean()
+            total = total + ((1 - c) ** 2 if i == j else 0.0051 * c**2)
+    return total
+
+
+def simclr(a, b):
+    z = F.normalize(torch.cat((a, b)), dim=1)
+    cosines = z @ z.T / 0.5
+    total = 0.0
+    for i in range(2 * N):
+        others = [j for j in range(2 * N) if j != i]
+        total = total - cosines[i, (i + N) % (2 * N)] + cosines[i, others].logsumexp(0)
+    return total / (2 * N)
+
+
+def sigreg(*views):
+    """Epps and Pulley's statistic of random directions: n times the integral over t in [-3, 3] of the squared distance
+    of characteristic functions, weighted by exp(-t²/2), here on 17 knots of its even half."""
+    z = torch.stack(views)
+    directions = torch.randn(D, SLICES)
+    directions = directions / directions.norm(dim=0)
+    t = torch.linspace(0, 3, 17)
+    statistic = 0.0
+    for view in z:
+        at = (view @ directions)[..., None] * t
+        error = (at.cos().mean(0) - (-(t**2) / 2).exp()) ** 2 + at.sin().mean(0) ** 2
+        statistic = statistic + 2 * N * torch.trapezoid(error * (-(t**2) / 2).exp(), t).mean() / len(z)
+    return 0.05 * statistic + 0.95 * (z - z.mean(0)).square().mean()
+
+
+PLAIN = {"vicreg": vicreg, "barlow-twins": barlow_twins, "simclr": simclr, "sigreg": sigreg}
+
+
+@pytest.mark.parametrize(("name", "count"), [*((name, 2) for name in PLAIN), ("sigreg", 4)])
+def test_each_is_what_its_paper_says(name, count):
+    ours, theirs = rows(count), rows(count)
+    torch.manual_seed(0)
+    terms = Baseline(Loss(name=name))(*ours)
+    torch.manual_seed(0)
+    want = PLAIN[name](*theirs)
+    torch.testing.assert_close(terms.loss, want, rtol=1e-4, atol=1e-5)
+    terms.loss.backward()
+    want.backward()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_less_is_better(name):
+    """Views that agree and are spread have a lower loss than views of nothing in common, and than a point."""
+    of = Baseline(Loss(name=name))
+    rng = torch.Generator().manual_seed(1)
+    z, other = torch.randn(2, 256, D, generator=rng)
+    assert float(of(z, z).loss) < float(of(z, other).loss)
+    point = torch.ones(256, D)
+    assert float(of(z, z).loss) < float(of(point, point + 1e-3 * other).loss)
+
+
+def test_the_meter_is_that_of_corinfomax():
+    views = rows(3)
+    ours, theirs = (of(*views).attraction for of in (Baseline(Loss(name="sigreg")), CorInfoMaxLoss(D, views=3)))
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_weights_are_the_objectives_own(name):
+    usual = AUTHORS[name]
+    pair = rows()
+    torch.manual_seed(0)
+    same = Baseline(Loss(name=name, weights=usual))(*pair).loss
+    torch.manual_seed(0)
+    assert float(Baseline(Loss(name=name))(*pair).loss) == float(same)
+    torch.manual_seed(0)
+    other = Baseline(Loss(name=name, weights=(usual[0] / 2, *usual[1:])))(*pair).loss
+    assert float(other) != float(same)
+    with pytest.raises(ValueError, match=rf"{name} are {len(usual)} numbers"):
+        Baseline(Loss(name=name, weights=(*usual, 1.0)))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_run(name, tmp_path):
+    recipe = dataclasses.replace(tiny.RECIPE, loss=Loss(name=name), epochs=3)
+    splits = tiny.splits(tmp_path / "images")
+    network = tiny.run(splits, tmp_path / "run", recipe, diagnoses=2)
+    rows = runs.read_metrics(tmp_path / "run")
+    assert all(math.isfinite(row["loss"]) and "gap" not in row and "big_bang" not in row for row in rows)
+    assert network.projector[-1].weight.isfinite().all() and "ldmi" in rows[-1]
+    # An error is said; thresholds of another objective are not known.
+    assert verdict.judge(rows, recipe, steps=recipe.steps(len(splits.train)), ended=True) is None
+    said = verdict.judge(rows, recipe, steps=recipe.steps(len(splits.train)), error="it broke")
+    assert said is not None and said.kind == "diverging"
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    with pytest.raises(ValueError, match="in one process"):
+        learner.build_criterion(dataclasses.replace(tiny.RECIPE, loss=Loss(name="simclr")))
+
+
+@pytest.mark.parametrize("name", ["vicreg", "barlow-twins", "simclr"])
+def test_a_pair_is_a_pair(name):
+    with pytest.raises(ValueError, match="compares two views"):
+        dataclasses.replace(tiny.RECIPE, loss=Loss(name=name), crops=4)
