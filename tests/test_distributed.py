@@ -122,6 +122,12 @@ def test_an_uneven_split_is_one_sentence(tmp_path):
 
 
 def test_long_waits_are_waited_for_and_processes_that_differ_say_in_what(tmp_path):
+    for rank in (0, 1):
+        tiny.folder(tmp_path / f"images-{rank}", {"": 24 + 2 * rank}, labelled=False)
     ((code, error),) = ended(start(HERE / "world.py", "differ", tmp_path / "n.pt", 2))
-    assert code != 0
-    assert error.count("ValueError: the processes of this run differ in their images; every machine needs") == 2
+    assert code == 0, error
+    for what in ("images", "recipe"):
+        assert (
+            error.count(f"the processes of this run differ in their {what}; every machine needs the same images") == 2
+        )
+    assert not list(tmp_path.glob("*/checkpoints/*"))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import tiny
-from corinfomax import distributed, images, learner, runs, train
+from corinfomax import cli, distributed, images, learner, runs, train
 from corinfomax.objective import CorInfoMaxLoss, Moments, corinfomax_loss
 
 CPU = torch.device("cpu")
@@ -120,13 +120,17 @@ def hang(out: Path) -> None:
         out.write_text(f"{error} after {time.monotonic() - began:.0f} s")
 
 
-def differ() -> None:
-    """The first process takes longer than an answer may, which is known and waited for; then their images differ."""
+def differ(out: Path) -> None:
+    """The first process takes longer than an answer may, which is known and waited for; then the command, whose images
+    or recipe differ by process."""
     if distributed.rank() == 0:
         time.sleep(6)
     distributed.wait()
-    distributed.agree({"their recipe": "the same", "their images": "the same"})
-    distributed.agree({"their recipe": "the same", "their images": str(distributed.rank())})
+    shared = ["pretrain", "--cache", str(out.parent / "cache"), "--holdout", "0", "--no-evaluate", "--no-report"]
+    here = out.parent / f"images-{distributed.rank()}"
+    cli.main([*shared, str(here), "--out", str(out.parent / "run"), *tiny.KNOBS])
+    seed = str(distributed.rank())
+    cli.main([*shared, str(out.parent / "images-0"), "--out", str(out.parent / "again"), *tiny.KNOBS, "--seed", seed])
 
 
 def work(job: str, out: Path) -> None:
@@ -141,7 +145,8 @@ def work(job: str, out: Path) -> None:
             hang(out)
             return
         if job == "differ":
-            differ()
+            differ(out)
+            return
         if job == "uneven":
             distributed.share(BATCH + 1)
         kept = {
