@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import markdown, metrics
 from benchmarks.clock import Effort
-from benchmarks.machine import machine
+from benchmarks.machine import commit, machine
 from benchmarks.metrics import Metric
 
 HERE = Path(__file__).resolve().parent
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for suite in options.suites or SUITES:
         for m in importlib.import_module(f"benchmarks.{SUITES[suite]}").run(effort):
             print(f"{m.name}, against {m.against}: {m.ratio:.2f} ({m.low:.2f} – {m.high:.2f})", flush=True)
-            found.append(m)
+            found.append(m._replace(commit=commit()))
     worse = metrics.regressions(found, old)
     for sentence in (*worse, *metrics.missing(found, old)):
         print(f"! {sentence}")

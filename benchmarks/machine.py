@@ -25,7 +25,6 @@ def machine(clock: str) -> dict[str, str]:
         "clock": "processor seconds" if clock == "cpu" else "seconds",
         "load": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
-        "commit": commit(),
     }
     for name in PACKAGES:
         try:

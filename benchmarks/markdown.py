@@ -56,7 +56,7 @@ def notes(machine: dict[str, str]) -> list[str]:
 def table(metrics: Sequence[Metric], *, goals: bool) -> list[str]:
     """Rows of one table."""
     head = ["figure", "against", "ratio", "quartiles", "n", "ours", "theirs"]
-    head += ["at least", "aim", "reached"] if goals else []
+    head += ["at least", "aim", "reached"] if goals else ["commit"]
     lines = [row(head), row(["---"] * 2 + ["---:"] * (len(head) - 2))]
     for m in metrics:
         cells = [m.name, m.against, f"**{ratio(m.ratio)}**", f"{ratio(m.low)} – {ratio(m.high)}", str(m.n)]
@@ -64,6 +64,8 @@ def table(metrics: Sequence[Metric], *, goals: bool) -> list[str]:
         if goals:
             assert m.at_least is not None
             cells += [f"{m.at_least:g}", "" if m.aim is None else f"{m.aim:g}", reached(m)]
+        else:
+            cells.append(m.commit)
         lines.append(row(cells))
     return [*lines, ""]
 

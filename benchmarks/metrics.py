@@ -32,6 +32,8 @@ class Metric(NamedTuple):
     at_least: float | None = None
     """What the ratio must reach, where that is agreed."""
     aim: float | None = None
+    commit: str = ""
+    """Of what was measured; suites are measured apart."""
 
 
 def metric(
