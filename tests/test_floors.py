@@ -14,7 +14,7 @@ FLOORS = (
     ("recipes", "verdict"),
     ("seeds", "distributed", "fused"),
     ("objective", "views", "files", "networks", "optim", "probes", "scores", "similar", "maps", "signals"),
-    ("named", "decode"),
+    ("named", "decode", "archives"),
     ("sources",),
     ("images", "checkpoint", "examine"),
     ("embed", "feed", "micro", "baselines", "diagnosis", "pictures", "page", "health"),

@@ -18,8 +18,8 @@ from PIL import Image, ImageColor, ImageOps
 
 from corinfomax import images as module
 from corinfomax.decode import decode
-from corinfomax.files import DataError
-from corinfomax.images import Images, default_cache, load
+from corinfomax.files import DataError, default_cache
+from corinfomax.images import Images, load
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -176,8 +176,8 @@ def test_an_unknown_name_gets_a_suggestion(tmp_path: Path, monkeypatch: pytest.M
         FileNotFoundError, match=r"'cifar-10' here.*did you mean 'cifar10'\? The named sets are mnist5k"
     ):
         find("cifar-10")
-    with pytest.raises(DataError, match=r"images\.zip is a file, but no list"):
-        find(touch(tmp_path, "images.zip") / "images.zip")
+    with pytest.raises(DataError, match=r"images\.npz is a file, but no list"):
+        find(touch(tmp_path, "images.npz") / "images.npz")
 
 
 def test_a_named_set_wins_over_a_folder_unless_it_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -67,7 +66,7 @@ def each(
     def open_image(row: int) -> Image.Image:
         if array is not None:
             return Image.fromarray(array[row])
-        return Image.open(Path(source.root, source.paths[row]), formats=FORMATS)
+        return Image.open(source.file(row), formats=FORMATS)
 
     def look_at(rows: range) -> list[T | str]:
         results: list[T | str] = []

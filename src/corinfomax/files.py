@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import stat
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,12 +34,33 @@ class MissingDataError(DataError, FileNotFoundError):
     """There are no images where they were looked for."""
 
 
+PLAIN, ZIPPED, DEFLATED = range(3)  # as it is; after a zip entry's header; so too, and compressed
+
+
+class Stored(NamedTuple):
+    """Where in archives the files of images lie."""
+
+    archives: tuple[str, ...]
+    places: Int64[np.ndarray, "files 4"]
+    """Which archive, where in it, how many bytes, and how it lies there: PLAIN, ZIPPED or DEFLATED."""
+
+    def read(self, row: int) -> bytes:
+        """The bytes of one file. OSError where they are not there, zlib.error where they are not what was packed."""
+        place, start, size, method = self.places[row].tolist()
+        with Path(self.archives[place]).open("rb", buffering=0) as file:
+            if method != PLAIN:
+                header = os.pread(file.fileno(), 30, start)
+                start += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            packed = os.pread(file.fileno(), size, start)
+        return zlib.decompress(packed, -zlib.MAX_WBITS) if method == DEFLATED else packed
+
+
 @dataclass(frozen=True)
 class Source:
     """The images of one split, found but not decoded."""
 
     root: str
-    """Absolute folder that the paths start from; of an array set, its name."""
+    """Absolute folder or archive that the paths start from; of an array set, its name."""
     paths: tuple[str, ...]
     """One an image, with forward slashes."""
     stamps: Int64[np.ndarray, "files 2"]
@@ -46,6 +69,32 @@ class Source:
     """Name of each image's class."""
     array: Callable[[], UInt8[np.ndarray, "n h w *rgb"]] | None = None
     """Reads the pixels of an array set; None where each path is a file."""
+    stored: Stored | None = None
+    """Where the files lie, if that is in archives."""
+
+    def file(self, row: int) -> Path | io.BytesIO:
+        """What Pillow opens to read that image; of an array set there is none."""
+        return Path(self.root, self.paths[row]) if self.stored is None else io.BytesIO(self.stored.read(row))
+
+    def take(self, rows: Sequence[int]) -> Source:
+        """The images in these rows."""
+        read, stored = self.array, self.stored
+        return replace(
+            self,
+            paths=tuple(self.paths[row] for row in rows),
+            stamps=self.stamps if read else self.stamps[rows],
+            labels=None if self.labels is None else tuple(self.labels[row] for row in rows),
+            array=(lambda: read()[rows]) if read else None,
+            stored=stored and stored._replace(places=stored.places[rows]),
+        )
+
+
+def default_cache() -> Path:
+    """Folder of the decoded images: $CORINFOMAX_CACHE, else corinfomax in $XDG_CACHE_HOME, else ~/.cache/corinfomax."""
+    if chosen := os.environ.get("CORINFOMAX_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "corinfomax"
 
 
 class File(NamedTuple):
@@ -194,16 +243,7 @@ def without(source: Source, names: Collection[str]) -> Source | None:
     kept = [row for row, path in enumerate(source.paths) if path not in names]
     if len(kept) == len(source.paths):
         return source
-    if not kept:
-        return None
-    read = source.array
-    return replace(
-        source,
-        paths=tuple(source.paths[row] for row in kept),
-        stamps=source.stamps if read else source.stamps[kept],
-        labels=None if source.labels is None else tuple(source.labels[row] for row in kept),
-        array=(lambda: read()[kept]) if read else None,
-    )
+    return source.take(kept) if kept else None
 
 
 def from_table(file: Path) -> dict[str, Source]:

@@ -22,7 +22,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from corinfomax.decode import check_skipped, decode_all
-from corinfomax.files import DataError, Source
+from corinfomax.files import DataError, Source, default_cache
 from corinfomax.seeds import generator
 from corinfomax.sources import find
 
@@ -151,8 +151,8 @@ def load(
         raise ValueError(f"holdout is {holdout}; it is a share of the training images, from 0 up to but not 1")
     if holdout and test_split:
         raise ValueError(f"holdout {holdout} and test_split {test_split!r} both say what to test on; give one of them")
-    sources = find(data, root=root, download=download, skip=skip)
     folder = cache or default_cache()
+    sources = find(data, root=root, download=download, skip=skip, cache=folder)
     classes = tuple(sorted(set(sources["train"].labels or ())))
     train = _images(sources["train"], classes, side, folder, progress)
     name = None if holdout else _test_name(data, sources, test_split)
@@ -178,11 +178,10 @@ def load_every(
 
     Classes are those of all splits together.
     """
-    sources = find(data, root=root, download=download, skip=skip)
+    folder = cache or default_cache()
+    sources = find(data, root=root, download=download, skip=skip, cache=folder)
     classes = tuple(sorted({label for source in sources.values() for label in source.labels or ()}))
-    return {
-        name: _images(source, classes, side, cache or default_cache(), progress) for name, source in sources.items()
-    }
+    return {name: _images(source, classes, side, folder, progress) for name, source in sources.items()}
 
 
 def set_aside(images: Images, share: float, seed: int) -> Splits:
@@ -203,14 +202,6 @@ def _test_name(data: str | Path, sources: dict[str, Source], test_split: str | N
     labelled = sources["train"].labels is not None
     usable = (name for name in ("test", "val") if name in sources and (sources[name].labels is not None) >= labelled)
     return test_split or next(usable, None)
-
-
-def default_cache() -> Path:
-    """Folder of the decoded images: $CORINFOMAX_CACHE, else corinfomax in $XDG_CACHE_HOME, else ~/.cache/corinfomax."""
-    if chosen := os.environ.get("CORINFOMAX_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "corinfomax"
 
 
 def _images(source: Source, classes: tuple[str, ...], side: int, cache: Path, progress: bool) -> Images:

@@ -51,9 +51,10 @@ class Network:
 class Pretrain:
     """Pretrain a backbone on images without looking at labels; where there are labels, score it at the end.
 
-    DATA is a folder (flat, nested, or split/class/…), a list (.txt, .csv), or a named set: mnist5k, cifar10, cifar100,
-    tiny-imagenet, imagenet100, imagenet100-temi, imagenet1k. Without --recipe one is chosen from the images and the
-    hardware; every field of a recipe can be overridden, such as --epochs 20 --optim.lr 0.1.
+    DATA is a folder (flat, nested, or split/class/…), an archive of one (.zip, .tar), a folder of such shards, a list
+    (.txt, .csv), or a named set: mnist5k, cifar10, cifar100, tiny-imagenet, imagenet100, imagenet100-temi, imagenet1k.
+    Without --recipe one is chosen from the images and the hardware; every field of a recipe can be overridden, such as
+    --epochs 20 --optim.lr 0.1.
     """
 
     data: Annotated[str | None, tyro.conf.Positional] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import statistics
+import zlib
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from corinfomax.archives import PACKED, SUFFIXES, from_archives, shards_in
 from corinfomax.files import DataError, MissingDataError, Source, from_folder, from_list, from_table, without
 from corinfomax.named import NAMED
 
@@ -19,33 +21,51 @@ ROOT = Path("data")
 
 
 def find(
-    data: str | Path, *, root: Path | None = None, download: bool = False, skip: Collection[str] = ()
+    data: str | Path,
+    *,
+    root: Path | None = None,
+    download: bool = False,
+    skip: Collection[str] = (),
+    cache: Path | None = None,
 ) -> dict[str, Source]:
     """Splits of `data` by name: `train` always, `val` and `test` where it has them; without the images in `skip`.
 
-    `data` is the name of a set in NAMED, else a folder, a list (.txt) or a table (.csv). A string that names a set
-    means the set, wherever the program runs; `./cifar10`, or a Path, means the folder. `root` is where the named sets
-    lie, ./data unless given; `download` lets torchvision fetch CIFAR when it is not there. `skip` has paths as
+    `data` is the name of a set in NAMED, else a folder of images or of archives, a list (.txt), a table (.csv) or an
+    archive (.zip, .tar), the index of which is kept in `cache`, the folder of the decoded images. A string that names
+    a set means the set, wherever the program runs; `./cifar10`, or a Path, means the folder. `root` is where the named
+    sets lie, ./data unless given; `download` lets torchvision fetch CIFAR when it is not there. `skip` has paths as
     `Source.paths` has them; those of no image say nothing, and a split without any other image is none.
     Raises MissingDataError where there is nothing of that name, DataError where what is there cannot be used.
     """
-    kept = {name: without(source, skip) for name, source in _all(data, root, download).items()}
+    kept = {name: without(source, skip) for name, source in _all(data, root, download, cache).items()}
     if kept["train"] is None:
         raise DataError(f"every training image of {data} is among those to leave out; shorten that list")
     return {name: source for name, source in kept.items() if source is not None}
 
 
-def _all(data: str | Path, root: Path | None, download: bool) -> dict[str, Source]:
+def _all(data: str | Path, root: Path | None, download: bool, cache: Path | None) -> dict[str, Source]:
     if isinstance(data, str) and data in NAMED:
         return NAMED[data](data, root or ROOT, download)
     place = Path(data).expanduser()
     if place.is_dir():
-        return from_folder(place.resolve())
+        try:
+            return from_folder(place.resolve())
+        except MissingDataError:
+            if not (shards := shards_in(place.resolve())):
+                raise
+            return from_archives(place.resolve(), shards, cache)
     if place.is_file():
+        if place.suffix.lower() in SUFFIXES:
+            return from_archives(place.absolute().parent, [place.absolute()], cache)
+        if place.name.lower().endswith(PACKED):
+            raise DataError(f"images in {place} cannot be read in place; unpack it, or make it a .tar or .zip")
         readers = {".txt": from_list, ".csv": from_table}
         if reader := readers.get(place.suffix.lower()):
             return reader(place.absolute())
-        raise DataError(f"{place} is a file, but no list of images (.txt) and no table (.csv); give those or a folder")
+        raise DataError(
+            f"{place} is a file, but no list of images (.txt), table (.csv) or archive (.zip, .tar); give one of those "
+            "or a folder"
+        )
     close = difflib.get_close_matches(str(data), NAMED, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise MissingDataError(
@@ -77,19 +97,20 @@ def survey(
     root: Path | None = None,
     download: bool = False,
     skip: Collection[str] = (),
+    cache: Path | None = None,
     looks: int = 64,
 ) -> Survey:
     """How many training images `data` has, and their median short side, read from the headers of up to `looks` files.
 
     Raises as `find` does, and DataError when none of the files looked at is an image.
     """
-    train = find(data, root=root, download=download, skip=skip)["train"]
+    train = find(data, root=root, download=download, skip=skip, cache=cache)["train"]
     if train.array is not None:
         return Survey(len(train.paths), min(train.array().shape[1:3]))
     sides = []
-    some = train.paths[:: max(1, len(train.paths) // looks)][:looks]
-    for path in some:
-        with suppress(OSError, Image.DecompressionBombError), Image.open(Path(train.root, path)) as image:
+    some = range(0, len(train.paths), max(1, len(train.paths) // looks))[:looks]
+    for row in some:
+        with suppress(OSError, zlib.error, Image.DecompressionBombError), Image.open(train.file(row)) as image:
             sides.append(min(image.size))
     if not sides:
         raise DataError(f"none of {len(some)} files looked at in {train.root} is an image that can be opened")

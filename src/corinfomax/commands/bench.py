@@ -33,7 +33,8 @@ def run(command: Bench, argv: list[str]) -> int:
     else:
         pictures = inputs.load(data, where, recipe.cache_side).train
         decode = bench.decoding(
-            sources.find(data, root=where.root, skip=inputs.left_out(where))["train"], recipe.cache_side
+            sources.find(data, root=where.root, skip=inputs.left_out(where), cache=where.cache)["train"],
+            recipe.cache_side,
         )
         recipe = inputs.fit_batch(recipe, len(pictures))
     recipe = replace(recipe, precision=networks.precision(recipe, device))

@@ -20,7 +20,7 @@ def run(command: Doctor) -> int:
     if command.out is not None:
         health.check_out(command.out, where.skip)
     device = inputs.device_of(where.device)
-    splits = sources.find(command.data, root=where.root, download=where.download, skip=skip)
+    splits = sources.find(command.data, root=where.root, download=where.download, skip=skip, cache=where.cache)
     order = sorted(splits, key=("train", "val", "test").index)
     inputs.tell_left_out(command.data, where)
     survey = sources.survey(command.data, root=where.root, skip=skip)

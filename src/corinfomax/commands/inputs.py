@@ -52,7 +52,7 @@ def load(data: str, where: Where, side: int) -> Splits:
     print(f"{len(splits.train):,} images to train on{test}{classes}")
     drawn = splits.test is not None and splits.test.pixels is splits.train.pixels
     if drawn and where.holdout is None:
-        others = [name for name in sources.find(data, root=where.root) if name != "train"]
+        others = [name for name in sources.find(data, root=where.root, cache=where.cache) if name != "train"]
         if others:
             print(
                 f"no labels in {' or '.join(others)}: {len(splits.test or ()):,} training images are scored on instead"
@@ -103,7 +103,9 @@ def tell_left_out(data: str, where: Where) -> None:
     if where.skip is None:
         return
     names = left_out(where)
-    there = {path for source in sources.find(data, root=where.root).values() for path in source.paths}
+    there = {
+        path for source in sources.find(data, root=where.root, cache=where.cache).values() for path in source.paths
+    }
     print(f"{len(names & there):,} images left out, as {where.skip} says")
     if unknown := sorted(names - there):
         print(

@@ -124,7 +124,9 @@ def _plan(command: Pretrain, argv: list[str], device: torch.device) -> Plan:
     if command.track is not None:
         track.check(command.track)
     if name is None:
-        survey = sources.survey(data, root=where.root, download=where.download, skip=inputs.left_out(where))
+        survey = sources.survey(
+            data, root=where.root, download=where.download, skip=inputs.left_out(where), cache=where.cache
+        )
         name, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
         again = parse(argv, base)  # the same words, now over the chosen recipe
         assert isinstance(again, Pretrain)

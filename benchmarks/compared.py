@@ -1,0 +1,108 @@
+"""The rows of `benchmarks.frontier` as a table and a plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods import CHOSEN, METHODS, changed
+from corinfomax import knobs
+
+Row = dict[str, Any]
+SCORES = ("kNN", "linear", "10 a class")
+NAMES = {
+    "paper": "CorInfoMax, the paper's settings",
+    "corinfomax": "**CorInfoMax, ours**",
+    "vicreg": "VICReg",
+    "barlow-twins": "Barlow Twins",
+    "simclr": "SimCLR",
+    "sigreg": "SIGReg (LeJEPA)",
+    "supervised": "supervised",
+}
+
+
+def runs_of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """Rows of runs with these fields."""
+    return [row for row in rows if row["kind"] == "run" and all(row[name] == value for name, value in wanted.items())]
+
+
+def table(rows: Sequence[Row], data: str, minutes: float) -> list[str]:
+    """A line a method: mean ± standard deviation over seeds."""
+    head = ["%", *SCORES, "seeds", "steps", "crops", "TFLOP"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for name in METHODS:
+        found = runs_of(rows, method=name, data=data, minutes=minutes)
+        if not found:
+            continue
+        cells = [_spread([row[score] for row in found]) for score in SCORES]
+        one = found[0]
+        size = [str(len(found)), f"{one['steps']:,}", f"{one['crops'] / 1e3:,.0f} k", f"{one['tflops']:,.0f}"]
+        lines.append([NAMES[name], *cells, *size])
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _spread(values: Sequence[float]) -> str:
+    sd = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{sd}"
+
+
+def chosen() -> list[str]:
+    """A line a method: what the search changed of the settings that all begin with."""
+    lines = ["| method | settings found on the slice |", "|---|---|"]
+    for name, method in METHODS.items():
+        words = " ".join(knobs.typed(changed(method.start, CHOSEN[name]), method.start))
+        lines.append(f"| {NAMES[name]} | {f'`{words}`' if words else 'as begun'} |")
+    return lines
+
+
+def trials(rows: Iterable[Row]) -> list[str]:
+    """A line a trial of the search."""
+    lines = ["| method | change | steps | linear | kNN |", "|---|---|---:|---:|---:|"]
+    for row in rows:
+        if row["kind"] == "trial":
+            start = METHODS[row["method"]].start
+            words = " ".join(knobs.typed(changed(start, row["changes"]), start)) or "–"
+            linear = f"{row['linear']:.1f}" if "error" not in row else row["error"].partition(";")[0]
+            lines.append(f"| {row['method']} | {words} | {row['steps']:,} | {linear} | {row.get('kNN', '–')} |")
+    return lines
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Linear top-1 over compute, a panel a set of images, by processor minutes and by floating-point operations."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"svg.hashsalt": "corinfomax", "svg.fonttype": "none", "font.family": "sans-serif"}
+    sets = list(dict.fromkeys(row["data"] for row in runs_of(rows)))
+    figure, panels = plt.subplots(len(sets), 2, figsize=(10, 4 * len(sets)), squeeze=False, layout="constrained")
+    for data, pair in zip(sets, panels, strict=True):
+        for axis, (what, label) in zip(pair, (("minutes", "processor minutes"), ("tflops", "TFLOP")), strict=True):
+            for place, name in enumerate(METHODS):
+                found = runs_of(rows, data=data, method=name)
+                points = []
+                for minutes in sorted({row["minutes"] for row in found}):
+                    values = [row for row in found if row["minutes"] == minutes]
+                    linear = [row["linear"] for row in values]
+                    points.append((values[0][what], statistics.fmean(linear), max(linear) - min(linear)))
+                if points:
+                    x, y, spread = zip(*points, strict=True)
+                    style = {"lw": 2.5, "zorder": 3} if name == "corinfomax" else {"lw": 1.2}
+                    axis.errorbar(
+                        x,
+                        y,
+                        yerr=[each / 2 for each in spread],
+                        marker="o",
+                        ms=4,
+                        color=f"C{place}",
+                        label=NAMES[name].strip("*"),
+                        **style,
+                    )
+            axis.set(xscale="log", xlabel=label, ylabel="linear probe, top-1 %", title=data)
+            axis.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

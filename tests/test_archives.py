@@ -1,0 +1,163 @@
+"""Archives: the same images, labels and fingerprint as the folder that they would unpack to; clear errors else."""
+
+import os
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny
+from corinfomax import archives, images, sources
+from corinfomax.files import DataError, MissingDataError
+
+
+def zipped(folder, out, *, inside="", method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(out, "w", method) as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, Path(inside, path.relative_to(folder)))
+    return out
+
+
+def tarred(folder, out, *, inside="", form=tarfile.PAX_FORMAT):
+    with tarfile.open(out, "w", format=form) as archive:
+        archive.add(folder, inside or ".")
+    return out
+
+
+FORMS = {
+    "zip": zipped,
+    "deflated zip": lambda folder, out: zipped(folder, out, method=zipfile.ZIP_DEFLATED),
+    "zip of a folder": lambda folder, out: zipped(folder, out, inside="my data/v2"),
+    "tar": tarred,
+    "old tar of a folder": lambda folder, out: tarred(folder, out, inside="data", form=tarfile.GNU_FORMAT),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("splits", "labelled"),
+    [({"train": 9, "test": 4}, True), ({"": 7}, True), ({"": 5}, False), ({"Training": 6}, True)],
+)
+def test_an_archive_is_the_folder(tmp_path, form, splits, labelled):
+    folder = tiny.folder(tmp_path / "data", splits, labelled=labelled)
+    long = folder / next(iter(splits)) / ("red" if labelled else "") / ("é" * 60 + "x" * 60 + ".png")  # over 100 bytes
+    shutil.copy(next(folder.rglob("*.png")), long)
+    (folder / ".hidden.png").write_bytes(b"no")
+    (folder / "notes.txt").write_text("no")
+    out = FORMS[form](folder, tmp_path / f"data{'.tar' if 'tar' in form else '.zip'}")
+    for again in range(2):  # the second time from the kept index
+        want = images.load(folder, side=16, cache=tmp_path / "a", progress=False)
+        got = images.load(out, side=16, cache=tmp_path / "b", progress=False)
+        for ours, theirs in zip(got, want, strict=True):
+            if theirs is None:
+                assert ours is None
+                continue
+            assert ours.paths == theirs.paths
+            assert ours.classes == theirs.classes
+            assert ours.fingerprint == theirs.fingerprint
+            assert torch.equal(ours.pixels, theirs.pixels)
+            assert theirs.labels is None if ours.labels is None else torch.equal(ours.labels, theirs.labels)
+        assert len(list((tmp_path / "b").glob("tar-*.npy"))) == ("tar" in form), again
+    assert sources.survey(str(out), cache=tmp_path / "b").short_side == 16
+
+
+def test_the_index_of_a_tar_is_read_once(tmp_path, monkeypatch):
+    folder = tiny.folder(tmp_path / "data", {"": 5})
+    out = tarred(folder, tmp_path / "data.tar")
+    first = sources.find(out, cache=tmp_path / "cache")["train"]
+    monkeypatch.setattr(tarfile, "open", lambda *a, **k: pytest.fail("read again"))
+    again = sources.find(out, cache=tmp_path / "cache")["train"]
+    assert again.paths == first.paths and np.array_equal(again.stored.places, first.stored.places)
+    os.utime(out, (1, 1))  # changed, for all that is known
+    with pytest.raises(pytest.fail.Exception):
+        sources.find(out, cache=tmp_path / "cache")
+
+
+def shard(out, rows, first):
+    """A shard as webdataset writes it: the image, its class and more beside it, all of one name."""
+    with tarfile.open(out, "w") as archive:
+        for place, (image, label) in enumerate(rows, first):
+            paths = {ending: out.parent / f"content.{ending}" for ending in ("cls", "json", "png")}
+            Image.fromarray(image).save(paths["png"])
+            paths["cls"].write_text(f"{label}\n")
+            paths["json"].write_text("{}")
+            for ending, path in paths.items():
+                archive.add(path, f"{place:06}.{ending}")
+                path.unlink()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_shards_are_one_set_with_the_classes_beside_the_images(tmp_path, named):
+    pictures = tiny.pictures(12)
+    names = ("train-0000", "train-0001", "val-0000") if named else ("part1", "part2", "part3")
+    for place, name in enumerate(names):
+        rows = [(pictures[i], i % 2) for i in range(4 * place, 4 * place + 4)]
+        shard(tmp_path / f"{name}.tar", rows, 4 * place)
+    train, test = images.load(tmp_path, side=16, cache=tmp_path / "cache", progress=False, holdout=None if named else 0)
+    assert train.classes == ("0", "1")
+    assert len(train) == (8 if named else 12) and (test is None) != named
+    seen = {}
+    for split in (train, test):
+        if split is not None:
+            pixels, _ = split.batch(torch.arange(len(split)))
+            for path, image, label in zip(split.paths, pixels.permute(0, 2, 3, 1).numpy(), split.labels, strict=True):
+                seen[path] = image, int(label)
+    assert seen.keys() == {f"{names[i // 4]}.tar/{i:06}.png" for i in range(12)}
+    for path, (image, label) in seen.items():
+        i = int(path[-10:-4])
+        assert np.array_equal(image, pictures[i]) and label == i % 2
+
+
+def test_a_damaged_image_in_an_archive_is_skipped_by_name(tmp_path):
+    folder = tiny.folder(tmp_path / "data", {"": 120})
+    (folder / "red" / "000.png").write_bytes(b"no image")
+    for out in (zipped(folder, tmp_path / "a.zip", method=zipfile.ZIP_DEFLATED), tarred(folder, tmp_path / "a.tar")):
+        train, _ = images.load(out, side=16, cache=tmp_path / "cache", progress=False, holdout=0)
+        assert len(train) == 119 and train.skipped == (("red/000.png", "not an image"),)
+
+
+@pytest.mark.parametrize("cut", [0, 10, 300, -40])
+@pytest.mark.parametrize("make", [zipped, tarred])
+def test_a_torn_archive_is_a_sentence(tmp_path, make, cut):
+    out = make(tiny.folder(tmp_path / "data", {"": 6}), tmp_path / f"a.{'zip' if make is zipped else 'tar'}")
+    if make is tarred and cut == -40:
+        cut = 5000  # within the second image; the last bytes of a tar are padding
+    out.write_bytes(out.read_bytes()[:cut])
+    with pytest.raises(DataError, match=r"a\.(zip|tar)"):
+        images.load(out, side=16, cache=tmp_path / "cache", progress=False)
+
+
+def test_what_cannot_be_read_in_place_says_what_to_do(tmp_path):
+    folder = tiny.folder(tmp_path / "data", {"": 4})
+    with pytest.raises(DataError, match="compressed by method 12; zip it with deflate"):
+        sources.find(zipped(folder, tmp_path / "b.zip", method=zipfile.ZIP_BZIP2))
+    packed = tmp_path / "c.tar.gz"
+    with tarfile.open(packed, "w:gz") as archive:
+        archive.add(folder, "c")
+    with pytest.raises(DataError, match="cannot be read in place; unpack it"):
+        sources.find(packed)
+    packed.rename(tmp_path / "d.tar")
+    with pytest.raises(DataError, match=r"d\.tar cannot be read"):
+        sources.find(tmp_path / "d.tar")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "a.txt").write_text("")
+    with pytest.raises(MissingDataError, match="no image found in"):
+        sources.find(zipped(empty, tmp_path / "e.zip"))
+    encrypted = bytearray(zipped(folder, tmp_path / "f.zip").read_bytes())
+    for at in range(len(encrypted)):
+        if encrypted[at : at + 4] == b"PK\x01\x02":
+            encrypted[at + 8] |= 1
+    (tmp_path / "f.zip").write_bytes(encrypted)
+    with pytest.raises(DataError, match="is encrypted"):
+        sources.find(tmp_path / "f.zip")
+
+
+def test_a_shards_split_is_what_its_name_begins_with():
+    names = {"train-01.tar": "train", "TEST_2.zip": "test", "val.tar": "val", "valley1.tar": "train", "7.tar": "train"}
+    assert {name: archives._split_of(Path(name)) for name in names} == names
