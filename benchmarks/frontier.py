@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import machine
+from benchmarks import compared, machine
 from benchmarks.methods import CHOSEN, DATA, METHODS, SUPERVISED, Changes, Method, changed
 from corinfomax import embed, images, knobs, optim, probes, train
 from corinfomax.images import Splits
@@ -41,6 +41,8 @@ from corinfomax.seeds import generator, key
 CPU = torch.device("cpu")
 ROWS = Path(__file__).with_name("frontier.jsonl")
 SPEEDS = Path(__file__).with_name("frontier.json")
+DOCS = Path(__file__).parents[1] / "docs"
+BEGIN, END = "<!-- python -m benchmarks.frontier write -->", "<!-- end -->"
 TRIAL_MINUTES = 2.0
 HELD_OUT = 5000
 
@@ -265,6 +267,30 @@ def _rounded(found: dict[str, Any]) -> dict[str, Any]:
     return {name: round(value, 2) if isinstance(value, float) else value for name, value in found.items()}
 
 
+def write(page: Path, picture: Path) -> None:
+    """The tables and the plot into the page, between its marks."""
+    found = rows()
+    parts = []
+    for data in dict.fromkeys(row["data"] for row in compared.runs_of(found)):
+        minutes = max(
+            {row["minutes"] for row in compared.runs_of(found, data=data)}, key=lambda m: _runs(found, data, m)
+        )
+        parts += [f"### {data}, {minutes:g} processor minutes", "", *compared.table(found, data, minutes), ""]
+    if parts:
+        compared.plot(found, picture)
+        parts += [f"![Accuracy over compute]({picture.name})", ""]
+    parts += ["### Settings", "", *compared.chosen(), ""]
+    parts += ["<details><summary>Every trial of the search</summary>", "", *compared.trials(found), "", "</details>"]
+    text = page.read_text("utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text("\n".join([f"{before}{BEGIN}", "", *parts, "", f"{END}{after}"]), "utf-8")
+
+
+def _runs(found: list[dict[str, Any]], data: str, minutes: float) -> int:
+    return len(compared.runs_of(found, data=data, minutes=minutes))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "measure", "train", "write"))
@@ -282,6 +308,7 @@ def main() -> None:
             options.methods, {data: load(data, options.root, options.cache) for data in options.data}
         ),
         "train": lambda: _train(options),
+        "write": lambda: write(DOCS / "results.md", DOCS / "frontier.svg"),
     }
     doing[options.what]()
 

@@ -39,7 +39,7 @@ def save(path, name="sgd", **changes):
     return network, criterion, optimizer
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "muon"])
 def test_everything_comes_back(tmp_path, name):
     network, criterion, optimizer = save(tmp_path / "a.safetensors", name)
     loaded = checkpoint.load(tmp_path / "a.safetensors")

@@ -21,11 +21,16 @@ def indices(step):
     return torch.arange(4) + step
 
 
+def no_boxes(step):
+    pytest.fail("copies are not cut")
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [3, 4, 1, 2, 3, 5, 0], [5, 5, 0]])
 def test_every_step_gets_its_own_images(images, order):
-    with feed(images, indices, 6, CPU) as batches:
+    with feed(images, indices, no_boxes, 6, CPU) as batches:
         for step in order:
-            assert batches.take(step).equal(images.batch(indices(step))[0])
+            ((pixels, sizes, _),) = batches.take(step)
+            assert pixels.equal(images.batch(indices(step))[0]) and sizes.equal(images.sizes[indices(step)])
 
 
 def test_no_more_is_read_than_is_wanted_soon(images):
@@ -35,11 +40,11 @@ def test_no_more_is_read_than_is_wanted_soon(images):
         asked.append(step)
         return indices(step)
 
-    with feed(images, noted, 100, CPU) as batches:
+    with feed(images, noted, no_boxes, 100, CPU) as batches:
         batches.take(0)
     assert asked[0] == 0
     assert set(asked) <= set(range(AHEAD + 1))
-    with feed(images, noted, 2, CPU) as batches:
+    with feed(images, noted, no_boxes, 2, CPU) as batches:
         asked.clear()
         batches.take(0)
         batches.take(1)
@@ -51,7 +56,7 @@ def test_reading_goes_on_beside_the_step(images):
         time.sleep(0.05)
         return indices(step)
 
-    with feed(images, slow, 100, CPU) as batches:
+    with feed(images, slow, no_boxes, 100, CPU) as batches:
         batches.take(0)
         first = batches.waited
         assert first >= 0.05
@@ -62,7 +67,7 @@ def test_reading_goes_on_beside_the_step(images):
 
 
 def test_what_cannot_be_read_is_raised_where_it_is_taken(images):
-    with feed(images, indices, 50, CPU) as batches:
+    with feed(images, indices, no_boxes, 50, CPU) as batches:
         for step in range(30, 37):
             batches.take(step)
         with pytest.raises(IndexError):
@@ -73,7 +78,7 @@ def test_what_cannot_be_read_is_raised_where_it_is_taken(images):
 @pytest.mark.gpu
 def test_on_cuda_the_images_are_copied_once_and_the_same(images):
     device = torch.device("cuda")
-    with feed(images, indices, 6, device) as batches:
+    with feed(images, indices, no_boxes, 6, device) as batches:
         for step in range(6):
-            assert batches.take(step).cpu().equal(images.batch(indices(step))[0])
+            assert batches.take(step)[0][0].cpu().equal(images.batch(indices(step))[0])
         assert batches.waited == 0.0, "they lie there"

@@ -16,7 +16,7 @@ FLOORS = (
     ("objective", "views", "files", "networks", "optim", "probes", "scores", "similar", "maps", "signals"),
     ("named", "decode", "archives"),
     ("sources",),
-    ("images", "checkpoint", "examine"),
+    ("images", "checkpoint", "examine", "cuts"),
     ("embed", "feed", "micro", "baselines", "diagnosis", "pictures", "page", "health"),
     ("supervised", "card", "neighbors", "learner"),
     ("train", "evaluate", "weights", "export"),

@@ -41,7 +41,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return decode(image, side)
 
     monkeypatch.setattr("corinfomax.decode.FEW", 10**9)  # all in this process, where they can be counted
-    monkeypatch.setattr("corinfomax.decode.decode", counted)
+    monkeypatch.setattr("corinfomax.images.decode", counted)
     return calls
 
 
@@ -386,7 +386,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, cache: Path, monkey
     def interrupted(image: Image.Image, side: int) -> Pixels:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("corinfomax.decode.decode", interrupted)
+    monkeypatch.setattr("corinfomax.images.decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(folder_of(tmp_path, 2), side=8, progress=False)
     assert not any(cache.iterdir())

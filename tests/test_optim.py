@@ -64,6 +64,33 @@ def test_weight_decay_reaches_norms_and_biases_only_when_asked(name, decay_norms
         torch.testing.assert_close(p.detach(), old * (1 - 0.1 * 0.5) if shrinks else old)
 
 
+def stepped(name, **knobs):
+    """A convolution and a norm before and after one step of a random gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = optim.build(model, Optim(name=name, lr=0.1, momentum=0.0, decay_norms=False, **knobs))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    return before, [p.detach() for p in model.parameters()], [p.grad for p in model.parameters()]
+
+
+def test_lars_steps_are_a_share_of_the_weights_norm_and_vectors_step_plainly():
+    (matrix, *vectors), (after, *others), (gradient, *rest) = stepped("lars", weight_decay=1e-4)
+    pulled = gradient + 1e-4 * matrix
+    share = 0.001 * matrix.norm() / (gradient.norm() + 1e-4 * matrix.norm())
+    torch.testing.assert_close(after, matrix - 0.1 * share * pulled, rtol=1e-4, atol=1e-7)
+    for vector, other, grad in zip(vectors, others, rest, strict=True):
+        torch.testing.assert_close(other, vector - 0.1 * grad)
+
+
+def test_muon_steps_are_orthogonal():
+    (matrix, *_), (after, *_), _ = stepped("muon", weight_decay=0.0)
+    values = torch.linalg.svdvals((after - matrix).flatten(1))
+    assert values.max() / values.min() < 2, "Newton and Schulz's five rounds bring all singular values near one"
+
+
 def test_set_learning_rate_reaches_every_group():
     optimizer = optim.build(nn.Sequential(nn.Linear(2, 2)), Optim())
     optim.set_learning_rate(optimizer, 0.123)

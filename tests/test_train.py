@@ -166,7 +166,7 @@ def test_labels_never_reach_training(splits, tmp_path):
     assert not any("knn" in row for row in runs.read_metrics(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "muon"])
 def test_a_resumed_run_ends_as_if_it_had_never_stopped(splits, tmp_path, monkeypatch, name):
     recipe = replace(tiny.RECIPE, optim=replace(tiny.RECIPE.optim, name=name))
     whole = run_tiny(splits, tmp_path / "whole", recipe)

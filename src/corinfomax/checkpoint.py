@@ -189,6 +189,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
         parameter = parameters.get(parameter_name)
         if parameter is None or (tensor.ndim and tensor.shape != parameter.shape):
             raise ValueError(f"the checkpoint's optimiser state {name} {tuple(tensor.shape)} fits no parameter")
-        # AdamW keeps its step count on the CPU; everything else lives where its parameter does, laid out like it.
-        value = tensor.clone() if key == "step" else torch.empty_like(parameter).copy_(tensor)
+        # Counts and the like stay on the CPU; everything else lives where its parameter does, laid out like it.
+        value = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor.clone()
         optimizer.state[parameter][key] = value

@@ -42,7 +42,8 @@ UPRIGHT: dict[object, Image.Transpose] = {
 
 Decoded = UInt8[np.ndarray, "3 _ _"] | str
 """An image, or why it cannot be read."""
-Look = Callable[[range], list[Any]]
+Look = Callable[[Any], list[Any]]
+"""What looks at some images, and what it is told of them."""
 T = TypeVar("T")
 
 
@@ -84,7 +85,7 @@ def each(
     pending: deque[Future[list[T | str]]] = deque()
     with (
         warnings.catch_warnings(),
-        _pool(look_at, workers, fork=count > FEW) as (pool, task),
+        pool_of(look_at, workers, fork=count > FEW) as (pool, task),
         tqdm(total=count, desc=said, unit=" images", disable=None if progress else True) as bar,
     ):
         # What Pillow warns of (broken EXIF, many pixels) does not keep the pixels from being read.
@@ -103,7 +104,7 @@ def cores() -> int:
 
 
 @contextlib.contextmanager
-def _pool(look_at: Look, workers: int, *, fork: bool) -> Generator[tuple[Executor, Look], None, None]:
+def pool_of(look_at: Look, workers: int, *, fork: bool) -> Generator[tuple[Executor, Look], None, None]:
     """Something that runs a task, and the task that is `look_at`.
 
     Processes where they are wanted and can be forked, since small images are mostly Python, which threads do one at a
@@ -157,8 +158,8 @@ def _begin(look_at: Look, parent: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _look_at(rows: range) -> list[Any]:
-    return _tasks[-1](rows)
+def _look_at(told: Any) -> list[Any]:
+    return _tasks[-1](told)
 
 
 def too_many(unreadable: int, count: int) -> bool:
@@ -178,6 +179,12 @@ def check_skipped(source: Source, skipped: list[tuple[int, str]]) -> None:
     )
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an opened image once it is upright."""
+    width, height = image.size
+    return (width, height) if image.getexif().get(0x0112) in (5, 6, 7, 8) else (height, width)
+
+
 def decode(image: Image.Image, side: int) -> UInt8[np.ndarray, "3 h w"]:
     """An opened image as RGB bytes, upright, its short side reduced to `side` where it is longer.
 
@@ -190,7 +197,7 @@ def decode(image: Image.Image, side: int) -> UInt8[np.ndarray, "3 h w"]:
     drafted = image.draft(None, (2 * side * image.width // short, 2 * side * image.height // short))
     image.load()
     upright = UPRIGHT.get(image.getexif().get(0x0112))
-    rgb = _rgb(image)
+    rgb = to_rgb(image)
     width, height = drafted[1][2:] if drafted else rgb.size  # of the drafted image in fractions of a pixel
     shorter = min(width, height)
     longest = LONGEST * max(shorter, side)
@@ -207,7 +214,8 @@ def decode(image: Image.Image, side: int) -> UInt8[np.ndarray, "3 h w"]:
     return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image as RGB: transparency over white, 16-bit levels divided by 257."""
     if image.mode.startswith("I"):
         image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
     elif image.mode == "F":

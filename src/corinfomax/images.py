@@ -9,6 +9,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,15 +20,17 @@ from uuid import uuid4
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
+from PIL import Image
 from torch import Tensor
 
-from corinfomax.decode import check_skipped, decode_all
+from corinfomax.decode import FORMATS, check_skipped, cores, decode, each, upright_size
 from corinfomax.files import DataError, Source, default_cache
 from corinfomax.seeds import generator
 from corinfomax.sources import find
 
 FORMAT = 2  # raise it with every change to the bytes that decoding gives or to their layout
 DEFAULT_HOLDOUT = 0.1
+GLANCE = 32  # short side at which a file without a copy is looked at
 ABANDONED = 24 * 3600.0  # seconds without a byte written, after which a half-built cache has no living builder
 
 
@@ -43,16 +46,26 @@ class Opened(NamedTuple):
     """Of the pixels."""
 
 
+class Files(NamedTuple):
+    """The files that images are read from where there are no copies of them."""
+
+    source: Source
+    rows: Int[Tensor, " n"]
+    """Of each image, in the source."""
+    side: int
+    """The short side of what a batch gives; crops are cut at full resolution."""
+
+
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The n decoded images of one split, RGB, uint8."""
+    """The n images of one split, RGB, uint8: decoded copies, or the files themselves."""
 
     pixels: UInt8[Tensor, " bytes"]
-    """Images one after another, each 3×height×width; a memory map of the cache, only to be read."""
+    """Images one after another, each 3×height×width; a memory map of the cache, only to be read. Empty without one."""
     offsets: Int[Tensor, " n"]
     """Where each image starts in `pixels`."""
     sizes: Int[Tensor, "n 2"]
-    """Height and width of each image."""
+    """Height and width of each copy, or of each file's image."""
     paths: tuple[str, ...]
     """Of each image from the root of its data, with forward slashes; of an array set, name/row."""
     labels: Int[Tensor, " n"] | None
@@ -63,6 +76,8 @@ class Images:
     """Path and reason of each image of the split that could not be read."""
     fingerprint: str
     """Changes when an image's path or decoded pixels do, or the selection; not when files are copied or touched."""
+    files: Files | None = None
+    """Where they are read from, without copies."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -75,6 +90,7 @@ class Images:
             sizes=self.sizes[indices],
             paths=tuple(self.paths[index] for index in indices.tolist()),
             labels=None if self.labels is None else self.labels[indices],
+            files=self.files and self.files._replace(rows=self.files.rows[indices]),
             fingerprint=_digest(self.fingerprint.encode(), indices.to("cpu", torch.int64).numpy().tobytes()),
         )
 
@@ -86,7 +102,7 @@ class Images:
     @cached_property
     def _grid(self) -> tuple[UInt8[Tensor, "rows 3 h w"], Int[Tensor, " n"]] | None:
         """`pixels` as equal images, and each image's row among them; None when sizes differ."""
-        if not len(self) or (self.sizes != self.sizes[0]).any():
+        if not len(self) or self.files is not None or (self.sizes != self.sizes[0]).any():
             return None
         height, width = self.sizes[0].tolist()
         stride = 3 * height * width
@@ -98,8 +114,11 @@ class Images:
     def batch(self, indices: Int[Tensor, " b"]) -> tuple[UInt8[Tensor, "b 3 h w"], Int[Tensor, "b 2"]]:
         """Copies of the images at `indices`, on the device of `pixels`, and the height and width of each, on the CPU.
 
-        Images of unequal sizes lie at the top left of the largest height and width among them, zeros elsewhere.
+        Images of unequal sizes lie at the top left of the largest height and width among them, zeros elsewhere. Without
+        copies each is read from its file, its short side reduced to `files.side`; DataError where one cannot be.
         """
+        if self.files is not None:
+            return _read(self.files, indices)
         sizes = self.sizes[indices]
         if self._grid is not None:
             grid, rows = self._grid
@@ -131,6 +150,7 @@ def load(
     cache: Path | None = None,
     test_split: str | None = None,
     skip: Collection[str] = (),
+    copies: bool = True,
     progress: bool = True,
 ) -> Splits:
     """Images to train on and, where there are any, to test on; decoded on first use, mapped from the cache after that.
@@ -140,6 +160,8 @@ def load(
     The test images are, in this order: a `holdout` share of the training images, drawn from `seed`, and then no other
     split is opened; `test_split`; the split test, or else val, unless it lacks the labels that train has; a tenth of
     the training images if they have labels and `holdout` is not 0; none.
+    Without `copies` the cache has sizes and checksums alone, from one look at each file, and batches are read from
+    the files.
     The cache lies in `cache`, else $CORINFOMAX_CACHE, else $XDG_CACHE_HOME/corinfomax, else ~/.cache/corinfomax, one
     folder a split and side. Any of them may be deleted while no run uses it. Many processes may load at once, but each
     that finds no cache builds it: let one go first.
@@ -154,12 +176,12 @@ def load(
     folder = cache or default_cache()
     sources = find(data, root=root, download=download, skip=skip, cache=folder)
     classes = tuple(sorted(set(sources["train"].labels or ())))
-    train = _images(sources["train"], classes, side, folder, progress)
+    train = _images(sources["train"], classes, side, folder, progress, copies)
     name = None if holdout else _test_name(data, sources, test_split)
     if name is not None:
         # Labels of a test split say nothing about training images without any: its classes are then its own.
         known = classes or tuple(sorted(set(sources[name].labels or ())))
-        return Splits(train, _images(sources[name], known, side, folder, progress))
+        return Splits(train, _images(sources[name], known, side, folder, progress, copies))
     share = holdout if holdout is not None else DEFAULT_HOLDOUT if classes else 0.0
     return set_aside(train, share, seed) if share else Splits(train, None)
 
@@ -172,6 +194,7 @@ def load_every(
     download: bool = False,
     cache: Path | None = None,
     skip: Collection[str] = (),
+    copies: bool = True,
     progress: bool = True,
 ) -> dict[str, Images]:
     """Every split of `data` by name, whole and in the order of its paths; arguments and errors as of `load`.
@@ -181,7 +204,7 @@ def load_every(
     folder = cache or default_cache()
     sources = find(data, root=root, download=download, skip=skip, cache=folder)
     classes = tuple(sorted({label for source in sources.values() for label in source.labels or ()}))
-    return {name: _images(source, classes, side, folder, progress) for name, source in sources.items()}
+    return {name: _images(source, classes, side, folder, progress, copies) for name, source in sources.items()}
 
 
 def set_aside(images: Images, share: float, seed: int) -> Splits:
@@ -204,8 +227,33 @@ def _test_name(data: str | Path, sources: dict[str, Source], test_split: str | N
     return test_split or next(usable, None)
 
 
-def _images(source: Source, classes: tuple[str, ...], side: int, cache: Path, progress: bool) -> Images:
+def _read(files: Files, indices: Int[Tensor, " b"]) -> tuple[UInt8[Tensor, "b 3 h w"], Int[Tensor, "b 2"]]:
+    """A batch from the files of its images. Pillow decodes without Python's lock, so threads do."""
+    source, rows = files.source, files.rows[indices].tolist()
+
+    def one(row: int) -> np.ndarray:
+        try:
+            with Image.open(source.file(row), formats=FORMATS) as image:
+                return decode(image, files.side)
+        except Exception as error:  # whatever a malformed file makes Pillow raise
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{source.paths[row]} in {source.root} cannot be read any more: {reason}") from error
+
+    with ThreadPoolExecutor(cores()) as pool:
+        found = list(pool.map(one, rows))
+    sizes = torch.tensor([image.shape[1:] for image in found]).view(-1, 2)
+    out = np.zeros((len(found), 3, *(sizes.amax(0).tolist() if found else (0, 0))), np.uint8)
+    for slot, image in zip(out, found, strict=True):
+        slot[:, : image.shape[1], : image.shape[2]] = image
+    return torch.from_numpy(out), sizes
+
+
+def _images(
+    source: Source, classes: tuple[str, ...], side: int, cache: Path, progress: bool, copies: bool = True
+) -> Images:
     """One split from its cache, which is built if it is not there whole."""
+    if not copies and source.array is not None:
+        raise DataError(f"{source.root} has no files to cut crops from: it is one array; leave out --from-files")
     labels = None
     if source.labels is not None:
         if unknown := sorted(set(source.labels) - set(classes)):
@@ -216,30 +264,32 @@ def _images(source: Source, classes: tuple[str, ...], side: int, cache: Path, pr
         places = {name: place for place, name in enumerate(classes)}
         labels = torch.tensor([places[label] for label in source.labels])
     names = os.fsencode("\0".join((*source.paths, source.root)))
-    folder = cache.absolute() / _digest(f"{FORMAT} {side} ".encode(), source.stamps.tobytes(), names)
+    kind = f"{FORMAT} {side if copies else 'files'} "
+    folder = cache.absolute() / _digest(kind.encode(), source.stamps.tobytes(), names)
     for _ in range(3):  # another process may take away a cache that it saw torn in the moment after we mend it
-        if (opened := _open(folder, len(source.paths))) is not None:
+        if (opened := _open(folder, len(source.paths), copies)) is not None:
             break
-        _build(source, side, folder, progress)
+        _build(source, side, folder, progress, copies)
     else:
         raise DataError(f"the image cache {folder} does not stay whole; delete it and start one process first")
     index, pixels, skipped, content = opened
     kept, sizes = torch.from_numpy(index[:, 0].copy()), torch.from_numpy(index[:, 1:].copy())
-    ends = (3 * sizes.prod(1)).cumsum(0)
+    lengths = 3 * sizes.prod(1) * copies
     paths = tuple(source.paths[row] for row in kept.tolist())
     return Images(
         pixels=pixels,
-        offsets=ends - 3 * sizes.prod(1),
+        offsets=lengths.cumsum(0) - lengths,
         sizes=sizes,
         paths=paths,
         labels=None if labels is None else labels[kept],
         classes=() if labels is None else classes,
         skipped=tuple((source.paths[row], reason) for row, reason in skipped),
         fingerprint=_digest(os.fsencode("\0".join((content, *paths))), index.tobytes()),
+        files=None if copies else Files(source, kept, side),
     )
 
 
-def _open(folder: Path, count: int) -> Opened | None:
+def _open(folder: Path, count: int, copies: bool) -> Opened | None:
     """What is in a cache; None where it is not there, not whole, or not of `count` images."""
     try:
         index = np.load(folder / "index.npy", allow_pickle=False)
@@ -247,8 +297,10 @@ def _open(folder: Path, count: int) -> Opened | None:
         skipped = [(row, reason) for row, reason in notes["skipped"]]
         digest = str(notes["digest"])
         size = (folder / "pixels.bin").stat().st_size
-        if size != 3 * index[:, 1:].prod(1).sum() or len(index) + len(skipped) != count:
+        if size != 3 * index[:, 1:].prod(1).sum() * copies or len(index) + len(skipped) != count:
             return None
+        if not copies:
+            return Opened(index, torch.empty(0, dtype=torch.uint8), skipped, digest)
         # Mode "r": a copy-on-write map counts as memory, and Linux refuses one larger than the machine has.
         mapped = np.memmap(folder / "pixels.bin", np.uint8, "r")
     except (OSError, EOFError, ValueError, KeyError):
@@ -258,8 +310,14 @@ def _open(folder: Path, count: int) -> Opened | None:
         return Opened(index, torch.from_numpy(mapped), skipped, digest)
 
 
-def _build(source: Source, side: int, folder: Path, progress: bool) -> None:
+def _build(source: Source, side: int, folder: Path, progress: bool, copies: bool) -> None:
     """Decode a split into `folder`, which appears whole or not at all."""
+
+    def look(image: Image.Image) -> tuple[tuple[int, ...], np.ndarray]:
+        size = upright_size(image)
+        pixels = decode(image, side if copies else GLANCE)  # the whole file is read either way, and a torn one found
+        return pixels.shape[1:] if copies else size, pixels
+
     count, written = len(source.paths), 0
     index: list[tuple[int, int, int]] = []
     skipped: list[tuple[int, str]] = []
@@ -269,14 +327,15 @@ def _build(source: Source, side: int, folder: Path, progress: bool) -> None:
         _sweep(folder.parent)
         part.mkdir(parents=True)
         with (part / "pixels.bin").open("wb", buffering=1 << 20) as stream:
-            with closing(decode_all(source, side, progress)) as results:
+            with closing(each(source, look, progress, said="decoding" if copies else "looking")) as results:
                 for row, result in enumerate(results):
                     if isinstance(result, str):
                         skipped.append((row, result))
-                    else:
-                        index.append((row, *result.shape[1:]))
-                        written += stream.write(result.data)
-                        digest.update(result.data)
+                        continue
+                    (height, width), pixels = result
+                    index.append((row, height, width))
+                    digest.update(pixels.data)
+                    written += stream.write(pixels.data) if copies else 0
             _sync(stream)
         check_skipped(source, skipped)
         with (part / "index.npy").open("wb") as stream:
@@ -287,7 +346,7 @@ def _build(source: Source, side: int, folder: Path, progress: bool) -> None:
             notes = {"root": source.root, "side": side, "skipped": skipped, "digest": digest.hexdigest()}
             stream.write(json.dumps(notes).encode())
             _sync(stream)
-        _publish(part, folder, count)
+        _publish(part, folder, count, copies)
     except OSError as error:
         done = len(index) + len(skipped)
         needed = written * count // done if done else 4 * side * side * count
@@ -299,15 +358,15 @@ def _build(source: Source, side: int, folder: Path, progress: bool) -> None:
         shutil.rmtree(part, ignore_errors=True)  # there only if it was not published
 
 
-def _publish(part: Path, folder: Path, count: int) -> None:
+def _publish(part: Path, folder: Path, count: int, copies: bool) -> None:
     """Give a whole cache its name, unless another process was first."""
-    if _open(folder, count) is not None:
+    if _open(folder, count, copies) is not None:
         return
     shutil.rmtree(folder, ignore_errors=True)  # torn
     try:
         part.rename(folder)
     except OSError:
-        if _open(folder, count) is None:
+        if _open(folder, count, copies) is None:
             raise
 
 

@@ -118,7 +118,7 @@ class Loss:
 class Optim:
     """The optimiser and its learning-rate schedule: linear warm-up, then cosine."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw", "lars", "muon"] = "sgd"
     lr: float = 0.5
     """Peak learning rate."""
     start_lr: float = 3e-3
@@ -129,7 +129,7 @@ class Optim:
     schedule: Literal["epoch", "step"] = "epoch"
     """How often the learning rate changes: the paper's once an epoch, or smoothly at every step."""
     momentum: float = 0.9
-    """SGD's momentum, AdamW's first beta."""
+    """Momentum, or AdamW's first beta."""
     weight_decay: float = 1e-4
     decay_norms: bool = True
     """Apply weight decay to norms and biases too, as the paper does."""
@@ -176,6 +176,9 @@ class Recipe:
     Crops show things larger than whole images do, so that larger test views may score better (arXiv 1906.06423)."""
     cache_side: int = 32
     """Short side of the cached images, in pixels; larger ones are reduced to it, smaller ones kept."""
+    from_files: bool = False
+    """Cache no images: every crop is cut from the file itself, at full resolution, by processes that decode ahead. For
+    sets whose copies would not fit on the disk; `cache_side` is then what looks and scores see."""
     mean: tuple[float, float, float] = IMAGENET_STATS[0]
     """Subtracted from red, green and blue in [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STATS[1]
@@ -222,6 +225,8 @@ class Recipe:
             )
         if min(self.early_shares, default=0.0) < 0 or sum(self.early_shares) > 1 + 1e-9:
             raise ValueError(f"early_shares are {self.early_shares}; they must be at least 0 and at most 1 together")
+        if self.from_files and any(view.rotate for view in self.views):
+            raise ValueError("from_files cuts crops from files, which cannot be rotated first: --views.0.rotate 0")
         if self.batch < 2:
             raise ValueError(f"batch is {self.batch}; BatchNorm and the covariance need at least 2 images")
         if self.micro_batch is not None and self.micro_batch < 2:
@@ -248,7 +253,7 @@ def sides(recipe: Recipe) -> str:
 
 
 LATER: dict[str, dict[str, Any]] = {
-    "recipe": {"test_scale": 1.0, "early_sizes": (), "early_shares": (), "crops": 2},
+    "recipe": {"test_scale": 1.0, "early_sizes": (), "early_shares": (), "crops": 2, "from_files": False},
     "recipe.loss": {"name": "corinfomax", "weights": ()},
     "recipe.backbone": {"zero_init_last": True},
     "recipe.optim": {"clip": None},

@@ -7,13 +7,19 @@ from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
+from timm.optim.lars import Lars
+from timm.optim.muon import Muon
 from torch import Tensor, nn
 
 from corinfomax.knobs import Optim
 
 
 def build(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """SGD or AdamW over the model's parameters; norms and biases (one-dimensional) in a group of their own."""
+    """The optimiser over the model's parameters; norms and biases (one-dimensional) in a group of their own.
+
+    LARS scales each matrix's step to its norm, and what does not decay not at all; Muon makes each matrix's step
+    orthogonal, vectors get AdamW (timm's, of both).
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for _, p in named if p.ndim > 1]
     vectors = [p for _, p in named if p.ndim <= 1]
@@ -23,6 +29,10 @@ def build(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     ]
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.momentum, 0.999))
+    if optim.name == "lars":
+        return Lars(groups, lr=optim.lr, momentum=optim.momentum)
+    if optim.name == "muon":
+        return Muon(groups, lr=optim.lr, momentum=optim.momentum)
     return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
 
 

@@ -13,8 +13,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from corinfomax import checkpoint, optim
+from corinfomax.feed import Batch
 from corinfomax.learner import NUMBERS, NotFiniteError, build, find_fault, put_back, smallest_eigenvalue, update
-from corinfomax.train import make_views
+from corinfomax.train import cut_views, make_views
 
 
 class Replay(NamedTuple):
@@ -43,7 +44,7 @@ def replay(path: Path, device: torch.device) -> Replay:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; --replay takes a run's failed-step-N.safetensors")
     saved = checkpoint.load(path)
-    if "pixels" not in saved.loop:
+    if "indices" not in saved.loop:
         raise ValueError(f"{path} is a checkpoint, no failed step; --replay takes a run's failed-step-N.safetensors")
     recipe = replace(saved.recipe, optim=replace(saved.recipe.optim, clip=None))
     learner = build(recipe, device)
@@ -53,7 +54,12 @@ def replay(path: Path, device: torch.device) -> Replay:
     weights = {name: float(p.detach().norm()) for name, p in network.named_parameters()}
     least = smallest_eigenvalue(learner.criterion)
     seen = replace(recipe, size=saved.facts.get("size", recipe.size))
-    crops = make_views(seen, saved.loop["pixels"], saved.loop["sizes"], saved.step, device)
+    sizes = saved.loop["sizes"]
+    if "pixels" in saved.loop:
+        crops = make_views(seen, saved.loop["pixels"], sizes, saved.step, device)
+    else:  # each crop as it was cut from its file
+        cuts = [Batch(*(saved.loop[f"{name}{crop}"] for name in Batch._fields)) for crop in range(recipe.crops)]
+        crops = cut_views(seen, cuts, sizes, saved.step, device)
     order, micro_batch = as_one(len(crops[0]), saved.facts.get("processes", 1), recipe.micro_batch)
     recipe, crops = replace(recipe, micro_batch=micro_batch), [view[order] for view in crops]
     values = [float("nan")] * len(NUMBERS)

@@ -223,12 +223,11 @@ def contact_sheet(subject: Subject, *, device: torch.device) -> list[dict[str, A
     step = max(0, subject.step - 1)
     indices = train.batch_indices(recipe, step, len(images))
     some = slice(0, SEEN)
-    pixels, _ = images.batch(indices[some])
     sizes = images.sizes[indices]
     steps = recipe.steps(len(images))
     crops = [
         pictures.normalised_to_bytes(x.float(), mean=recipe.mean, std=recipe.std)
-        for x in train.make_views(train.of_step(recipe, step, steps), pixels, sizes, step, device, some)
+        for x in train.step_views(train.of_step(recipe, step, steps), images, step, device, some)
     ]
     # For the captions alone: the pictures come from the training loop's own function.
     drawn = train.draw_views(recipe, sizes, step)

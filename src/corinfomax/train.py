@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from tqdm import tqdm
 
 from corinfomax import checkpoint, diagnosis, distributed, embed, optim, probes, runs, verdict, views
 from corinfomax.checkpoint import Checkpoint
-from corinfomax.feed import feed
+from corinfomax.feed import Batch, feed, of_files
+from corinfomax.files import DataError
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe, View
 from corinfomax.learner import NUMBERS, Learner, NotFiniteError, build, capture, find_fault, put_back, scale, update
@@ -86,19 +88,30 @@ def pretrain(
         first, pending = resume.step, resume.loop.get("numbers", pending).to(device)
 
     def take(step: int) -> Float[Tensor, " 4"]:
-        sizes = images.sizes[batch_indices(recipe, step, len(images))]
-        crops = make_views(of_step(recipe, step, steps), batches.take(step), sizes, step, device, here)
+        now, sizes = of_step(recipe, step, steps), images.sizes[batch_indices(recipe, step, len(images))]
+        given = batches.take(step)
+        if images.files is None:
+            crops = make_views(now, given[0].pixels, sizes, step, device, here)
+        else:
+            crops = cut_views(now, given, sizes, step, device, here)
         lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
         optim.set_learning_rate(learner.optimizer, lr)
         return update(recipe, learner, crops, step, device)
 
+    done = first
     score_at = {round(steps * (i + 1) / pace.scores) for i in range(pace.scores)}
     watched = diagnosis.choose(splits, recipe, device=device)
     look_at = diagnosis.schedule(steps, recipe.batch, pace.diagnoses, watched)
     good, saved_at = capture(learner, first, recipe), time.monotonic()
     rows = runs.read_metrics(run) if first and writes else []
     with (
-        feed(images, lambda step: batch_indices(recipe, step, len(images))[here], steps, device) as batches,
+        feed(
+            images,
+            lambda step: batch_indices(recipe, step, len(images))[here],
+            lambda step: boxes(of_step(recipe, step, steps), images, step, here),
+            steps,
+            device,
+        ) as batches,
         Progress(recipe, first, steps, rows) as progress,
         stop_signals() as stop,
     ):
@@ -132,6 +145,10 @@ def pretrain(
                     saved_at = time.monotonic()
                 if asked_to_stop:
                     raise Interrupted(runs.checkpoint_path(run, done))
+        except DataError:  # a file that is gone: what was learnt is not
+            if writes:
+                save(run, learner, pending, done, recipe, facts, progress.rows, pace.keep)
+            raise
         except NotFiniteError as fault:
             # Every process comes here after the same step, and goes once more to the one that failed.
             put_back(learner, good)
@@ -197,9 +214,16 @@ def keep_failure(
     """Write the learner as it is before the step that failed, and that step's batch; how to see it again."""
     network, criterion, optimizer, scaler = learner
     indices = batch_indices(recipe, fault.step, len(images))
-    pixels, sizes = images.batch(indices)
+    now = of_step(recipe, fault.step, recipe.steps(len(images)))
     path = run / f"failed-step-{fault.step}.safetensors"
     try:
+        if images.files is None:
+            pixels, sizes = images.batch(indices)
+            given = {"pixels": pixels, "sizes": sizes}
+        else:
+            given = {"sizes": images.sizes[indices]}
+            for crop, cut in enumerate(read_cuts(now, images, fault.step)):
+                given |= {f"{name}{crop}": tensor for name, tensor in cut._asdict().items()}
         checkpoint.save(
             path,
             network=network,
@@ -212,11 +236,11 @@ def keep_failure(
                 "failure": str(fault),
                 "lr": optimizer.param_groups[0]["lr"],
                 "processes": distributed.size(),
-                "size": of_step(recipe, fault.step, recipe.steps(len(images))).size,
+                "size": now.size,
             },
-            loop={"indices": indices, "pixels": pixels, "sizes": sizes, **scale(scaler)},
+            loop={"indices": indices, **given, **scale(scaler)},
         )
-    except OSError as error:
+    except (OSError, DataError) as error:
         return f"its batch is not kept: {error}"
     return f"its batch is kept; to see it again, layer by layer: corinfomax pretrain --replay {path}"
 
@@ -275,6 +299,47 @@ def make_views(
         views.apply(pixels, sizes[here], p.take(here), size=recipe.size, mean=recipe.mean, std=recipe.std)
         for p in drawn
     ]
+
+
+def cut_views(
+    recipe: Recipe,
+    cuts: Sequence[Batch],
+    sizes: Int[Tensor, "b 2"],
+    step: int,
+    device: torch.device,
+    here: slice = slice(None),
+) -> list[Float[Tensor, "n 3 s s"]]:
+    """The same of crops that were cut out already; `sizes` are those of the whole images."""
+    made = []
+    for cut, drawn in zip(cuts, draw_views(recipe, sizes, step), strict=True):
+        assert cut.boxes is not None
+        p, pixels = drawn.take(here)._replace(box=cut.boxes), cut.pixels.to(device)
+        made.append(views.apply(pixels, cut.sizes, p, size=recipe.size, mean=recipe.mean, std=recipe.std))
+    return made
+
+
+def boxes(recipe: Recipe, images: Images, step: int, here: slice) -> tuple[Int[Tensor, "n v 4"], int]:
+    """The boxes that one step's crops of the images `here` of its batch are cut out by, and the side of the views."""
+    sizes = images.sizes[batch_indices(recipe, step, len(images))]
+    return torch.stack([drawn.box[here] for drawn in draw_views(recipe, sizes, step)], 1), recipe.size
+
+
+def step_views(
+    recipe: Recipe, images: Images, step: int, device: torch.device, here: slice = slice(None)
+) -> list[Float[Tensor, "n 3 s s"]]:
+    """The views of the images `here` of one step's batch, read for this once."""
+    indices = batch_indices(recipe, step, len(images))
+    sizes = images.sizes[indices]
+    if images.files is None:
+        return make_views(recipe, images.batch(indices[here])[0], sizes, step, device, here)
+    return cut_views(recipe, read_cuts(recipe, images, step, here), sizes, step, device, here)
+
+
+def read_cuts(recipe: Recipe, images: Images, step: int, here: slice = slice(None)) -> list[Batch]:
+    """What one step's crops are made of, read from the files for this once."""
+    with contextlib.ExitStack() as stack:
+        indices = batch_indices(recipe, step, len(images))[here]
+        return of_files(images, stack)(indices, *boxes(recipe, images, step, here))
 
 
 def draw_views(recipe: Recipe, sizes: Int[Tensor, "b 2"], step: int) -> list[views.Parameters]:

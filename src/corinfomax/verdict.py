@@ -46,7 +46,7 @@ GROWING = 0.05  # relative gain of the best measure over the last third of the s
 STEADY = 0.01
 LOST = 0.1  # share of a run in trouble that is worth a word when it ended well
 ODD = 5.0  # times what is usual, from where on a knob is the first suspect
-USUAL_LR = {"sgd": 1.0, "adamw": 2e-3}
+USUAL_LR = {"sgd": 1.0, "adamw": 2e-3, "lars": 10.0, "muon": 0.05}
 BEST = "ldmi"  # ranks checkpoints as well as any (docs/verdict.md)
 
 

@@ -31,8 +31,8 @@ class Parameters(NamedTuple):
 
     angle: Float[Tensor, " n"]
     """Rotation, degrees counter-clockwise."""
-    box: Int[Tensor, "n 4"]
-    """Crop: top, left, height, width in pixels."""
+    box: Int[Tensor, "n 4"] | Float[Tensor, "n 4"]
+    """Crop: top, left, height, width in pixels; of pixels that it covers in part all are read."""
     flip: Bool[Tensor, " n"]
     jitter: Bool[Tensor, " n"]
     order: Int[Tensor, "n 4"]
@@ -110,7 +110,7 @@ def apply(
     if images.device.type != "cpu" or images.dtype != torch.uint8:
         return compose(images, sizes, p, size=size, mean=mean, std=std)
     corner, extent = p.box.split(2, 1)
-    window = fused.Window(corner.double(), extent.double(), corner, corner + extent, p.flip)
+    window = fused.Window(corner.double(), extent.double(), *_covered(p.box), p.flip)
     changes = fused.Changes(
         angle=p.angle.deg2rad(),
         part=torch.where(p.jitter[:, None], p.order, -1),
@@ -164,7 +164,7 @@ def rotate(
 
 def resized_crop(
     x: UInt8[Tensor, "n 3 h w"] | Float[Tensor, "n 3 h w"],
-    box: Int[Tensor, "n 4"],
+    box: Int[Tensor, "n 4"] | Float[Tensor, "n 4"],
     flip: Bool[Tensor, " n"],
     *,
     size: int,
@@ -174,7 +174,13 @@ def resized_crop(
     uint8 is 0 … 255, float is 0 … 1. Nothing outside the box is read.
     """
     start, extent = box[:, :2].float(), box[:, 2:].float()
-    return _resample(x, start, extent, box[:, :2], box[:, :2] + box[:, 2:], flip, size=size)
+    return _resample(x, start, extent, *_covered(box), flip, size=size)
+
+
+def _covered(box: Int[Tensor, "n 4"] | Float[Tensor, "n 4"]) -> tuple[Int[Tensor, "n 2"], Int[Tensor, "n 2"]]:
+    """The first pixel of each box and the one after its last."""
+    corner, extent = box[:, :2], box[:, 2:]
+    return corner.floor().long(), (corner + extent).ceil().long()
 
 
 def centre_view(

@@ -31,7 +31,7 @@ def run(command: Bench, argv: list[str]) -> int:
     if data is None:
         pictures = bench.made_up(recipe)
     else:
-        pictures = inputs.load(data, where, recipe.cache_side).train
+        pictures = inputs.load(data, where, recipe).train
         decode = bench.decoding(
             sources.find(data, root=where.root, skip=inputs.left_out(where), cache=where.cache)["train"],
             recipe.cache_side,

@@ -14,7 +14,7 @@ def run(command: Embed) -> int:
     embed.check_ending(command.out)
     device = inputs.device_of(command.where.device)
     given = inputs.weights_of(command.weights, command.network, device)
-    parts = inputs.every(command.data, command.where, given.recipe.cache_side)
+    parts = inputs.every(command.data, command.where, given.recipe)
     vectors = {
         name: embed.features(given.backbone, part, given.recipe, device=device, progress=f"embedding {name}")
         for name, part in parts.items()

@@ -17,12 +17,12 @@ def run(command: Evaluate) -> int:
     names = (command.weights, *command.against)
     loaded = [inputs.weights_of(name, command.network, device) for name in names]
     ours, others = loaded[0], loaded[1:]
-    splits = inputs.load(command.data, command.where, ours.recipe.cache_side)
+    splits = inputs.load(command.data, command.where, ours.recipe)
     evaluate.check_labels(splits)
     sides = {ours.recipe.cache_side: splits}
     for other in others:
         if (side := other.recipe.cache_side) not in sides:
-            sides[side] = inputs.splits_of(command.data, command.where, side)
+            sides[side] = inputs.splits_of(command.data, command.where, other.recipe)
     called = evaluate.distinct_names(command.against)
     rivals = [
         evaluate.Contender(name, other.backbone, other.recipe, sides[other.recipe.cache_side])

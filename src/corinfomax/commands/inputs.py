@@ -41,8 +41,8 @@ def weights_of(name: str, network: Network, device: torch.device) -> Weights:
     return given._replace(backbone=given.backbone.to(device).to(memory_format=torch.channels_last))
 
 
-def load(data: str, where: Where, side: int) -> Splits:
-    splits = splits_of(data, where, side)
+def load(data: str, where: Where, recipe: Recipe) -> Splits:
+    splits = splits_of(data, where, recipe)
     tell_left_out(data, where)
     for name, split in zip(("train", "test"), splits, strict=True):
         if split is not None:
@@ -69,10 +69,11 @@ def load(data: str, where: Where, side: int) -> Splits:
     return splits
 
 
-def splits_of(data: str, where: Where, side: int) -> Splits:
+def splits_of(data: str, where: Where, recipe: Recipe) -> Splits:
     return images.load(
         data,
-        side=side,
+        side=recipe.cache_side,
+        copies=not recipe.from_files,
         holdout=where.holdout,
         root=where.root,
         download=where.download,
@@ -82,10 +83,16 @@ def splits_of(data: str, where: Where, side: int) -> Splits:
     )
 
 
-def every(data: str, where: Where, side: int) -> dict[str, Images]:
+def every(data: str, where: Where, recipe: Recipe) -> dict[str, Images]:
     """Every split, with a word on what was left out."""
     parts = images.load_every(
-        data, side=side, root=where.root, download=where.download, cache=where.cache, skip=left_out(where)
+        data,
+        side=recipe.cache_side,
+        copies=not recipe.from_files,
+        root=where.root,
+        download=where.download,
+        cache=where.cache,
+        skip=left_out(where),
     )
     tell_left_out(data, where)
     for name, part in parts.items():

@@ -13,7 +13,7 @@ def run(command: Neighbors) -> int:
         raise ValueError("name at least one picture with --query, and a --count of at least 1")
     device = inputs.device_of(command.where.device)
     given = inputs.weights_of(command.weights, command.network, device)
-    parts = inputs.every(command.data, command.where, given.recipe.cache_side)
+    parts = inputs.every(command.data, command.where, given.recipe)
     pool = neighbors.pool_of(parts)
     found = neighbors.search(given.backbone, pool, given.recipe, command.query, k=command.count, device=device)
     for one in found:

@@ -170,7 +170,7 @@ def _train_in(run: Path, plan: Plan, argv: list[str], device: torch.device) -> T
     first = distributed.rank() == 0
     with contextlib.ExitStack() as stack:
         with distributed.first_of_machine():  # one decodes, the others read its cache
-            splits = inputs.load(data, where, recipe.cache_side)
+            splits = inputs.load(data, where, recipe)
         recipe = inputs.fit_batch(recipe, len(splits.train))
         recipe = replace(recipe, precision=networks.precision(recipe, device))  # kept when resumed on other hardware
         if recipe.optim.warmup_epochs >= recipe.epochs > 1:

@@ -14,7 +14,7 @@ def run(command: Report) -> int:
     device = inputs.device_of(command.where.device)
     network, saved = checkpoint.load_network(command.run)
     where = inputs.where_it_was(command.where, command.run, saved.facts)
-    splits = inputs.load(command.data or saved.facts["data"], where, saved.recipe.cache_side)
+    splits = inputs.load(command.data or saved.facts["data"], where, saved.recipe)
     same = splits.train.fingerprint == saved.facts["fingerprint"]
     if not same:
         print("these are not the images that the run was trained on: the page has no contact sheet of its views")

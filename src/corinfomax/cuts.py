@@ -1,0 +1,124 @@
+"""Crops cut from the image files themselves, at full resolution, by processes that decode beside the training."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+
+from corinfomax.decode import FORMATS, UPRIGHT, pool_of, to_rgb, upright_size
+from corinfomax.files import DataError, Source
+
+FINE = 2  # sides of the view that a reduced crop still has, so that resampling it is all but that of the whole
+SHARE = 8  # images a task
+_T = Image.Transpose
+UPSIDE_DOWN = (_T.FLIP_TOP_BOTTOM, _T.ROTATE_180, _T.ROTATE_90, _T.TRANSVERSE)
+"""What makes the file's last column or row the first row."""
+BACKWARDS = (_T.FLIP_LEFT_RIGHT, _T.ROTATE_180, _T.ROTATE_270, _T.TRANSVERSE)
+"""What makes it the first column."""
+
+Boxes = Int[np.ndarray, "n v 4"]
+"""Top, left, height and width of each crop, in pixels of the upright image."""
+
+
+class Cut(NamedTuple):
+    """One crop of each image of a batch, at the top left of the largest height and width of them, zeros elsewhere."""
+
+    pixels: UInt8[np.ndarray, "n 3 h w"]
+    sizes: Int[np.ndarray, "n 2"]
+    boxes: Float[np.ndarray, "n 4"]
+    """Where in these pixels the crop is: its edges may lie within some."""
+
+
+Part = tuple[UInt8[np.ndarray, "3 _ _"], tuple[float, ...]]
+"""The pixels that a crop covers, and its box among them."""
+Cutter = Callable[[Sequence[int], Boxes, int], list[Cut]]
+"""Rows of the source, a box for each of their crops, side of the view: each of the crops."""
+
+
+def cut(image: Image.Image, boxes: Int[np.ndarray, "v 4"], side: int) -> list[Part]:
+    """These parts of an opened image, as RGB.
+
+    Where the smallest one is FINE times `side` or more, all are of a reduced image: JPEG's own 1/2, 1/4, 1/8, or the
+    means of squares, so that it stays at least FINE times `side`.
+    """
+    turn = UPRIGHT.get(image.getexif().get(0x0112))
+    height, width = upright_size(image)
+    spare = max(1, int(boxes[:, 2:].min()) // (FINE * side))
+    given = image.width
+    drafted = image.draft(None, (given // spare, image.height // spare)) if spare > 1 else None
+    scale = drafted[1][2] / given if drafted else 1.0  # an eighth of 1,411 px are 176.4, though there are 177
+    image.load()
+    rgb = to_rgb(image)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    # The pixel that is there in part is the last one of the file, and the first one where that is turned round.
+    above, before = (
+        actual - scale * whole if turn in turned else 0.0
+        for actual, whole, turned in ((rgb.height, height, UPSIDE_DOWN), (rgb.width, width, BACKWARDS))
+    )
+    factor = max(1, int(spare * scale))
+    if factor > 1:
+        rgb = rgb.reduce(factor)
+    found: list[Part] = []
+    for box in boxes.tolist():
+        top, left, tall, wide = (scale * edge / factor for edge in box)
+        top, left = top + above / factor, left + before / factor
+        right, bottom = min(math.ceil(left + wide), rgb.width), min(math.ceil(top + tall), rgb.height)
+        x, y = min(int(left), right - 1), min(int(top), bottom - 1)
+        pixels = np.asarray(rgb.crop((x, y, right, bottom))).transpose(2, 0, 1)
+        part = (top - y, left - x, min(tall, bottom - top), min(wide, right - left))
+        found.append((np.ascontiguousarray(pixels), part))
+    return found
+
+
+@contextlib.contextmanager
+def cutter(source: Source, workers: int) -> Iterator[Cutter]:
+    """What cuts crops from the files of `source` in so many processes, until the end of the block.
+
+    Its call raises DataError for a file that cannot be read.
+    """
+
+    def work(task: tuple[Sequence[int], Boxes, int]) -> list[list[Part] | str]:
+        rows, boxes, side = task
+        found: list[list[Part] | str] = []
+        for row, of_image in zip(rows, boxes, strict=True):
+            try:
+                with Image.open(source.file(row), formats=FORMATS) as image:
+                    found.append(cut(image, of_image, side))
+            except Exception as error:  # a malformed file makes Pillow's parsers raise nearly anything
+                found.append(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+        return found
+
+    with warnings.catch_warnings(), pool_of(work, workers, fork=True) as (pool, task):
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+
+        def crops(rows: Sequence[int], boxes: Boxes, side: int) -> list[Cut]:
+            asked: list[Future[list[list[Part] | str]]] = [
+                pool.submit(task, (rows[start : start + SHARE], boxes[start : start + SHARE], side))
+                for start in range(0, len(rows), SHARE)
+            ]
+            found = [image for each in asked for image in each.result()]
+            images = []
+            for row, image in zip(rows, found, strict=True):
+                if isinstance(image, str):
+                    raise DataError(f"{source.paths[row]} in {source.root} cannot be read any more: {image}")
+                images.append(image)
+            return [_padded([image[crop] for image in images]) for crop in range(boxes.shape[1])]
+
+        yield crops
+
+
+def _padded(parts: Sequence[Part]) -> Cut:
+    sizes = np.array([image.shape[1:] for image, _ in parts])
+    pixels = np.zeros((len(parts), 3, *sizes.max(0)), np.uint8)
+    for slot, (image, _), (height, width) in zip(pixels, parts, sizes.tolist(), strict=True):
+        slot[:, :height, :width] = image
+    return Cut(pixels, sizes, np.array([box for _, box in parts]))
