@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compared, machine
 from benchmarks.methods import CHOSEN, DATA, METHODS, SUPERVISED, Changes, Method, changed
-from corinfomax import embed, images, knobs, optim, probes, train
+from corinfomax import embed, images, knobs, optim, probes, train, views
 from corinfomax.images import Splits
 from corinfomax.knobs import Projector, Recipe
 from corinfomax.learner import build, update
@@ -100,7 +100,8 @@ def _supervised(recipe: Recipe, splits: Splits) -> Iterator[Network]:
     while True:
         indices = train.batch_indices(recipe, step, len(splits.train))
         pixels, sizes = splits.train.batch(indices)
-        x = train.make_views(replace(recipe, views=(recipe.views[0],) * 2), pixels, sizes, step, CPU)[0]
+        drawn = views.draw(recipe.views[0], sizes, generator(recipe.seed, "view 0", step))
+        x = views.apply(pixels, sizes, drawn, size=recipe.size, mean=recipe.mean, std=recipe.std)
         lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=per_epoch, epochs=recipe.epochs)
         optim.set_learning_rate(optimizer, lr)
         optimizer.zero_grad(set_to_none=True)
@@ -152,9 +153,9 @@ def sized(recipe: Recipe, steps: int, count: int) -> Recipe:
     return sized
 
 
-def flops(recipe: Recipe, name: str) -> float:
+def flops(recipe: Recipe, name: str, classes: int) -> float:
     """Of one crop, forward and backward: three times the forward's."""
-    widths = (10,) if name == SUPERVISED else recipe.projector.widths
+    widths = (classes,) if name == SUPERVISED else recipe.projector.widths
     network = Network(recipe.backbone, replace(recipe.projector, widths=widths), size=recipe.size).eval()
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, recipe.size, recipe.size))
@@ -251,7 +252,8 @@ def run(name: str, data: str, splits: Splits, minutes: float, seed: int) -> None
     recipe = sized(recipe, steps, len(splits.train))
     network, seconds = fit(name, recipe, splits)
     crops = steps * recipe.batch * (1 if name == SUPERVISED else recipe.crops)
-    work = {"steps": steps, "crops": crops, "tflops": round(crops * flops(recipe, name) / 1e12, 1)}
+    each = flops(recipe, name, len(splits.train.classes))
+    work = {"steps": steps, "crops": crops, "tflops": round(crops * each / 1e12, 1)}
     add(
         {
             **mark,

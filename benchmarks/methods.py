@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from corinfomax.baselines import AUTHORS
-from corinfomax.knobs import PAPER_VIEWS, Loss, Objective, Optim, Projector, Recipe
+from corinfomax.knobs import ALPHA_PER_DIM, PAPER_VIEWS, Loss, Objective, Optim, Projector, Recipe
 from corinfomax.recipes import RECIPES
 
 Changes = dict[str, dict[str, Any]]
@@ -57,7 +57,7 @@ def _rates(recipe: Recipe) -> list[Changes]:
 def _weights(recipe: Recipe) -> list[Changes]:
     """Half and twice what the objective weighs its first part by, its temperature or its share."""
     if recipe.loss.name == "corinfomax":
-        alpha = 250.0 if recipe.loss.alpha is None else recipe.loss.alpha
+        alpha = ALPHA_PER_DIM * recipe.projector.widths[-1] if recipe.loss.alpha is None else recipe.loss.alpha
         return [{"loss": {"alpha": alpha * by}} for by in (0.5, 2.0)]
     first, *rest = recipe.loss.weights
     return [{"loss": {"weights": (first * by, *rest)}} for by in (0.5, 2.0)]

@@ -4,6 +4,7 @@ import os
 import shutil
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 import tiny
-from corinfomax import archives, images, sources
+from corinfomax import archives, files, images, sources
 from corinfomax.files import DataError, MissingDataError
 
 
@@ -62,7 +63,7 @@ def test_an_archive_is_the_folder(tmp_path, form, splits, labelled):
             assert ours.fingerprint == theirs.fingerprint
             assert torch.equal(ours.pixels, theirs.pixels)
             assert theirs.labels is None if ours.labels is None else torch.equal(ours.labels, theirs.labels)
-        assert len(list((tmp_path / "b").glob("tar-*.npy"))) == ("tar" in form), again
+        assert len(list((tmp_path / "b").glob("tar-*.npz"))) == ("tar" in form), again
     assert sources.survey(str(out), cache=tmp_path / "b").short_side == 16
 
 
@@ -142,7 +143,7 @@ def test_what_cannot_be_read_in_place_says_what_to_do(tmp_path):
     with pytest.raises(DataError, match="cannot be read in place; unpack it"):
         sources.find(packed)
     packed.rename(tmp_path / "d.tar")
-    with pytest.raises(DataError, match=r"d\.tar cannot be read"):
+    with pytest.raises(DataError, match=r"d\.tar is compressed"):
         sources.find(tmp_path / "d.tar")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -158,6 +159,92 @@ def test_what_cannot_be_read_in_place_says_what_to_do(tmp_path):
         sources.find(tmp_path / "f.zip")
 
 
-def test_a_shards_split_is_what_its_name_begins_with():
-    names = {"train-01.tar": "train", "TEST_2.zip": "test", "val.tar": "val", "valley1.tar": "train", "7.tar": "train"}
+def test_a_shards_split_is_the_word_in_its_name():
+    names = {"train-01.tar": "train", "TEST_2.zip": "test", "set-v1-validation-00.tar": "val", "valley1.tar": "train"}
     assert {name: archives._split_of(Path(name)) for name in names} == names
+    with pytest.raises(DataError, match="says test and train"):
+        archives._split_of(Path("train-test.tar"))
+
+
+def entries(out, paths, folder):
+    """A zip of one image under each of these names."""
+    picture = next(folder.rglob("*.png")).read_bytes()
+    with zipfile.ZipFile(out, "w") as archive:
+        for path in paths:
+            info = zipfile.ZipInfo("x")
+            info.filename = path
+            archive.writestr(info, picture)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("paths", "found"),
+    [
+        (["train\\a\\0.png", "train\\b\\1.png", "test\\a\\2.png"], {"train": ["train/a/0.png", "train/b/1.png"]}),
+        (["/abs/0.png", "x/1.png"], {"train": ["abs/0.png", "x/1.png"]}),
+        (["./a/0.png", "a/./1.png"], {"train": ["0.png", "1.png"]}),
+        (["a/0.png", "__MACOSX/a/._0.png", "a/.thumb/1.png"], {"train": ["0.png"]}),
+        (["a/0.png", "b/1.png", "a/0.png"], {"train": ["a/0.png", "b/1.png"]}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_names_as_other_programs_write_them(tmp_path, paths, found):
+    out = entries(tmp_path / "a.zip", paths, tiny.folder(tmp_path / "data", {"": 1}))
+    splits = sources.find(out)
+    assert {name: list(splits[name].paths) for name in found} == found
+    assert set(splits) == ({"train", "test"} if "\\" in paths[0] else {"train"})
+
+
+def test_hard_links_and_appended_files_are_those_that_unpacking_leaves(tmp_path):
+    folder = tiny.folder(tmp_path / "data", {"": 4}, labelled=False)
+    os.link(folder / "000.png", folder / "link.png")
+    out = tarred(folder, tmp_path / "a.tar")
+    (folder / "001.png").write_bytes((folder / "002.png").read_bytes())
+    with tarfile.open(out, "a") as archive:
+        archive.add(folder / "001.png", "001.png")
+    ours, _ = images.load(out, side=16, cache=tmp_path / "cache", progress=False)
+    theirs, _ = images.load(folder, side=16, cache=tmp_path / "cache", progress=False)
+    assert ours.fingerprint == theirs.fingerprint and "link.png" in ours.paths
+
+
+def test_an_index_that_cannot_be_kept_is_no_reason_to_stop(tmp_path):
+    out = tarred(tiny.folder(tmp_path / "data", {"": 4}), tmp_path / "a.tar")
+    (tmp_path / "file").touch()
+    assert len(sources.find(out, cache=tmp_path / "file")["train"].paths) == 4
+
+
+def test_many_may_read_an_index_at_once(tmp_path):
+    out = tarred(tiny.folder(tmp_path / "data", {"": 40}), tmp_path / "a.tar")
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: sources.find(out, cache=tmp_path / "cache")["train"].paths, range(24)))
+    assert all(paths == found[0] for paths in found) and len(found[0]) == 40
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npz"]
+
+
+def test_what_is_not_clear_is_asked(tmp_path):
+    folder = tiny.folder(tmp_path / "data", {"": 4})
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    tarred(folder, beside / "a.tar")
+    shutil.copy(next(folder.rglob("*.png")), beside / "thumb.png")
+    with pytest.raises(DataError, match="1 images and also 1 archives"):
+        sources.find(beside)
+    inner = tmp_path / "inner" / "train"
+    inner.mkdir(parents=True)
+    tarred(folder, inner / "0.tar")
+    with pytest.raises(DataError, match="archives in its folders, first"):
+        sources.find(tmp_path / "inner")
+    shard(tmp_path / "some.tar", [(image, 1) for image in tiny.pictures(3)], 0)
+    with tarfile.open(tmp_path / "some.tar", "a") as archive:
+        archive.add(next(folder.rglob("*.png")), "000009.png")
+    with pytest.raises(DataError, match=r"3 of the 4 images .* 000009\.png has none"):
+        sources.find(tmp_path / "some.tar", cache=tmp_path / "cache")
+
+
+def test_a_packed_bomb_is_unreadable_and_no_memory_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGEST", 10_000)
+    folder = tiny.folder(tmp_path / "data", {"": 120})
+    (folder / "red" / "000.png").write_bytes(bytes(1_000_000))
+    out = zipped(folder, tmp_path / "a.zip", method=zipfile.ZIP_DEFLATED)
+    train, _ = images.load(out, side=16, cache=tmp_path / "cache", progress=False, holdout=0)
+    assert train.skipped[0][0] == "red/000.png" and "once unpacked" in train.skipped[0][1]

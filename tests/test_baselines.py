@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import tiny
-from corinfomax import CorInfoMaxLoss, distributed, learner, runs, verdict
+from corinfomax import CorInfoMaxLoss, card, checkpoint, cli, distributed, learner, runs, verdict
 from corinfomax.baselines import AUTHORS, SLICES, Baseline
 from corinfomax.knobs import Loss
 
@@ -136,6 +136,31 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 2)
     with pytest.raises(ValueError, match="in one process"):
         learner.build_criterion(dataclasses.replace(tiny.RECIPE, loss=Loss(name="simclr")))
+
+
+def test_knobs_of_another_objective_are_refused():
+    with pytest.raises(ValueError, match="corinfomax has --loss"):
+        Loss(weights=(5.0,))
+    with pytest.raises(ValueError, match="vicreg knows nothing of alpha, eps"):
+        Loss(name="vicreg", alpha=99.0, eps=1e-3)
+
+
+def test_the_command_trains_and_shows_another_objective(tmp_path, capsys):
+    data = str(tiny.folder(tmp_path / "data", {"train": 40, "test": 12}))
+    words = ["pretrain", data, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), *tiny.KNOBS]
+    assert cli.main([*words, "--loss.name", "simclr", "--projector.batch-norm"]) == 0
+    said = capsys.readouterr().out
+    assert "no verdict: what its measures should be is known of corinfomax, not of simclr" in said
+    assert "best_checkpoint" in runs.read_json(tmp_path / "run" / "results.json") or "ldmi" not in said
+    assert "SimCLR" in card.markdown(checkpoint.load_last(tmp_path / "run")[1], {}, plain=False)
+    # Wrong weights are known before anything is decoded.
+    assert (
+        cli.main([*words[:3], str(tmp_path / "other"), *words[4:], "--loss.name", "simclr", "--loss.weights", "1", "2"])
+        == 2
+    )
+    assert "--loss.weights of simclr are 1 numbers" in capsys.readouterr().err
+    assert cli.main([*words[:3], str(tmp_path / "none"), *words[4:], "--epochs", "0.1"]) == 2
+    assert "are none: --epochs 0.2 is one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["vicreg", "barlow-twins", "simclr"])

@@ -1,6 +1,12 @@
 """Crops from the files themselves: the pixels of the whole image, at full resolution, and runs that are fed by them."""
 
+import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 import tiny
-from corinfomax import checkpoint, cuts, images, runs, train, views
+from corinfomax import checkpoint, cli, cuts, images, runs, train, views
 from corinfomax.files import DataError, scan
 from corinfomax.knobs import View
 from corinfomax.replay import replay
@@ -25,7 +31,7 @@ def smooth(height, width, seed=0):
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (333, 500), (900, 1411)])
-@pytest.mark.parametrize("ending", ["png", "jpg"])
+@pytest.mark.parametrize("ending", ["png", "jpg", "tiff"])
 @pytest.mark.parametrize("turn", [None, 2, 3, 4, 5, 6, 7, 8])
 def test_a_crop_is_that_of_the_whole_image(tmp_path, height, width, ending, turn):
     """A view made of what was cut is the view made of the whole upright image."""
@@ -160,8 +166,54 @@ def test_the_step_that_failed_is_replayed_from_its_crops(folder, tmp_path):
     assert seen.failed
 
 
-def test_what_cannot_be_cut_says_so():
+def test_what_cannot_be_cut_says_so(tmp_path, capsys):
     with pytest.raises(ValueError, match="cannot be rotated first"):
         replace(RECIPE, views=(View(rotate=10.0), View()))
-    with pytest.raises(DataError, match="no files to cut crops from"):
-        images.load("mnist5k", side=28, copies=False, progress=False)
+    assert images.load("mnist5k", side=28, copies=False, progress=False).train.files is None
+    assert (
+        cli.main(["pretrain", "mnist5k", "--recipe", "cpu-small", "--from-files", "--out", str(tmp_path / "run")]) == 2
+    )
+    assert "no files to cut crops from" in capsys.readouterr().err
+    assert cli.main(["bench", "--from-files"]) == 2
+
+
+def test_huge_images_are_small_crops():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8))
+    found = cuts.cut(image, np.array([[0, 0, 1500, 2000], [700, 900, 50, 60]]), 24)
+    assert max(found[0][0].shape[1:]) < 6 * 24 and found[1][0].shape == (3, 50, 60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads decode elsewhere")
+def test_a_killed_decoder_loses_nothing(folder, tmp_path, monkeypatch):
+    splits, real = load(folder), train.cut_views
+
+    def kill(recipe, given, sizes, step, *rest):
+        if step == 3:
+            multiprocessing.active_children()[0].kill()
+            time.sleep(0.3)
+        return real(recipe, given, sizes, step, *rest)
+
+    monkeypatch.setattr(train, "cut_views", kill)
+    with pytest.raises(DataError, match="was killed, perhaps for want of memory"):
+        tiny.run(splits, tmp_path / "run", replace(RECIPE, epochs=20))
+    assert checkpoint.load_last(tmp_path / "run")[1].step >= 3
+    assert not multiprocessing.active_children()
+
+
+def test_signals_are_for_the_parent(folder, tmp_path):
+    """SIGTERM to all processes of the run, as a batch system sends it, ends it as one to the first would."""
+    words = ["pretrain", folder, "--from-files", "--out", tmp_path / "run", "--cache", tmp_path / "cache", *tiny.KNOBS]
+    command = [sys.executable, "-m", "corinfomax", *map(str, words), "--epochs", "400"]
+    running = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    rows = tmp_path / "run" / "metrics.jsonl"
+    try:
+        for _ in range(600):
+            if rows.exists() and rows.read_text().count("\n") > 2:
+                break
+            time.sleep(0.1)
+        os.killpg(running.pid, signal.SIGTERM)
+        said, _ = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert "to go on: corinfomax pretrain --resume" in said
+    assert checkpoint.load_last(tmp_path / "run")[1].step > 20

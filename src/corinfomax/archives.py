@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
+import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
 
-from corinfomax import runs
 from corinfomax.files import (
     DEFLATED,
     EXTENSIONS,
@@ -30,6 +32,7 @@ from corinfomax.files import (
 
 SUFFIXES = (".zip", ".tar")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar")
+FORMAT = 1  # of the kept indices
 METHODS = {zipfile.ZIP_STORED: ZIPPED, zipfile.ZIP_DEFLATED: DEFLATED}
 
 
@@ -54,87 +57,158 @@ def from_archives(root: Path, archives: Sequence[Path], cache: Path | None = Non
     """Splits of the images in one archive, or in several that are shards of one set; `root` is their folder.
 
     Of one archive paths are as in the folder that it would unpack to, and mean what they do there; a folder that holds
-    all else is left out of them. Of several the split is what a name begins with (train-0001.tar), and paths begin
-    with the archive's name. Where every image of a split has a text of its name ending in .cls, that is its class.
-    DataError for an archive that cannot be read. The index of a tar is kept in `cache`.
+    all else is left out of them. Of several the split is the word of SPLIT_NAMES in a name (set-train-0001.tar), and
+    paths begin with the archive's name. Where images have a text of their name ending in .cls, that is their class.
+    DataError for an archive that cannot be read, or where it is not clear what is meant. The index of a tar is kept in
+    `cache`, if it can be.
     """
-    splits: dict[str, list[tuple[str, str, int, Member]]] = {}
+    splits: dict[str, list[_Placed]] = {}
     for place, archive in enumerate(archives):
-        read = _zip if archive.suffix.lower() == ".zip" else lambda path: _tar(path, cache or default_cache())
-        members = _read(archive, read)
+        members = _members(archive, cache or default_cache())
         if len(archives) == 1:
-            for inner, split, path, member in _as_a_folder(members):
-                splits.setdefault(split, []).append((inner, path, place, member))
+            found = _as_a_folder(archive, members)
         else:
-            split = _split_of(archive)
-            for member in members:
-                splits.setdefault(split, []).append((member.path, f"{archive.name}/{member.path}", place, member))
+            found = [(_split_of(archive), member.path, f"{archive.name}/{member.path}", member) for member in members]
+        for split, inner, path, member in found:
+            splits.setdefault(split, []).append(_Placed(inner, path, place, member))
     if not splits:
-        raise MissingDataError(f"no image found in {', '.join(map(str, archives))}; looked for {' '.join(EXTENSIONS)}")
+        suffixes = " ".join(sorted(EXTENSIONS))
+        raise MissingDataError(
+            f"no image found in {', '.join(map(str, archives))}; looked for files that end in {suffixes}"
+        )
     if "train" not in splits:  # no split is named, or not the one to train on
         splits = {"train": [row for rows in splits.values() for row in rows]}
     stamps = [(status.st_size, status.st_mtime_ns) for status in (path.stat() for path in archives)]
     names = tuple(str(archive) for archive in archives)
-    whole = str(archives[0]) if len(archives) == 1 else str(root)
+    whole = names[0] if len(archives) == 1 else str(root)
     return {split: _source(whole, names, stamps, sorted(rows)) for split, rows in splits.items()}
 
 
-def _source(
-    root: str, archives: tuple[str, ...], stamps: list[tuple[int, int]], rows: list[tuple[str, str, int, Member]]
-) -> Source:
-    folders = tuple(inner.partition("/")[0] for inner, *_ in rows if "/" in inner)
-    texts = tuple(member.label for *_, member in rows if member.label)
-    labels = next((each for each in (texts, folders) if len(each) == len(rows) and len(set(each)) > 1), None)
-    places = [(place, member.start, member.size, member.method) for _, _, place, member in rows]
+class _Placed(NamedTuple):
+    """An image with its path within its split, its path, and which archive it lies in."""
+
+    inner: str
+    path: str
+    place: int
+    member: Member
+
+
+def _source(root: str, archives: tuple[str, ...], stamps: list[tuple[int, int]], rows: list[_Placed]) -> Source:
+    texts = [row.member.label for row in rows]
+    if any(texts) and not all(texts):
+        bare = next(row for row in rows if not row.member.label)
+        raise DataError(
+            f"{sum(map(bool, texts)):,} of the {len(rows):,} images in {root} have a class in a .cls beside them, and "
+            f"{bare.path} has none: label all of a split or none"
+        )
+    folders = [row.inner.partition("/")[0] for row in rows if "/" in row.inner]
+    labels = next((tuple(each) for each in (texts, folders) if len(each) == len(rows) and len(set(each)) > 1), None)
+    places = [(row.place, row.member.start, row.member.size, row.member.method) for row in rows]
     return Source(
         root,
-        tuple(path for _, path, _, _ in rows),
-        np.array([stamps[place] for _, _, place, _ in rows], np.int64),
+        tuple(row.path for row in rows),
+        np.array([stamps[row.place] for row in rows], np.int64),
         labels,
         stored=Stored(archives, np.array(places, np.int64)),
     )
 
 
-def _as_a_folder(members: Sequence[Member]) -> list[tuple[str, str, str, Member]]:
-    """Path within its split, split, path and member of each, as `files.from_folder` has them."""
+def _as_a_folder(archive: Path, members: Sequence[Member]) -> list[tuple[str, str, str, Member]]:
+    """Split, path within it, path and member of each, as `files.from_folder` has them."""
     around = os.path.commonpath([member.path.rpartition("/")[0] for member in members]) if members else ""
     outer = itertools.takewhile(lambda part: part.lower() not in SPLIT_NAMES, around.split("/") if around else ())
     left_out = sum(len(part) + 1 for part in outer)
     paths = [member.path[left_out:] for member in members]
-    tops = {path.partition("/")[0] for path in paths if "/" in path}
-    named = {top: SPLIT_NAMES[top.lower()] for top in sorted(tops) if top.lower() in SPLIT_NAMES}
+    tops = sorted({path.partition("/")[0] for path in paths if "/" in path})
+    named = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
     if "train" not in named.values():
         named = {}
-    if len(set(named.values())) < len(named):
-        raise DataError(f"the archive has two folders for one split: {', '.join(named)}; keep one of them")
+    for split in named.values():
+        if len(both := [top for top in named if named[top] == split]) > 1:
+            raise DataError(f"{archive} has two folders for {split}: {' and '.join(both)}; keep one")
     found = []
     for path, member in zip(paths, members, strict=True):
         top, _, rest = path.partition("/")
         if not named:
-            found.append((path, "train", path, member))
+            found.append(("train", path, path, member))
         elif rest and top in named:
-            found.append((rest, named[top], path, member))
+            found.append((named[top], rest, path, member))
     return found
 
 
 def _split_of(archive: Path) -> str:
-    """What the letters that a shard's name begins with say, or else train."""
-    stem = archive.stem.lower()
-    letters = stem[: next((place for place, letter in enumerate(stem) if not letter.isalpha()), len(stem))]
-    return SPLIT_NAMES.get(letters, "train")
+    """The split that a word of a shard's name says, or else train. DataError where several do."""
+    words = {SPLIT_NAMES[word] for word in re.split("[^a-z]+", archive.stem.lower()) if word in SPLIT_NAMES}
+    if len(words) > 1:
+        raise DataError(f"the name of {archive} says {' and '.join(sorted(words))}; name each shard by its split alone")
+    return next(iter(words), "train")
 
 
-def _read(archive: Path, read: Callable[[Path], list[Member]]) -> list[Member]:
+def _members(archive: Path, cache: Path) -> list[Member]:
+    """The images of an archive; of a path that is there twice the last, which is the one that unpacking leaves."""
+    kept = None
     try:
-        return read(archive)
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, UnicodeDecodeError) as error:
-        if isinstance(error, DataError):
-            raise
+        if archive.suffix.lower() == ".zip":
+            found = _zip(archive)
+        else:
+            status = archive.stat()
+            known = f"{FORMAT} {archive.absolute()} {status.st_size} {status.st_mtime_ns}"
+            digest = hashlib.blake2b(known.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+            kept = cache / f"tar-{digest}.npz"
+            if (read := _kept(kept)) is not None:
+                return read
+            found = _tar(archive)
+    except DataError:
+        raise
+    except OSError as error:
+        if error.strerror is not None:  # of the file, not of what is in it
+            raise DataError(f"cannot read the archive {archive}: {error.strerror}") from error
         raise DataError(f"the archive {archive} cannot be read: {error}; it is damaged, or no such archive") from error
+    except (EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"the archive {archive} cannot be read: {error}; it is damaged, or no such archive") from error
+    members = list({member.path: member for member in found}.values())
+    if kept is not None:
+        _keep(kept, members)
+    return members
+
+
+def _kept(path: Path) -> list[Member] | None:
+    """The index that `_keep` wrote, if it is there."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            texts = [os.fsdecode(arrays[name].tobytes()).split("\0") for name in ("paths", "labels")]
+            numbers = arrays["numbers"].tolist()
+        return [
+            Member(image, start, size, method, label)
+            for image, (start, size, method), label in zip(texts[0], numbers, texts[1], strict=True)
+        ]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _keep(path: Path, members: Sequence[Member]) -> None:
+    """Write an index, whole or not at all; where that cannot be, the archive is read again the next time."""
+    part = path.with_name(f"{path.stem}.{uuid4().hex}.part.npz")  # several processes may do so at once
+    texts = [
+        np.frombuffer(os.fsencode("\0".join(column)), np.uint8) for column in list(zip(*members, strict=True))[::4]
+    ]
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            numbers = np.array([member[1:4] for member in members], np.int64)
+            np.savez(part, paths=texts[0], labels=texts[1], numbers=numbers)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _plain(path: str) -> str:
+    """A member's path as it would be unpacked: no root, no `.`."""
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _is_image(path: str) -> bool:
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.split("/"))
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.split("/") if part != "..")
     return not hidden and path.lower().endswith(tuple(EXTENSIONS))
 
 
@@ -142,7 +216,8 @@ def _zip(archive: Path) -> list[Member]:
     with zipfile.ZipFile(archive) as opened:
         found = []
         for info in opened.infolist():
-            path = info.filename.removeprefix("./")
+            # Some programs of Windows write its own separators, which unpackers there take for such.
+            path = _plain(info.filename.replace("\\", "/") if "/" not in info.filename else info.filename)
             if info.is_dir() or not _is_image(path):
                 continue
             if info.flag_bits & 1:
@@ -155,46 +230,45 @@ def _zip(archive: Path) -> list[Member]:
         return found
 
 
-def _tar(archive: Path, cache: Path) -> list[Member]:
-    """The images of a tar. Its index is read once, header by header through the whole file, and kept."""
-    status = archive.stat()
-    known = f"1 {archive.absolute()} {status.st_size} {status.st_mtime_ns}".encode(errors="surrogateescape")
-    kept = cache / f"tar-{hashlib.blake2b(known, digest_size=16).hexdigest()}.npy"
-    try:
-        rows = np.load(kept, allow_pickle=False).tolist()
-        return [
-            Member(os.fsdecode(path), start, size, method, os.fsdecode(label))
-            for path, start, size, method, label in rows
-        ]
-    except (OSError, EOFError, ValueError):
-        pass
-    members: list[Member] = []
+def _tar(archive: Path) -> list[Member]:
+    """The images of a tar, header by header through the whole file."""
+    with archive.open("rb") as file:
+        if (magic := file.read(6)).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+            raise DataError(f"{archive} is compressed ({magic[:3]!r}): unpack it, or make it a plain .tar or a .zip")
+    members: dict[str, Member] = {}
     labels: dict[str, tuple[int, int]] = {}
-    with tarfile.open(archive, "r:") as opened:  # in place: compressed ones are refused
+    files: dict[str, tuple[int, int]] = {}  # for hard links: what is in the archive once under two names
+    with tarfile.open(archive, "r:") as opened:
         while (info := opened.next()) is not None:
             opened.members = []  # type: ignore[attr-defined]  # it would keep them all
-            path = info.name.removeprefix("./")
-            if not info.isreg() or info.issparse():
+            path = _plain(info.name)
+            if info.isreg() and not info.issparse():
+                where = info.offset_data, info.size
+            elif info.islnk() and (known := files.get(_plain(info.linkname))) is not None:
+                where = known
+            else:
                 continue
             if path.endswith(".cls"):
-                labels[path.removesuffix(".cls")] = info.offset_data, info.size
+                labels[path.removesuffix(".cls")] = where
             elif _is_image(path):
-                members.append(Member(path, info.offset_data, info.size, PLAIN))
-    if labels:
-        with archive.open("rb") as file:
-            members = [member._replace(label=_text(file.fileno(), labels, member.path)) for member in members]
-    rows = [(os.fsencode(member.path), *member[1:4], os.fsencode(member.label)) for member in members]
-    widths = [max((len(row[field]) for row in rows), default=1) or 1 for field in (0, 4)]
-    kinds = [("path", f"S{widths[0]}"), *((name, "i8") for name in Member._fields[1:4]), ("label", f"S{widths[1]}")]
-    runs.write_whole(kept, lambda path: np.save(path.open("wb"), np.array(rows, kinds), allow_pickle=False))
-    return members
+                files[path] = where
+                members[path] = Member(path, *where, PLAIN)
+    if not labels:
+        return list(members.values())
+    with archive.open("rb") as file:
+        return [
+            member._replace(label=_text(file.fileno(), labels, member.path, archive)) for member in members.values()
+        ]
 
 
-def _text(file: int, labels: dict[str, tuple[int, int]], path: str) -> str:
+def _text(file: int, labels: dict[str, tuple[int, int]], path: str, archive: Path) -> str:
     """What the .cls beside an image says; names end at the first dot, as shards have them."""
-    folder, _, name = path.rpartition("/")
-    stem = f"{folder}/{name.partition('.')[0]}".lstrip("/") if folder else name.partition(".")[0]
+    folder, slash, name = path.rpartition("/")
+    stem = f"{folder}{slash}{name.partition('.')[0]}"
     if stem not in labels:
         return ""
     start, size = labels[stem]
-    return os.pread(file, min(size, 200), start).decode().strip()
+    try:
+        return os.pread(file, size, start).decode().strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{stem}.cls in {archive} is no text: {error}") from error

@@ -18,11 +18,20 @@ tags:
 """
 
 
+METHODS = {
+    "corinfomax": "CorInfoMax (arXiv 2209.07999)",
+    "vicreg": "VICReg (arXiv 2105.04906)",
+    "barlow-twins": "Barlow Twins (arXiv 2103.03230)",
+    "simclr": "SimCLR (arXiv 2002.05709)",
+    "sigreg": "SIGReg, LeJEPA (arXiv 2511.08544)",
+}
+
+
 def markdown(saved: Checkpoint, results: dict[str, Any], *, plain: bool) -> str:
     """The card of a checkpoint as README.md, with what results.json knows; `plain` is what timm alone can load."""
     recipe, facts = saved.recipe, saved.facts
     about = {
-        "Method": "CorInfoMax (arXiv 2209.07999): self-supervised, no label was used",
+        "Method": f"{METHODS[recipe.loss.name]}: self-supervised, no label was used",
         "Network": f"{recipe.backbone.name} of timm, without classifier" + ("" if plain else ", with a small stem"),
         "Images": f"{facts['images']:,} of `{_name(facts['data'])}`, fingerprint {facts['fingerprint']}",
         "Training": f"recipe {facts['recipe_name']}, {recipe.epochs:g} epochs of batches of {recipe.batch}, "

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from corinfomax.decode import FORMATS, UPRIGHT, pool_of, to_rgb, upright_size
+from corinfomax.decode import FORMATS, KILLED, UPRIGHT, pool_of, to_rgb, upright_size
 from corinfomax.files import DataError, Source
 
 FINE = 2  # sides of the view that a reduced crop still has, so that resampling it is all but that of the whole
@@ -46,16 +46,16 @@ Cutter = Callable[[Sequence[int], Boxes, int], list[Cut]]
 def cut(image: Image.Image, boxes: Int[np.ndarray, "v 4"], side: int) -> list[Part]:
     """These parts of an opened image, as RGB.
 
-    Where the smallest one is FINE times `side` or more, all are of a reduced image: JPEG's own 1/2, 1/4, 1/8, or the
-    means of squares, so that it stays at least FINE times `side`.
+    Larger ones than FINE times `side` are reduced while they stay at least that: all together as far as the smallest
+    one goes, where JPEG decodes at 1/2, 1/4 or 1/8, and then each by the means of squares.
     """
-    turn = UPRIGHT.get(image.getexif().get(0x0112))
     height, width = upright_size(image)
     spare = max(1, int(boxes[:, 2:].min()) // (FINE * side))
     given = image.width
     drafted = image.draft(None, (given // spare, image.height // spare)) if spare > 1 else None
     scale = drafted[1][2] / given if drafted else 1.0  # an eighth of 1,411 px are 176.4, though there are 177
     image.load()
+    turn = UPRIGHT.get(image.getexif().get(0x0112))  # Pillow turns a TIFF itself, and says so here
     rgb = to_rgb(image)
     if turn is not None:
         rgb = rgb.transpose(turn)
@@ -64,18 +64,18 @@ def cut(image: Image.Image, boxes: Int[np.ndarray, "v 4"], side: int) -> list[Pa
         actual - scale * whole if turn in turned else 0.0
         for actual, whole, turned in ((rgb.height, height, UPSIDE_DOWN), (rgb.width, width, BACKWARDS))
     )
-    factor = max(1, int(spare * scale))
-    if factor > 1:
-        rgb = rgb.reduce(factor)
     found: list[Part] = []
     for box in boxes.tolist():
-        top, left, tall, wide = (scale * edge / factor for edge in box)
-        top, left = top + above / factor, left + before / factor
+        top, left, tall, wide = (scale * edge for edge in box)
+        top, left = top + above, left + before
         right, bottom = min(math.ceil(left + wide), rgb.width), min(math.ceil(top + tall), rgb.height)
         x, y = min(int(left), right - 1), min(int(top), bottom - 1)
-        pixels = np.asarray(rgb.crop((x, y, right, bottom))).transpose(2, 0, 1)
+        pixels = rgb.crop((x, y, right, bottom))
+        if (by := int(min(tall, wide)) // (FINE * side)) > 1:
+            pixels = pixels.reduce(by)
+        by = max(1, by)
         part = (top - y, left - x, min(tall, bottom - top), min(wide, right - left))
-        found.append((np.ascontiguousarray(pixels), part))
+        found.append((np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1)), tuple(edge / by for edge in part)))
     return found
 
 
@@ -97,15 +97,17 @@ def cutter(source: Source, workers: int) -> Iterator[Cutter]:
                 found.append(getattr(error, "strerror", None) or str(error) or type(error).__name__)
         return found
 
-    with warnings.catch_warnings(), pool_of(work, workers, fork=True) as (pool, task):
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+    with pool_of(work, workers, fork=True) as (pool, task):
 
         def crops(rows: Sequence[int], boxes: Boxes, side: int) -> list[Cut]:
-            asked: list[Future[list[list[Part] | str]]] = [
-                pool.submit(task, (rows[start : start + SHARE], boxes[start : start + SHARE], side))
-                for start in range(0, len(rows), SHARE)
-            ]
-            found = [image for each in asked for image in each.result()]
+            try:
+                asked: list[Future[list[list[Part] | str]]] = [
+                    pool.submit(task, (rows[start : start + SHARE], boxes[start : start + SHARE], side))
+                    for start in range(0, len(rows), SHARE)
+                ]
+                found = [image for each in asked for image in each.result()]
+            except BrokenProcessPool as error:  # said here, where the run can still be kept
+                raise DataError(KILLED) from error
             images = []
             for row, image in zip(rows, found, strict=True):
                 if isinstance(image, str):

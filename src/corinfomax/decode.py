@@ -40,6 +40,7 @@ UPRIGHT: dict[object, Image.Transpose] = {
 }
 """What undoes each value of EXIF's Orientation (tag 0x0112)."""
 
+KILLED = "a process that was decoding images was killed, perhaps for want of memory"
 Decoded = UInt8[np.ndarray, "3 _ _"] | str
 """An image, or why it cannot be read."""
 Look = Callable[[Any], list[Any]]
@@ -119,7 +120,7 @@ def pool_of(look_at: Look, workers: int, *, fork: bool) -> Generator[tuple[Execu
         with processes:
             yield processes, _look_at
     except BrokenProcessPool as error:
-        raise DataError("a process that was decoding images was killed, perhaps for want of memory") from error
+        raise DataError(KILLED) from error
 
 
 def _processes(look_at: Look, workers: int) -> ProcessPoolExecutor | None:
@@ -145,10 +146,13 @@ _tasks: list[Look] = []  # what a forked process is there for
 
 
 def _begin(look_at: Look, parent: int) -> None:
-    """In a process just forked: Ctrl-C is for the parent, and this one ends when the parent is gone."""
+    """In a process just forked: what asks to stop is for the parent, and this one ends when the parent is gone."""
     _tasks.append(look_at)
+    os.setpgid(0, 0)  # nor does it get what is sent to the parent's group
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # What Pillow warns of (broken EXIF, many pixels) does not keep the pixels from being read.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
     def end_with_parent() -> None:
         while os.getppid() == parent:
@@ -182,7 +186,8 @@ def check_skipped(source: Source, skipped: list[tuple[int, str]]) -> None:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Height and width of an opened image once it is upright."""
     width, height = image.size
-    return (width, height) if image.getexif().get(0x0112) in (5, 6, 7, 8) else (height, width)
+    on_its_side = image.getexif().get(0x0112) in (5, 6, 7, 8)
+    return (width, height) if on_its_side and image.format != "TIFF" else (height, width)
 
 
 def decode(image: Image.Image, side: int) -> UInt8[np.ndarray, "3 h w"]:

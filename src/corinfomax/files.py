@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -34,6 +35,7 @@ class MissingDataError(DataError, FileNotFoundError):
     """There are no images where they were looked for."""
 
 
+LARGEST = 2**30  # bytes of one packed file: no image is as large, and a bomb is
 PLAIN, ZIPPED, DEFLATED = range(3)  # as it is; after a zip entry's header; so too, and compressed
 
 
@@ -52,7 +54,12 @@ class Stored(NamedTuple):
                 header = os.pread(file.fileno(), 30, start)
                 start += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             packed = os.pread(file.fileno(), size, start)
-        return zlib.decompress(packed, -zlib.MAX_WBITS) if method == DEFLATED else packed
+        if method != DEFLATED:
+            return packed
+        found = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, LARGEST)
+        if len(found) == LARGEST:
+            raise OSError(errno.EFBIG, f"more than {LARGEST / 1e9:.0f} GB once unpacked")
+        return found
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,8 @@ def load(
     The test images are, in this order: a `holdout` share of the training images, drawn from `seed`, and then no other
     split is opened; `test_split`; the split test, or else val, unless it lacks the labels that train has; a tenth of
     the training images if they have labels and `holdout` is not 0; none.
-    Without `copies` the cache has sizes and checksums alone, from one look at each file, and batches are read from
-    the files.
+    Without `copies` the cache has sizes and a checksum alone, from one look at each file, and batches are read from
+    the files; a set that is one array has copies all the same.
     The cache lies in `cache`, else $CORINFOMAX_CACHE, else $XDG_CACHE_HOME/corinfomax, else ~/.cache/corinfomax, one
     folder a split and side. Any of them may be deleted while no run uses it. Many processes may load at once, but each
     that finds no cache builds it: let one go first.
@@ -228,7 +228,8 @@ def _test_name(data: str | Path, sources: dict[str, Source], test_split: str | N
 
 
 def _read(files: Files, indices: Int[Tensor, " b"]) -> tuple[UInt8[Tensor, "b 3 h w"], Int[Tensor, "b 2"]]:
-    """A batch from the files of its images. Pillow decodes without Python's lock, so threads do."""
+    """A batch from the files of its images, by threads: of large ones decoding is most, which Pillow does without
+    Python's lock."""
     source, rows = files.source, files.rows[indices].tolist()
 
     def one(row: int) -> np.ndarray:
@@ -252,8 +253,7 @@ def _images(
     source: Source, classes: tuple[str, ...], side: int, cache: Path, progress: bool, copies: bool = True
 ) -> Images:
     """One split from its cache, which is built if it is not there whole."""
-    if not copies and source.array is not None:
-        raise DataError(f"{source.root} has no files to cut crops from: it is one array; leave out --from-files")
+    copies = copies or source.array is not None
     labels = None
     if source.labels is not None:
         if unknown := sorted(set(source.labels) - set(classes)):

@@ -113,6 +113,14 @@ class Loss:
     normalize: bool = True
     """L2-normalise each projection first."""
 
+    def __post_init__(self) -> None:
+        own = {field.name for field in dataclasses.fields(self)} - {"name", "weights"}
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        if self.name == "corinfomax" and self.weights:
+            raise ValueError("weights are of other objectives: corinfomax has --loss.alpha")
+        if self.name != "corinfomax" and (odd := sorted(name for name in own if getattr(self, name) != usual[name])):
+            raise ValueError(f"{self.name} knows nothing of {', '.join(odd)}; it has --loss.weights")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:

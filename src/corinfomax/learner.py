@@ -67,7 +67,8 @@ def build(recipe: Recipe, device: torch.device, *, compiled: bool = False) -> Le
 
 
 def build_criterion(recipe: Recipe) -> CorInfoMaxLoss | Baseline:
-    """The recipe's objective. ValueError for another one than CorInfoMax in several processes."""
+    """The recipe's objective. ValueError for another one than CorInfoMax in several processes, or with weights that are
+    not its own; ImportError where it needs lightly."""
     if recipe.loss.name == "corinfomax":
         own = {name: value for name, value in vars(recipe.loss).items() if name not in ("name", "weights")}
         return CorInfoMaxLoss(recipe.projector.widths[-1], views=recipe.crops, **own)
@@ -153,11 +154,12 @@ def find_fault(learner: Learner, numbers: Float[Tensor, "k 4"], done: int) -> No
 def _known(numbers: Float[Tensor, " 4"], learner: Learner) -> str:
     """A step's terms, and what else tells why it failed."""
     loss, attraction, big_bang, norm = numbers.tolist()
-    return (
-        f"loss {loss:.3g}, attraction {attraction:.3g}, big bang {big_bang:.3g}, gradient's norm {norm:.3g}, smallest "
-        f"eigenvalue of the covariances {smallest_eigenvalue(learner.criterion):.3g}, learning rate "
-        f"{learner.optimizer.param_groups[0]['lr']:.3g}"
-    )
+    known = [("loss", loss), ("attraction", attraction), ("gradient's norm", norm)]
+    if learner.criterion.floor is not None:
+        least = smallest_eigenvalue(learner.criterion)
+        known[2:2] = [("big bang", big_bang), ("smallest eigenvalue of the covariances", least)]
+    known.append(("learning rate", learner.optimizer.param_groups[0]["lr"]))
+    return ", ".join(f"{name} {value:.3g}" for name, value in known)
 
 
 def smallest_eigenvalue(criterion: CorInfoMaxLoss | Baseline) -> float:

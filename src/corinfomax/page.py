@@ -162,7 +162,7 @@ def _epochs(count: float) -> str:
 # Title, what to read in it, whether it is shown at once, and its curves: name and column.
 CHARTS: tuple[tuple[str, str, bool, tuple[tuple[str, str], ...]], ...] = (
     ("Loss", "alpha times attraction plus big bang", True, (("loss", "loss"),)),
-    ("Its two terms", "pull of the two views, and spread of all images", True,
+    ("Its two terms", "pull of the views, and spread of all images", True,
      (("alpha · attraction", "pull"), ("big bang", "big_bang"))),
     ("Gap to 2·ln D", "how far the spread is from its least value; 0 is no collapse at all", True,
      (("of the batch", "gap"), ("of the images looked at", "spread_gap"))),

@@ -48,12 +48,7 @@ def _all(data: str | Path, root: Path | None, download: bool, cache: Path | None
         return NAMED[data](data, root or ROOT, download)
     place = Path(data).expanduser()
     if place.is_dir():
-        try:
-            return from_folder(place.resolve())
-        except MissingDataError:
-            if not (shards := shards_in(place.resolve())):
-                raise
-            return from_archives(place.resolve(), shards, cache)
+        return _of_folder(place.resolve(), cache)
     if place.is_file():
         if place.suffix.lower() in SUFFIXES:
             return from_archives(place.absolute().parent, [place.absolute()], cache)
@@ -71,6 +66,29 @@ def _all(data: str | Path, root: Path | None, download: bool, cache: Path | None
     raise MissingDataError(
         f"no folder or file {str(data)!r} here, and no set of that name: {hint}The named sets are {', '.join(NAMED)}"
     )
+
+
+def _of_folder(place: Path, cache: Path | None) -> dict[str, Source]:
+    """The images in a folder, or in the archives in it where there are no others."""
+    shards = shards_in(place)
+    try:
+        found = from_folder(place)
+    except MissingDataError:
+        if shards:
+            return from_archives(place, shards, cache)
+        if inner := [path for below in sorted(place.iterdir()) if below.is_dir() for path in shards_in(below)]:
+            raise DataError(
+                f"no image in {place}, but archives in its folders, first {inner[0]}: put them into one folder, each "
+                "named by its split (train-0001.tar)"
+            ) from None
+        raise
+    count = sum(len(source.paths) for source in found.values())
+    if len(shards) >= count:  # one beside its own content is common
+        raise DataError(
+            f"{place} holds {count:,} images and also {len(shards):,} archives, first {shards[0].name}: move what "
+            "is not meant, or name the archive"
+        )
+    return found
 
 
 def absolute(data: str) -> str:

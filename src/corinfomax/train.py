@@ -23,7 +23,18 @@ from corinfomax.feed import Batch, feed, of_files
 from corinfomax.files import DataError
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe, View
-from corinfomax.learner import NUMBERS, Learner, NotFiniteError, build, capture, find_fault, put_back, scale, update
+from corinfomax.learner import (
+    NUMBERS,
+    Learner,
+    NotFiniteError,
+    build,
+    build_criterion,
+    capture,
+    find_fault,
+    put_back,
+    scale,
+    update,
+)
 from corinfomax.networks import Network
 from corinfomax.objective import moment_dtype
 from corinfomax.seeds import generator
@@ -163,8 +174,10 @@ def pretrain(
 
 
 def check_parts(recipe: Recipe) -> slice:
-    """This process's part of a batch; ValueError where processes or micro-batches cannot share it."""
+    """This process's part of a batch; ValueError where processes or micro-batches cannot share it, or for an objective
+    that cannot be."""
     here = distributed.share(recipe.batch)
+    build_criterion(recipe)  # what is wrong with it is known before the images are decoded
     if recipe.micro_batch is not None and (here.stop - here.start) % recipe.micro_batch == 1:
         raise ValueError(
             f"{here.stop - here.start} images in parts of {recipe.micro_batch} leave a part of one, and BatchNorm "

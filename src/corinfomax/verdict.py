@@ -267,6 +267,8 @@ def _cause(recipe: Recipe) -> str:
     """The likeliest cause of a collapse or divergence: the first knob out of the ordinary, else the learning rate."""
     loss, optim = recipe.loss, recipe.optim
     usual, alpha = _alphas(recipe)
+    if loss.name != "corinfomax":  # whose other knobs say nothing
+        return f"A learning rate of {optim.lr:g} is the likely cause: --optim.lr {optim.lr / 3:.2g}."
     if not loss.normalize:
         return "Without unit rows the projections grow instead of spreading: --loss.normalize."
     if alpha > ODD * usual:

@@ -22,12 +22,16 @@ def run(command: Bench, argv: list[str]) -> int:
             name = "cifar10" if device.type == "cuda" else "cpu-small"
             base, why = RECIPES[name].recipe, f"{name}: {RECIPES[name].about}"
         else:
-            survey = sources.survey(data, root=where.root, download=where.download, skip=inputs.left_out(where))
+            survey = sources.survey(
+                data, root=where.root, download=where.download, skip=inputs.left_out(where), cache=where.cache
+            )
             _, base, why = recipes.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
         again = parse(argv, base)
         assert isinstance(again, Bench)
         recipe = again.knobs
         print(f"recipe {why}; --recipe names another")
+    if recipe.from_files:
+        raise ValueError("bench measures steps fed by copies: leave out --from-files; pretrain says how long it waits")
     if data is None:
         pictures = bench.made_up(recipe)
     else:

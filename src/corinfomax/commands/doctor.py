@@ -23,7 +23,7 @@ def run(command: Doctor) -> int:
     splits = sources.find(command.data, root=where.root, download=where.download, skip=skip, cache=where.cache)
     order = sorted(splits, key=("train", "val", "test").index)
     inputs.tell_left_out(command.data, where)
-    survey = sources.survey(command.data, root=where.root, skip=skip)
+    survey = sources.survey(command.data, root=where.root, skip=skip, cache=where.cache)
     chosen, recipe, why = recipes.choose(command.data, survey.images, survey.short_side, cuda=device.type == "cuda")
     recipe = replace(recipe, precision=networks.precision(recipe, device))
     # Timed first: on a CPU the peak of memory is then that of training, before the images are looked at.

@@ -139,14 +139,15 @@ def fit_batch(recipe: Recipe, count: int) -> Recipe:
 
 def fit_copies(recipe: Recipe, data: str, where: Where) -> Recipe:
     """The recipe with cached copies large enough for its views, where the images are."""
-    largest = max(recipe.size, recipe.test_side)
+    largest = recipe.test_side if recipe.from_files else max(recipe.size, recipe.test_side)
     if largest <= recipe.cache_side:
         return recipe
-    survey = sources.survey(data, root=where.root, download=where.download, skip=left_out(where))
+    survey = sources.survey(data, root=where.root, download=where.download, skip=left_out(where), cache=where.cache)
     side = min(survey.short_side, largest * 8 // 7)
     if side <= recipe.cache_side:
         return recipe
-    print(f"views of {largest} px need larger copies than of {recipe.cache_side} px: --cache-side {side}")
+    what = "images to look at" if recipe.from_files else "copies"
+    print(f"views of {largest} px need larger {what} than of {recipe.cache_side} px: --cache-side {side}")
     return replace(recipe, cache_side=side)
 
 

@@ -172,6 +172,13 @@ def _train_in(run: Path, plan: Plan, argv: list[str], device: torch.device) -> T
         with distributed.first_of_machine():  # one decodes, the others read its cache
             splits = inputs.load(data, where, recipe)
         recipe = inputs.fit_batch(recipe, len(splits.train))
+        if recipe.from_files and splits.train.files is None:
+            raise ValueError(f"{data} has no files to cut crops from, it is one array: leave out --from-files")
+        if recipe.steps(len(splits.train)) < 1:
+            per_epoch = len(splits.train) // recipe.batch
+            raise ValueError(
+                f"--epochs {recipe.epochs:g} of {per_epoch} steps each are none: --epochs {1 / per_epoch:.2g} is one"
+            )
         recipe = replace(recipe, precision=networks.precision(recipe, device))  # kept when resumed on other hardware
         if recipe.optim.warmup_epochs >= recipe.epochs > 1:
             print(f"the warm-up, {recipe.optim.warmup_epochs:g} epochs, is as long as the run: --optim.warmup-epochs 1")
@@ -296,17 +303,20 @@ def _conclude(run: Path, recipe: Recipe, images: int, *, error: str | None = Non
     """Say and keep whether the run worked, and which of its checkpoints is best."""
     rows, steps = runs.read_metrics(run), recipe.steps(images)
     found = verdict.judge(rows, recipe, steps=steps, ended=True, error=error)
-    if found is None:
-        return
-    print(f"\nverdict: {found.text}\n")
-    results: dict[str, Any] = {"verdict": found._asdict()}
+    results: dict[str, Any] = {}
+    if found is not None:
+        print(f"\nverdict: {found.text}\n")
+        results["verdict"] = found._asdict()
+    elif recipe.loss.name != "corinfomax":
+        print(f"\nno verdict: what its measures should be is known of corinfomax, not of {recipe.loss.name}\n")
     kept = {runs.step_of(path): path for path in runs.checkpoints(run)}
     best = verdict.best_step(rows, kept)
     if best is not None:
         results["best_checkpoint"] = kept[best].relative_to(run).as_posix()
         if best < max(kept):
             print(f"best checkpoint by {verdict.BEST}, before the last: {kept[best]}")
-    runs.add_json(run / "results.json", results)
+    if results:
+        runs.add_json(run / "results.json", results)
 
 
 def _report_if_possible(
