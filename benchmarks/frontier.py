@@ -185,12 +185,14 @@ def trial(method: Method, changes: Changes, splits: Splits, seed: int) -> float:
     stepper.seconds(3)
     steps = round(60 * TRIAL_MINUTES / statistics.median(stepper.seconds(4) for _ in range(3)))
     recipe = sized(recipe, steps, len(splits.train))
+    found: dict[str, Any]
+    seconds: float | None
     try:
         network, seconds = fit(method.name, recipe, splits)
         found = score(network, splits, recipe, most=15_000)
     except FloatingPointError as error:
-        found, seconds = {"linear": 0.0, "error": str(error)}, math.nan
-    add({**mark, "steps": steps, "cpu_seconds": round(seconds, 1), **_rounded(found)})
+        found, seconds = {"linear": 0.0, "error": str(error)}, None
+    add({**mark, "steps": steps, "cpu_seconds": seconds and round(seconds, 1), **_rounded(found)})
     return float(found["linear"])
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 import tiny
-from corinfomax import checkpoint, cli, decode, diagnosis, runs, train
+from corinfomax import checkpoint, cli, decode, diagnosis, images, runs, train
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["faults", "corinfomax.commands.pretrain", "timm"])  # torch is imported once
@@ -39,7 +39,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "bytes": (checkpoint, "save_file", STEPS),
     "sync": (runs, "_sync", 2 * STEPS),
     "remove": (Path, "unlink", STEPS),
-    "decode": (decode, "decode", 10),
+    "decode": (images, "decode", 10),
 }
 """Where a wire can be, and how often a life comes by."""
 

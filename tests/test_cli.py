@@ -421,13 +421,13 @@ def test_labels_for_half_of_the_images_are_a_sentence(tmp_path, capsys):
     half = tiny.folder(tmp_path / "half", {"train": 16})
     for path in (half / "train" / "red").iterdir():
         path.rename(half / "train" / path.name)
-    inputs.load(str(half), Where(), 16)
+    inputs.load(str(half), Where(), tiny.RECIPE)
     said = capsys.readouterr().out
     assert "no labels: 8 of 16 images lie beside the folders, not in one, first train/000.png" in said
 
     flat = tiny.folder(tmp_path / "flat", {"train": 20})
     tiny.folder(flat, {"test": 6}, labelled=False)
-    inputs.load(str(flat), Where(), 16)
+    inputs.load(str(flat), Where(), tiny.RECIPE)
     assert "no labels in test: 2 training images are scored on instead" in capsys.readouterr().out
-    inputs.load(str(flat), Where(holdout=0.2), 16)
+    inputs.load(str(flat), Where(holdout=0.2), tiny.RECIPE)
     assert "instead" not in capsys.readouterr().out

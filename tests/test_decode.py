@@ -52,7 +52,7 @@ def test_a_process_that_dies_is_one_sentence(source, monkeypatch):
 def test_a_killed_process_is_not_taken_for_a_full_disk(source, tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "FEW", 10)
     monkeypatch.setattr(decode, "cores", lambda: 2)
-    monkeypatch.setattr(decode, "decode", lambda image, side: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(images, "decode", lambda image, side: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataError, match="was killed, perhaps for want of memory"):
         images.load(tmp_path / "data", side=8, cache=tmp_path / "cache", progress=False)
 

@@ -85,4 +85,4 @@ def run(
 
 def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two state dicts are bitwise the same."""
-    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    return a.keys() == b.keys() and all(torch.as_tensor(a[name]).equal(torch.as_tensor(b[name])) for name in a)

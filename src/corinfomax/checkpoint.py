@@ -189,6 +189,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
         parameter = parameters.get(parameter_name)
         if parameter is None or (tensor.ndim and tensor.shape != parameter.shape):
             raise ValueError(f"the checkpoint's optimiser state {name} {tuple(tensor.shape)} fits no parameter")
-        # Counts and the like stay on the CPU; everything else lives where its parameter does, laid out like it.
-        value = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor.clone()
+        # Counts and marks stay on the CPU; everything else lives where its parameter does, laid out like it.
+        like = tensor.shape == parameter.shape
+        value: Tensor | bool = torch.empty_like(parameter).copy_(tensor) if like else tensor.clone()
+        if tensor.dtype == torch.bool:
+            value = bool(tensor)
         optimizer.state[parameter][key] = value

@@ -289,7 +289,7 @@ def _images(
     )
 
 
-def _open(folder: Path, count: int, copies: bool) -> Opened | None:
+def _open(folder: Path, count: int, copies: bool = True) -> Opened | None:
     """What is in a cache; None where it is not there, not whole, or not of `count` images."""
     try:
         index = np.load(folder / "index.npy", allow_pickle=False)
