@@ -60,12 +60,15 @@ def chosen() -> list[str]:
 def trials(rows: Iterable[Row]) -> list[str]:
     """A line a trial of the search."""
     lines = ["| method | change | steps | linear | kNN |", "|---|---|---:|---:|---:|"]
-    for row in rows:
-        if row["kind"] == "trial":
-            start = METHODS[row["method"]].start
-            words = " ".join(knobs.typed(changed(start, row["changes"]), start)) or "–"
-            linear = f"{row['linear']:.1f}" if "error" not in row else row["error"].partition(";")[0]
-            lines.append(f"| {row['method']} | {words} | {row['steps']:,} | {linear} | {row.get('kNN', '–')} |")
+    for row in sorted(
+        (row for row in rows if row["kind"] == "trial"), key=lambda row: list(METHODS).index(row["method"])
+    ):
+        start = METHODS[row["method"]].start
+        recipe = knobs.from_json(knobs.to_json(changed(start, row["changes"])))
+        words = " ".join(knobs.typed(recipe, start)) or "–"
+        linear, knn = (f"{row[name]:.1f}" if "error" not in row else "–" for name in ("linear", "kNN"))
+        said = f" ({row['error'].partition('(')[0].strip()})" if "error" in row else ""
+        lines.append(f"| {row['method']} | {words}{said} | {row['steps']:,} | {linear} | {knn} |")
     return lines
 
 

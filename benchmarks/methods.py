@@ -111,5 +111,8 @@ METHODS: dict[str, Method] = {
     )
 }
 
-CHOSEN: dict[str, Changes] = {name: {} for name in METHODS}
-"""What the search kept."""
+CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
+    "corinfomax": {"optim": {"lr": 1.2}},
+    "sigreg": {"projector": {"widths": (512, 512, 64)}, "optim": {"lr": 1.2}},
+}
+"""What the search kept, of the methods whose search has ended."""
