@@ -67,7 +67,7 @@ def trials(rows: Iterable[Row]) -> list[str]:
         recipe = knobs.from_json(knobs.to_json(changed(start, row["changes"])))
         words = " ".join(knobs.typed(recipe, start)) or "–"
         linear, knn = (f"{row[name]:.1f}" if "error" not in row else "–" for name in ("linear", "kNN"))
-        said = f" ({row['error'].partition('(')[0].strip()})" if "error" in row else ""
+        said = f" ({row['error']})" if "error" in row else ""
         lines.append(f"| {row['method']} | {words}{said} | {row['steps']:,} | {linear} | {knn} |")
     return lines
 

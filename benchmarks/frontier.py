@@ -191,7 +191,7 @@ def trial(method: Method, changes: Changes, splits: Splits, seed: int) -> float:
         network, seconds = fit(method.name, recipe, splits)
         found = score(network, splits, recipe, most=15_000)
     except FloatingPointError as error:
-        found, seconds = {"linear": 0.0, "error": str(error)}, None
+        found, seconds = {"linear": 0.0, "error": str(error).partition(" (")[0]}, None
     add({**mark, "steps": steps, "cpu_seconds": seconds and round(seconds, 1), **_rounded(found)})
     return float(found["linear"])
 
