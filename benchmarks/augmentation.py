@@ -12,7 +12,7 @@ from torchvision import transforms as T
 from benchmarks.clock import Effort, alternate
 from benchmarks.machine import installed
 from benchmarks.metrics import Metric, metric
-from corinfomax import train
+from corinfomax import batches
 from corinfomax.knobs import IMAGENET_STATS, PAPER_VIEWS, Recipe, View
 from corinfomax.seeds import generator
 
@@ -73,7 +73,7 @@ def ours(pixels: Tensor, size: int) -> Callable[[], object]:
     recipe = Recipe(size=size, views=PAPER_VIEWS, mean=MEAN, std=STD)
     sizes = torch.tensor(pixels.shape[2:]).expand(len(pixels), 2)
     steps = iter(range(10**9))
-    return lambda: train.make_views(recipe, pixels, sizes, next(steps), torch.device("cpu"))
+    return lambda: batches.make_views(recipe, pixels, sizes, next(steps), torch.device("cpu"))
 
 
 def pil_transform(view: View, size: int, *, pillow_blur: bool) -> Callable[[Image.Image], Tensor]:

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compared, machine
 from benchmarks.methods import CHOSEN, DATA, METHODS, SUPERVISED, Changes, Method, changed
-from corinfomax import embed, images, knobs, optim, probes, train, views
+from corinfomax import batches, embed, images, knobs, optim, probes, train, views
 from corinfomax.images import Splits
 from corinfomax.knobs import Projector, Recipe
 from corinfomax.learner import build, update
@@ -71,9 +71,9 @@ class Stepper:
             learner = build(recipe, CPU)
 
             def advance() -> object:
-                indices = train.batch_indices(recipe, self.step, len(splits.train))
+                indices = batches.indices(recipe, self.step, len(splits.train))
                 pixels, sizes = splits.train.batch(indices)
-                crops = train.make_views(recipe, pixels, sizes, self.step, CPU)
+                crops = batches.make_views(recipe, pixels, sizes, self.step, CPU)
                 return update(recipe, learner, crops, self.step, CPU)
 
             self.advance = advance
@@ -98,7 +98,7 @@ def _supervised(recipe: Recipe, splits: Splits) -> Iterator[Network]:
     optimizer = optim.build(network, recipe.optim)
     step = 0
     while True:
-        indices = train.batch_indices(recipe, step, len(splits.train))
+        indices = batches.indices(recipe, step, len(splits.train))
         pixels, sizes = splits.train.batch(indices)
         drawn = views.draw(recipe.views[0], sizes, generator(recipe.seed, "view 0", step))
         x = views.apply(pixels, sizes, drawn, size=recipe.size, mean=recipe.mean, std=recipe.std)

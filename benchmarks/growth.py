@@ -16,7 +16,7 @@ from benchmarks.loss import ours_of, pull
 from benchmarks.metrics import Metric, metric
 from benchmarks.sparse import million, tree
 from benchmarks.steps import as_images, body, whole
-from corinfomax import CorInfoMaxLoss, images, train
+from corinfomax import CorInfoMaxLoss, batches, images
 from corinfomax.recipes import RECIPES
 
 SETS = (1_000, 10_000, 100_000, 1_000_000)
@@ -52,7 +52,7 @@ def _sets(effort: Effort, folder: Path) -> Iterator[Metric]:
 
     def reading(count: int) -> Callable[[], object]:
         held, steps = million(folder, count, 32), iter(range(10**9))
-        return lambda: held.batch(train.batch_indices(recipe, next(steps), count))
+        return lambda: held.batch(batches.indices(recipe, next(steps), count))
 
     row = {count: reading(count) for count in (SETS[:2] if effort.quick else SETS)}
     yield from _against_first("reading a batch", row, lambda _: recipe.batch, effort, "N")

@@ -23,7 +23,7 @@ from benchmarks.machine import installed
 from benchmarks.metrics import Metric, metric
 from benchmarks.sparse import million
 from benchmarks.steps import as_images, body, plain, whole
-from corinfomax import train
+from corinfomax import batches
 
 MILLION = 10**6
 FEW = 10**4  # in their stead when it must be quick
@@ -98,7 +98,7 @@ def _million(count: int, batch: int) -> float:
         images = million(Path(folder), count, 64)
         most = 0.0
         for step in range(50):
-            images.batch(train.batch_indices(replace(whole(Effort(1, "cpu", True)), batch=batch), step, count))
+            images.batch(batches.indices(replace(whole(Effort(1, "cpu", True)), batch=batch), step, count))
             most = max(most, _megabytes("RssAnon"))
         return max(most - before, 0.1)
 

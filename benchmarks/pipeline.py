@@ -11,7 +11,7 @@ from benchmarks.augmentation import pictures
 from benchmarks.clock import Effort, alternate
 from benchmarks.metrics import Metric, metric
 from benchmarks.steps import CPU, as_images, body, whole
-from corinfomax import train
+from corinfomax import batches
 from corinfomax.knobs import Recipe
 from corinfomax.learner import build, update
 from corinfomax.recipes import RECIPES
@@ -30,7 +30,7 @@ def run(effort: Effort) -> Iterator[Metric]:
         images = as_images(pictures(8 * recipe.batch, recipe.cache_side))
         learner = build(recipe, CPU)
         pixels, sizes = images.batch(torch.arange(recipe.batch))
-        pair = train.make_views(recipe, pixels, sizes, 0, CPU)
+        pair = batches.make_views(recipe, pixels, sizes, 0, CPU)
         contestants = {
             "ours": body(recipe, images),
             "bare": lambda recipe=recipe, learner=learner, pair=pair: update(recipe, learner, pair, 0, CPU),

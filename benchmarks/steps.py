@@ -16,7 +16,7 @@ from benchmarks.clock import Effort, now, of_workers
 from benchmarks.loss import Plain
 from benchmarks.machine import installed
 from benchmarks.metrics import Metric, metric
-from corinfomax import networks, train
+from corinfomax import batches, networks
 from corinfomax.images import Images
 from corinfomax.knobs import Backbone, Projector, Recipe
 from corinfomax.learner import build, update
@@ -92,8 +92,8 @@ def body(recipe: Recipe, images: Images) -> Callable[[], object]:
 
     def call() -> None:
         step = next(steps)
-        pixels, sizes = images.batch(train.batch_indices(recipe, step, len(images)))
-        update(recipe, learner, train.make_views(recipe, pixels, sizes, step, CPU), step, CPU)
+        pixels, sizes = images.batch(batches.indices(recipe, step, len(images)))
+        update(recipe, learner, batches.make_views(recipe, pixels, sizes, step, CPU), step, CPU)
 
     return call
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 import tiny
-from corinfomax import checkpoint, cli, decode, diagnosis, images, runs, train
+from corinfomax import batches, checkpoint, cli, decode, diagnosis, images, runs, train
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["faults", "corinfomax.commands.pretrain", "timm"])  # torch is imported once
@@ -30,7 +30,7 @@ KNOBS = [*tiny.KNOBS[:-3], "--projector.widths", "300", "8", "--epochs", "6", "-
 KNOBS += ["--optim.lr", "0.003", "--checkpoint-minutes", "0", "--log-steps", "4", "--scores", "3", "--diagnoses", "6"]
 KNOBS += ["--no-evaluate", "--no-report"]
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "views": (train, "make_views", STEPS),
+    "views": (batches, "make_views", STEPS),
     "update": (train, "update", STEPS),
     "look": (diagnosis, "row", 6),
     "score": (train, "quick_knn", 3),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from corinfomax import bench, cli, networks, train
+from corinfomax import batches, bench, cli, networks
 from corinfomax.bottleneck import PARTS, Setting, Timings, advise, as_text, look, quartiles
 from corinfomax.learner import build
 
@@ -98,14 +98,14 @@ def test_the_table_has_every_part_with_its_share_and_says_what_the_bound_is():
 
 
 def test_measured_is_what_training_runs(monkeypatch):
-    original = train.make_views
+    original = batches.make_views
 
     def slow(*arguments):
         time.sleep(0.05)
         return original(*arguments)
 
     images = bench.made_up(tiny.RECIPE)
-    monkeypatch.setattr(train, "make_views", slow)
+    monkeypatch.setattr(batches, "make_views", slow)
     measured = bench.measure(tiny.RECIPE, images, CPU, seconds=0.1)
     assert list(measured.parts) == list(PARTS)
     assert {len(samples) for samples in (*measured.parts.values(), measured.ready, measured.loop)} == {3}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tiny
-from corinfomax import checkpoint, cli, knobs, named, runs, sources, train
+from corinfomax import batches, checkpoint, cli, knobs, named, runs, sources
 from corinfomax.commands import inputs, pretrain
 from corinfomax.options import Where, parse
 from corinfomax.recipes import RECIPES
@@ -393,14 +393,14 @@ def test_sigterm_before_and_after_training_says_how_to_go_on(tmp_path, monkeypat
 
 def test_a_signal_in_the_last_step_is_heard(tmp_path, monkeypatch, capsys):
     data, run = tiny.folder(tmp_path / "data", {"": 16}, labelled=False), tmp_path / "run"
-    real = train.make_views
+    real = batches.make_views
 
     def stop(recipe, pixels, sizes, step, *rest):
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
         return real(recipe, pixels, sizes, step, *rest)
 
-    monkeypatch.setattr(train, "make_views", stop)
+    monkeypatch.setattr(batches, "make_views", stop)
     assert cli.main(["pretrain", str(data), "--out", str(run), *KNOBS]) == 130
     assert f"to go on: corinfomax pretrain --resume {run}" in capsys.readouterr().out
     assert runs.step_of(runs.checkpoints(run)[-1]) == 4

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 import tiny
-from corinfomax import checkpoint, cli, cuts, images, runs, train, views
+from corinfomax import batches, checkpoint, cli, cuts, images, runs, views
 from corinfomax.files import DataError, scan
 from corinfomax.knobs import View
 from corinfomax.replay import replay
@@ -117,14 +117,14 @@ def test_a_run_is_fed_by_files_and_resumes_bitwise(folder, tmp_path, monkeypatch
     whole = tiny.run(splits, tmp_path / "whole", RECIPE, scores=1, diagnoses=2)
     rows = runs.read_metrics(tmp_path / "whole")
     assert len(rows) == 10 and "knn" in rows[-1] and "ldmi" in rows[-1]
-    real = train.cut_views
+    real = batches.cut_views
 
     def stop(recipe, given, sizes, step, *rest):
         if step == 6:
             raise DataError("gone")
         return real(recipe, given, sizes, step, *rest)
 
-    monkeypatch.setattr(train, "cut_views", stop)
+    monkeypatch.setattr(batches, "cut_views", stop)
     with pytest.raises(DataError, match="gone"):
         tiny.run(splits, tmp_path / "stopped", RECIPE, scores=1, diagnoses=2)
     monkeypatch.undo()
@@ -185,7 +185,7 @@ def test_huge_images_are_small_crops():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads decode elsewhere")
 def test_a_killed_decoder_loses_nothing(folder, tmp_path, monkeypatch):
-    splits, real = load(folder), train.cut_views
+    splits, real = load(folder), batches.cut_views
 
     def kill(recipe, given, sizes, step, *rest):
         if step == 3:
@@ -193,7 +193,7 @@ def test_a_killed_decoder_loses_nothing(folder, tmp_path, monkeypatch):
             time.sleep(0.3)
         return real(recipe, given, sizes, step, *rest)
 
-    monkeypatch.setattr(train, "cut_views", kill)
+    monkeypatch.setattr(batches, "cut_views", kill)
     with pytest.raises(DataError, match="was killed, perhaps for want of memory"):
         tiny.run(splits, tmp_path / "run", replace(RECIPE, epochs=20))
     assert checkpoint.load_last(tmp_path / "run")[1].step >= 3

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from corinfomax import checkpoint, cli, learner, replay, runs, train
+from corinfomax import batches, checkpoint, cli, learner, replay, runs, train
 from corinfomax.objective import CorInfoMaxLoss
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_a_failure_seen_late_is_kept_as_it_was_before_its_step(splits, tmp_path,
     good, kept = checkpoint.load(saved[-1]), checkpoint.load(tmp_path / "failed-step-6.safetensors")
     for part in ("network", "criterion", "optimizer"):
         assert tiny.equal_states(getattr(good, part), getattr(kept, part)), part
-    indices = train.batch_indices(tiny.RECIPE, 6, 40)
+    indices = batches.indices(tiny.RECIPE, 6, 40)
     assert kept.loop["indices"].equal(indices)
     assert kept.loop["pixels"].equal(splits.train.batch(indices)[0])
     seen = replay.replay(tmp_path / "failed-step-6.safetensors", CPU)
@@ -184,7 +184,7 @@ def test_the_scale_changes_nothing_but_what_overflows(splits):
     """The update of a scaled gradient is that of float16 without a scale, up to what float16 cannot hold."""
     recipe = replace(tiny.RECIPE, precision="float16")
     pixels, sizes = splits.train.batch(torch.arange(8))
-    pair = train.make_views(recipe, pixels, sizes, 0, CPU)
+    pair = batches.make_views(recipe, pixels, sizes, 0, CPU)
     numbers, states = [], []
     for scale in (1.0, 2.0**8, 2.0**60):
         learns = halved(recipe, CPU)._replace(scaler=torch.amp.GradScaler("cpu", init_scale=scale))

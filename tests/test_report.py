@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import tiny
-from corinfomax import checkpoint, cli, images, maps, page, pictures, report, runs, train, views
+from corinfomax import batches, checkpoint, cli, images, maps, page, pictures, report, runs, views
 
 KNOBS = [*tiny.KNOBS, "--log-steps", "1"]
 SECTIONS = ["verdict", "scores", "curves", "spectrum", "views", "map", "neighbours", "twins", "time", "knobs", "repeat"]
@@ -206,10 +206,10 @@ def test_the_contact_sheet_shows_what_training_was_given(hostile, monkeypatch):
     monkeypatch.setattr(report, "operations", lambda view, p, size, place: p)
     rows = report.contact_sheet(subject, device=torch.device("cpu"))
     recipe, step = saved.recipe, saved.step - 1
-    indices = train.batch_indices(recipe, step, 40)
+    indices = batches.indices(recipe, step, 40)
     assert [row["path"] for row in rows] == [splits.train.paths[i] for i in indices]
     pixels, sizes = splits.train.batch(indices)
-    given = train.make_views(recipe, pixels, sizes, step, torch.device("cpu"))
+    given = batches.make_views(recipe, pixels, sizes, step, torch.device("cpu"))
     for v, x in enumerate(given):
         again = pictures.normalised_to_bytes(x, mean=recipe.mean, std=recipe.std)
         assert all((row["views"][v]["image"] == shown).all() for row, shown in zip(rows, again, strict=True))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tiny
-from corinfomax import checkpoint, diagnosis, images, networks, runs, train
+from corinfomax import batches, checkpoint, diagnosis, images, networks, runs, train
 from corinfomax.knobs import Backbone, Loss, View
 from corinfomax.networks import Network
 from corinfomax.objective import CorInfoMaxLoss
@@ -59,8 +59,8 @@ def test_metrics_are_the_loss_of_the_step_by_hand(splits, tmp_path, crops):
     optimizer = torch.optim.SGD(network.parameters(), lr=recipe.optim.start_lr, momentum=0.9, weight_decay=1e-4)
     losses = []
     for step in range(2):
-        pixels, sizes = splits.train.batch(train.batch_indices(recipe, step, 40))
-        views = train.make_views(recipe, pixels, sizes, step, CPU)
+        pixels, sizes = splits.train.batch(batches.indices(recipe, step, 40))
+        views = batches.make_views(recipe, pixels, sizes, step, CPU)
         for group in optimizer.param_groups:
             # five steps an epoch, half an epoch of warm-up: the second step is at 1/2.5 of the rise
             group["lr"] = 3e-3 + (0.05 - 3e-3) * step / 2.5
@@ -95,8 +95,8 @@ def test_views_are_small_for_the_stated_share_of_the_steps(splits, tmp_path, mon
 def test_the_work_of_a_run_is_the_pixels_of_its_views():
     recipe = replace(tiny.RECIPE, early_sizes=(8, 12), early_shares=(0.36, 0.33))
     for step in range(11):
-        assert train.work(recipe, step, 10) == sum(train.of_step(recipe, i, 10).size ** 2 for i in range(step))
-    assert train.work(tiny.RECIPE, 10, 10) == 10 * 16**2
+        assert batches.work(recipe, step, 10) == sum(batches.of_step(recipe, i, 10).size ** 2 for i in range(step))
+    assert batches.work(tiny.RECIPE, 10, 10) == 10 * 16**2
 
 
 def test_a_backbone_of_one_size_has_no_early_size(splits, tmp_path):
@@ -109,12 +109,12 @@ def test_a_backbone_of_one_size_has_no_early_size(splits, tmp_path):
 
 def test_every_image_is_seen_once_an_epoch_and_in_a_new_order(splits):
     recipe = tiny.RECIPE
-    epochs = [torch.cat([train.batch_indices(recipe, 5 * e + s, 40) for s in range(5)]) for e in range(3)]
+    epochs = [torch.cat([batches.indices(recipe, 5 * e + s, 40) for s in range(5)]) for e in range(3)]
     for order in epochs:
         assert order.sort().values.equal(torch.arange(40))
     assert not epochs[0].equal(epochs[1])
-    assert len(train.batch_indices(replace(recipe, batch=16), 1, 40)) == 16  # two batches of 16; the last 8 dropped
-    assert not train.batch_indices(replace(recipe, seed=1), 0, 40).equal(train.batch_indices(recipe, 0, 40))
+    assert len(batches.indices(replace(recipe, batch=16), 1, 40)) == 16  # two batches of 16; the last 8 dropped
+    assert not batches.indices(replace(recipe, seed=1), 0, 40).equal(batches.indices(recipe, 0, 40))
 
 
 def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(splits, tmp_path):
@@ -129,15 +129,15 @@ def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(splits, 
 def test_four_crops_are_four_views_of_each_image(splits, tmp_path):
     recipe = replace(tiny.RECIPE, crops=4)
     pixels, sizes = splits.train.batch(torch.arange(8))
-    crops = train.make_views(recipe, pixels, sizes, 3, CPU)
+    crops = batches.make_views(recipe, pixels, sizes, 3, CPU)
     assert len(crops) == 4
     for one, other in itertools.combinations(crops, 2):
         assert not torch.allclose(one, other)
     # The first two are those of a run with two.
-    for one, other in zip(crops[:2], train.make_views(tiny.RECIPE, pixels, sizes, 3, CPU), strict=True):
+    for one, other in zip(crops[:2], batches.make_views(tiny.RECIPE, pixels, sizes, 3, CPU), strict=True):
         assert one.equal(other)
     solarised = replace(recipe, views=(replace(recipe.views[0], solarize=0.0), replace(recipe.views[1], solarize=1.0)))
-    drawn = train.draw_views(solarised, sizes, 3)
+    drawn = batches.draw_views(solarised, sizes, 3)
     assert [bool(p.solarize.all()) for p in drawn] == [False, True, False, True]
     tiny.run(splits, tmp_path / "run", recipe)
     saved = checkpoint.load_last(tmp_path / "run")[1]
@@ -171,14 +171,14 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(splits, tmp_path, monkeyp
     recipe = replace(tiny.RECIPE, optim=replace(tiny.RECIPE.optim, name=name))
     whole = run_tiny(splits, tmp_path / "whole", recipe)
     stopped = tmp_path / "stopped"
-    real = train.make_views
+    real = batches.make_views
 
     def stop_in_step_6(recipe, pixels, sizes, step, *rest):
         if step == 6:
             signal.raise_signal(signal.SIGINT)
         return real(recipe, pixels, sizes, step, *rest)
 
-    monkeypatch.setattr(train, "make_views", stop_in_step_6)
+    monkeypatch.setattr(batches, "make_views", stop_in_step_6)
     with pytest.raises(train.Interrupted) as interrupted:
         run_tiny(splits, stopped, recipe)
     monkeypatch.undo()

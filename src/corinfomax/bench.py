@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from corinfomax import networks, runs, train
+from corinfomax import batches, networks, runs, train
 from corinfomax.bottleneck import PARTS, Setting, Timings
 from corinfomax.decode import decode_all
 from corinfomax.files import Source
@@ -93,7 +93,7 @@ def pace(recipe: Recipe, device: torch.device, *, seconds: float) -> Pace:
 def foreseen(pace: Pace, recipe: Recipe, images: int, device: torch.device) -> str:
     """A sentence: what a run of `recipe` on so many images takes here, and how that is known."""
     steps = recipe.steps(images)
-    minutes = train.work(recipe, steps, steps) / recipe.size**2 * pace.step / 60
+    minutes = batches.work(recipe, steps, steps) / recipe.size**2 * pace.step / 60
     time = f"{minutes:,.1f} min" if minutes < 90 else f"{minutes / 60:,.1f} hours"
     memory = "" if pace.memory is None else f" and {pace.memory / 1e9:,.1f} GB of memory"
     return (
@@ -148,8 +148,8 @@ def measure(recipe: Recipe, images: Images, device: torch.device, *, seconds: fl
     parts: dict[str, list[float]] = {part: [] for part in PARTS}
     operations: dict[str, list[float]] = {name: [] for name in _operations(recipe)}
     ready, loop = [], []
-    pixels, sizes = images.batch(train.batch_indices(recipe, 0, len(images)))
-    crops = train.make_views(recipe, pixels, sizes, 0, device)
+    pixels, sizes = images.batch(batches.indices(recipe, 0, len(images)))
+    crops = batches.make_views(recipe, pixels, sizes, 0, device)
     for _ in range(rounds):
         laps = [apart() for _ in range(steps)]
         for part in PARTS:
@@ -178,11 +178,11 @@ def _step_apart(recipe: Recipe, learner: Learner, images: Images, step: int, dev
         last = now
 
     # What an epoch's order costs stays in the loop's own time, where it is paid as often as it is there.
-    batch = train.batch_indices(recipe, step, len(images))
+    batch = batches.indices(recipe, step, len(images))
     last = time.perf_counter()
     pixels, sizes = images.batch(batch)
     lap("read")
-    crops = train.make_views(recipe, pixels, sizes, step, device)
+    crops = batches.make_views(recipe, pixels, sizes, step, device)
     lap("views")
     update(recipe, learner, crops, step, device, lap)
     # The backward pass of the loss is inside "backward": time it alone, on rows of the same shape, and move it over.
@@ -227,13 +227,13 @@ def _operations(recipe: Recipe) -> dict[str, Recipe]:
 
 def _difference(recipe: Recipe, less: Recipe, images: Images, device: torch.device, steps: int) -> float:
     """Seconds a step that the views of `less` take less than those of `recipe`, by turns."""
-    pixels, sizes = images.batch(train.batch_indices(recipe, 0, len(images)))
+    pixels, sizes = images.batch(batches.indices(recipe, 0, len(images)))
     saved = []
     for step in range(steps):
         took = []
         for which in (recipe, less):
             with _stopwatch(device) as watch:
-                train.make_views(which, pixels, sizes, step, device)
+                batches.make_views(which, pixels, sizes, step, device)
             took.append(watch())
         saved.append(took[0] - took[1])
     return statistics.median(saved)

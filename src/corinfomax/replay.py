@@ -13,9 +13,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from corinfomax import checkpoint, optim
+from corinfomax.batches import cut_views, make_views
 from corinfomax.feed import Batch
 from corinfomax.learner import NUMBERS, NotFiniteError, build, find_fault, put_back, smallest_eigenvalue, update
-from corinfomax.train import cut_views, make_views
 
 
 class Replay(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from corinfomax import diagnosis, embed, maps, page, pictures, runs, similar, train
+from corinfomax import batches, diagnosis, embed, maps, page, pictures, runs, similar
 from corinfomax.images import Splits
 from corinfomax.knobs import Recipe, View
 from corinfomax.networks import Network
@@ -221,16 +221,16 @@ def contact_sheet(subject: Subject, *, device: torch.device) -> list[dict[str, A
     """Images of the last training step with the very views that the network was given of them."""
     recipe, images = subject.recipe, subject.splits.train
     step = max(0, subject.step - 1)
-    indices = train.batch_indices(recipe, step, len(images))
+    indices = batches.indices(recipe, step, len(images))
     some = slice(0, SEEN)
     sizes = images.sizes[indices]
     steps = recipe.steps(len(images))
     crops = [
         pictures.normalised_to_bytes(x.float(), mean=recipe.mean, std=recipe.std)
-        for x in train.step_views(train.of_step(recipe, step, steps), images, step, device, some)
+        for x in batches.step_views(batches.of_step(recipe, step, steps), images, step, device, some)
     ]
     # For the captions alone: the pictures come from the training loop's own function.
-    drawn = train.draw_views(recipe, sizes, step)
+    drawn = batches.draw_views(recipe, sizes, step)
     whole = Pool(("train",), (images,))
     return [
         {
@@ -239,7 +239,7 @@ def contact_sheet(subject: Subject, *, device: torch.device) -> list[dict[str, A
             "views": [
                 {
                     "image": pictures.webp(x[place], 128, quality=85),
-                    "said": operations(train.of_crop(recipe, crop), p, sizes[place], place),
+                    "said": operations(batches.of_crop(recipe, crop), p, sizes[place], place),
                 }
                 for crop, (x, p) in enumerate(zip(crops, drawn, strict=True))
             ],

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import itertools
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
-from corinfomax import checkpoint, diagnosis, distributed, embed, optim, probes, runs, verdict, views
+from corinfomax import batches, checkpoint, diagnosis, distributed, embed, optim, probes, runs, verdict
 from corinfomax.checkpoint import Checkpoint
-from corinfomax.feed import Batch, feed, of_files
+from corinfomax.feed import feed
 from corinfomax.files import DataError
 from corinfomax.images import Images, Splits
-from corinfomax.knobs import Recipe, View
+from corinfomax.knobs import Recipe
 from corinfomax.learner import (
     NUMBERS,
     Learner,
@@ -37,6 +32,7 @@ from corinfomax.learner import (
 )
 from corinfomax.networks import Network
 from corinfomax.objective import moment_dtype
+from corinfomax.progress import Progress
 from corinfomax.seeds import generator
 from corinfomax.signals import stop_signals
 
@@ -99,12 +95,12 @@ def pretrain(
         first, pending = resume.step, resume.loop.get("numbers", pending).to(device)
 
     def take(step: int) -> Float[Tensor, " 4"]:
-        now, sizes = of_step(recipe, step, steps), images.sizes[batch_indices(recipe, step, len(images))]
-        given = batches.take(step)
+        now, sizes = batches.of_step(recipe, step, steps), images.sizes[batches.indices(recipe, step, len(images))]
+        given = ahead.take(step)
         if images.files is None:
-            crops = make_views(now, given[0].pixels, sizes, step, device, here)
+            crops = batches.make_views(now, given[0].pixels, sizes, step, device, here)
         else:
-            crops = cut_views(now, given, sizes, step, device, here)
+            crops = batches.cut_views(now, given, sizes, step, device, here)
         lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
         optim.set_learning_rate(learner.optimizer, lr)
         return update(recipe, learner, crops, step, device)
@@ -118,11 +114,11 @@ def pretrain(
     with (
         feed(
             images,
-            lambda step: batch_indices(recipe, step, len(images))[here],
-            lambda step: boxes(of_step(recipe, step, steps), images, step, here),
+            lambda step: batches.indices(recipe, step, len(images))[here],
+            lambda step: batches.boxes(batches.of_step(recipe, step, steps), images, step, here),
             steps,
             device,
-        ) as batches,
+        ) as ahead,
         Progress(recipe, first, steps, rows) as progress,
         stop_signals() as stop,
     ):
@@ -135,7 +131,7 @@ def pretrain(
                     row = log_row(pending, done, learner, progress)
                     pending = pending[:0]
                     good = capture(learner, done, recipe)
-                    now = of_step(recipe, step, steps)  # at other sizes than it learns on it may look collapsed
+                    now = batches.of_step(recipe, step, steps)  # at other sizes than it learns on it may look collapsed
                     if writes and done in score_at and scorable(splits):
                         row["knn"] = quick_knn(learner.network, splits, now, device=device)
                     if writes and done in look_at:
@@ -145,7 +141,7 @@ def pretrain(
                     if writes:
                         runs.append_metrics(run, row)
                         tell(row)
-                    progress.show(row, batches.waited)
+                    progress.show(row, ahead.waited)
                 if asked_to_stop and (fault := find_fault(learner, pending, done)) is not None:
                     raise fault
                 time_to_save = time.monotonic() - saved_at > 60 * pace.checkpoint_minutes or (
@@ -227,8 +223,8 @@ def keep_failure(
 ) -> str:
     """Write the learner as it is before the step that failed, and that step's batch; how to see it again."""
     network, criterion, optimizer, scaler = learner
-    indices = batch_indices(recipe, fault.step, len(images))
-    now = of_step(recipe, fault.step, recipe.steps(len(images)))
+    indices = batches.indices(recipe, fault.step, len(images))
+    now = batches.of_step(recipe, fault.step, recipe.steps(len(images)))
     path = run / f"failed-step-{fault.step}.safetensors"
     try:
         if images.files is None:
@@ -236,7 +232,7 @@ def keep_failure(
             given = {"pixels": pixels, "sizes": sizes}
         else:
             given = {"sizes": images.sizes[indices]}
-            for crop, cut in enumerate(read_cuts(now, images, fault.step)):
+            for crop, cut in enumerate(batches.read_cuts(now, images, fault.step)):
                 given |= {f"{name}{crop}": tensor for name, tensor in cut._asdict().items()}
         checkpoint.save(
             path,
@@ -262,111 +258,6 @@ def keep_failure(
 def scorable(splits: Splits) -> bool:
     """Whether both splits have labels."""
     return splits.train.labels is not None and splits.test is not None and splits.test.labels is not None
-
-
-def batch_indices(recipe: Recipe, step: int, count: int) -> Int[Tensor, " b"]:
-    """Which images make the global batch of a step: a slice of the epoch's permutation, the short last one dropped."""
-    epoch, place = divmod(step, count // recipe.batch)
-    return _order(recipe.seed, epoch, count)[place * recipe.batch : (place + 1) * recipe.batch]
-
-
-@functools.lru_cache(maxsize=2)  # a million images take 20 ms to shuffle; batches are read ahead into the next epoch
-def _order(seed: int, epoch: int, count: int) -> Int[Tensor, " n"]:
-    return torch.randperm(count, generator=generator(seed, "order", epoch))
-
-
-def of_step(recipe: Recipe, step: int, steps: int) -> Recipe:
-    """The recipe with the size of the views in that one of a run's steps."""
-    for size, end in _early(recipe, steps):
-        if step < end:
-            return replace(recipe, size=size)
-    return recipe
-
-
-def _early(recipe: Recipe, steps: int) -> list[tuple[int, int]]:
-    """Side of the views of each early part, and the step at which it ends."""
-    ends = itertools.accumulate(recipe.early_shares)
-    return [(size, min(steps, round(end * steps))) for size, end in zip(recipe.early_sizes, ends, strict=True)]
-
-
-def work(recipe: Recipe, step: int, steps: int) -> int:
-    """Of a view, summed over the first `step` of a run's steps: roughly what these cost."""
-    done, total = 0, 0
-    for size, end in (*_early(recipe, steps), (recipe.size, steps)):
-        part = max(0, min(step, end) - done)
-        done, total = done + part, total + part * size**2
-    return total
-
-
-def make_views(
-    recipe: Recipe,
-    pixels: UInt8[Tensor, "n 3 h w"],
-    sizes: Int[Tensor, "b 2"],
-    step: int,
-    device: torch.device,
-    here: slice = slice(None),
-) -> list[Float[Tensor, "n 3 s s"]]:
-    """The views of the images `here` of one step's batch, drawn for all of it from generators keyed on the step."""
-    pixels = pixels.to(device)
-    drawn = draw_views(recipe, sizes, step)
-    return [
-        views.apply(pixels, sizes[here], p.take(here), size=recipe.size, mean=recipe.mean, std=recipe.std)
-        for p in drawn
-    ]
-
-
-def cut_views(
-    recipe: Recipe,
-    cuts: Sequence[Batch],
-    sizes: Int[Tensor, "b 2"],
-    step: int,
-    device: torch.device,
-    here: slice = slice(None),
-) -> list[Float[Tensor, "n 3 s s"]]:
-    """The same of crops that were cut out already; `sizes` are those of the whole images."""
-    made = []
-    for cut, drawn in zip(cuts, draw_views(recipe, sizes, step), strict=True):
-        assert cut.boxes is not None
-        p, pixels = drawn.take(here)._replace(box=cut.boxes), cut.pixels.to(device)
-        made.append(views.apply(pixels, cut.sizes, p, size=recipe.size, mean=recipe.mean, std=recipe.std))
-    return made
-
-
-def boxes(recipe: Recipe, images: Images, step: int, here: slice) -> tuple[Int[Tensor, "n v 4"], int]:
-    """The boxes that one step's crops of the images `here` of its batch are cut out by, and the side of the views."""
-    sizes = images.sizes[batch_indices(recipe, step, len(images))]
-    return torch.stack([drawn.box[here] for drawn in draw_views(recipe, sizes, step)], 1), recipe.size
-
-
-def step_views(
-    recipe: Recipe, images: Images, step: int, device: torch.device, here: slice = slice(None)
-) -> list[Float[Tensor, "n 3 s s"]]:
-    """The views of the images `here` of one step's batch, read for this once."""
-    indices = batch_indices(recipe, step, len(images))
-    sizes = images.sizes[indices]
-    if images.files is None:
-        return make_views(recipe, images.batch(indices[here])[0], sizes, step, device, here)
-    return cut_views(recipe, read_cuts(recipe, images, step, here), sizes, step, device, here)
-
-
-def read_cuts(recipe: Recipe, images: Images, step: int, here: slice = slice(None)) -> list[Batch]:
-    """What one step's crops are made of, read from the files for this once."""
-    with contextlib.ExitStack() as stack:
-        indices = batch_indices(recipe, step, len(images))[here]
-        return of_files(images, stack)(indices, *boxes(recipe, images, step, here))
-
-
-def draw_views(recipe: Recipe, sizes: Int[Tensor, "b 2"], step: int) -> list[views.Parameters]:
-    """What is done to each image of a step's batch, for each of its crops."""
-    return [
-        views.draw(of_crop(recipe, crop), sizes, generator(recipe.seed, f"view {crop}", step))
-        for crop in range(recipe.crops)
-    ]
-
-
-def of_crop(recipe: Recipe, crop: int) -> View:
-    """How the crop of that number is made."""
-    return recipe.views[crop % len(recipe.views)]
 
 
 def log_row(pending: Float[Tensor, "k 4"], done: int, learner: Learner, progress: Progress) -> dict[str, Any]:
@@ -402,79 +293,3 @@ def _at_most(images: Images, count: int) -> Images:
     if len(images) <= count:
         return images
     return images.select(torch.randperm(len(images), generator=generator(0, "quick kNN"))[:count])
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a plain line now and then."""
-
-    def __init__(self, recipe: Recipe, first: int, steps: int, rows: list[dict[str, Any]]) -> None:
-        self.recipe, self.first, self.steps, self.batch = recipe, first, steps, recipe.batch
-        self.rows = rows
-        self.before = max((row.get("seconds", 0.0) for row in rows), default=0.0)
-        self.kind: verdict.Kind | None = None
-        self.started = self.told = time.monotonic()
-        self.bar = tqdm(
-            initial=first * self.batch,
-            total=steps * self.batch,
-            unit="img",
-            unit_scale=True,
-            desc="pretraining",
-            disable=not sys.stderr.isatty() or distributed.rank() > 0,
-            dynamic_ncols=True,
-        )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    @property
-    def best(self) -> int | None:
-        """After how many steps the look was that is best so far."""
-        return verdict.best_step(self.rows, (row["step"] for row in self.rows))
-
-    @property
-    def seconds(self) -> float:
-        """Time spent on training, that before a resume with it."""
-        return self.before + time.monotonic() - self.started
-
-    def show(self, row: dict[str, Any], waited: float) -> None:
-        """Tell where the run is: speed, time left, the loss, how far the spread is from its bound; and what share of
-        the time it `waited`, in seconds, for images, where that is worth a word."""
-        text = f"loss {row['loss']:.3f} · attraction {row['attraction']:.5f}"
-        if "gap" in row:
-            text += f" · {row['gap']:.3f} above 2·ln D"
-        if "knn" in row:
-            text += f" · kNN {row['knn']:.1f} %"
-        self.rows.append(row)
-        self.judge()
-        if self.kind is not None:
-            text += f" · {self.kind}"
-        if (share := waited / (time.monotonic() - self.started)) >= 0.01:
-            text += f" · {share:.0%} of the time waiting for images"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(row["step"] * self.batch - self.bar.n)
-        now = time.monotonic()
-        due = now - self.told > 20 or "knn" in row or row["step"] == self.steps
-        if due and self.bar.disable and distributed.rank() == 0:
-            self.told = now
-            speed = (row["step"] - self.first) / (now - self.started)
-            before, done, whole = (
-                work(self.recipe, step, self.steps) for step in (self.first, row["step"], self.steps)
-            )
-            left = (whole - done) / (done - before) * (now - self.started)
-            print(
-                f"step {row['step']}/{self.steps} · {speed * self.batch:.0f} images/s · "
-                f"{left / 60:.1f} min left · {text}",
-                file=sys.stderr,
-            )
-
-    def judge(self) -> None:
-        """Say what the run looks like when that has changed; after the last step the command says it."""
-        if distributed.rank() > 0:
-            return
-        found = verdict.judge(self.rows, self.recipe, steps=self.steps)
-        if found is not None and found.kind != self.kind and self.rows[-1]["step"] < self.steps:
-            self.bar.write(f"step {self.rows[-1]['step']}: {found.text}", file=sys.stderr)
-            self.kind = found.kind
