@@ -1,15 +1,17 @@
 """Accuracy against compute: CorInfoMax, other objectives and labels, on one network in equal processor time.
 
     python -m benchmarks.frontier tune --root data
+    python -m benchmarks.frontier ablate --root data
     python -m benchmarks.frontier measure --root data
     python -m benchmarks.frontier train --root data --minutes 10 --seeds 0 1 2
     python -m benchmarks.frontier write
 
 `tune` chooses each method's settings on a slice of CIFAR-10's training images, by the same search for all; what it
-found stands in `benchmarks.methods`. `measure` takes the processor seconds of a step, by turns on a quiet machine, so
-that the number of steps that fit into a run is a matter of one quiet measurement and not of what ran beside it.
-`train` trains and scores; what is in the file of results already is left out, so several can work side by side with
-other `--seeds` or `--methods`. `write` draws the table and the plot of docs/results.md.
+found stands in `benchmarks.methods`. `ablate` then changes one thing each of what was found for CorInfoMax. `measure`
+takes the processor seconds of a step, by turns on a quiet machine, so that the number of steps that fit into a run is a
+matter of one quiet measurement and not of what ran beside it. `train` trains and scores; what is in the file of results
+already is left out, so several can work side by side with other `--seeds` or `--methods`. `write` draws the tables and
+the plot of docs/results.md.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compared, machine
-from benchmarks.methods import CHOSEN, DATA, METHODS, SUPERVISED, Changes, Method, changed
+from benchmarks.methods import ABLATIONS, CHOSEN, DATA, METHODS, SUPERVISED, Changes, Method, ablated, changed, merged
 from corinfomax import batches, embed, images, knobs, optim, probes, train, views
 from corinfomax.images import Splits
 from corinfomax.knobs import Projector, Recipe
@@ -183,16 +185,21 @@ def trial(method: Method, changes: Changes, splits: Splits, seed: int) -> float:
     recipe = replace(changed(method.start, changes), seed=seed)
     stepper = Stepper(method.name, recipe, splits)
     stepper.seconds(3)
-    steps = round(60 * TRIAL_MINUTES / statistics.median(stepper.seconds(4) for _ in range(3)))
+    seconds = (
+        statistics.median(stepper.seconds(4) for _ in range(3))
+        * batches.work(recipe, 1000, 1000)
+        / batches.work(replace(recipe, early_sizes=(), early_shares=()), 1000, 1000)
+    )
+    steps = round(60 * TRIAL_MINUTES / seconds)
     recipe = sized(recipe, steps, len(splits.train))
     found: dict[str, Any]
-    seconds: float | None
+    taken: float | None
     try:
-        network, seconds = fit(method.name, recipe, splits)
+        network, taken = fit(method.name, recipe, splits)
         found = score(network, splits, recipe, most=15_000)
     except FloatingPointError as error:
-        found, seconds = {"linear": 0.0, "error": str(error).partition(" (")[0]}, None
-    add({**mark, "steps": steps, "cpu_seconds": seconds and round(seconds, 1), **_rounded(found)})
+        found, taken = {"linear": 0.0, "error": str(error).partition(" (")[0]}, None
+    add({**mark, "steps": steps, "cpu_seconds": taken and round(taken, 1), **_rounded(found)})
     return float(found["linear"])
 
 
@@ -200,14 +207,21 @@ def tune(method: Method, splits: Splits, seed: int = 0) -> Changes:
     """The best setting found by changing one thing after the other and keeping what helped."""
     best: Changes = {}
     most = trial(method, best, splits, seed)
+
+    def improves(options: Callable[[Recipe], list[Changes]]) -> bool:
+        nonlocal best, most
+        every = [merged(best, change) for change in options(changed(method.start, best))]
+        values = [trial(method, changes, splits, seed) for changes in every]
+        if max(values) <= most:
+            return False
+        most = max(values)
+        best = every[values.index(most)]
+        return True
+
     for options in method.options:
-        found = [
-            ({**best, **option}, trial(method, {**best, **option}, splits, seed))
-            for option in options(changed(method.start, best))
-        ]
-        changes, value = max(found, key=lambda pair: pair[1])
-        if value > most:
-            best, most = changes, value
+        improves(options)
+    while any([improves(options) for options in method.again]):
+        pass
     print(f"{method.name}: {best} {most:.1f}", flush=True)
     return best
 
@@ -284,6 +298,7 @@ def write(page: Path, picture: Path) -> None:
         compared.plot(found, picture)
         parts += [f"![Accuracy over compute]({picture.name})", ""]
     parts += ["### Settings", "", *compared.chosen(), ""]
+    parts += ["### One change at a time", "", *compared.ablations(found), ""]
     parts += ["<details><summary>Every trial of the search</summary>", "", *compared.trials(found), "", "</details>"]
     text = page.read_text("utf-8")
     before, _, rest = text.partition(BEGIN)
@@ -297,7 +312,7 @@ def _runs(found: list[dict[str, Any]], data: str, minutes: float) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tune", "measure", "train", "write"))
+    parser.add_argument("what", choices=("tune", "ablate", "measure", "train", "write"))
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--cache", type=Path, default=None, help="folder of decoded images")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
@@ -308,6 +323,7 @@ def main() -> None:
     torch.set_num_threads(1)
     doing: dict[str, Callable[[], None]] = {
         "tune": lambda: _tune(options),
+        "ablate": lambda: _ablate(options),
         "measure": lambda: measure(
             options.methods, {data: load(data, options.root, options.cache) for data in options.data}
         ),
@@ -321,6 +337,13 @@ def _tune(options: argparse.Namespace) -> None:
     splits = held_out(load("cifar10", options.root, options.cache))
     for name in options.methods:
         tune(METHODS[name], splits)
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    splits = held_out(load("cifar10", options.root, options.cache))
+    for seed in options.seeds:
+        for change in ({}, *ABLATIONS):
+            trial(METHODS["corinfomax"], ablated(change), splits, seed)
 
 
 def _train(options: argparse.Namespace) -> None:

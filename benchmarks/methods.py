@@ -11,7 +11,8 @@ from corinfomax.knobs import ALPHA_PER_DIM, PAPER_VIEWS, Loss, Objective, Optim,
 from corinfomax.recipes import RECIPES
 
 Changes = dict[str, dict[str, Any]]
-"""Fields of parts of a recipe, "" for those of its own: {"optim": {"lr": 0.3}, "": {"batch": 256}}."""
+"""Fields of parts of a recipe, "" for those of its own, "views" for each of its views:
+{"optim": {"lr": 0.3}, "": {"batch": 256}, "views": {"blur": 0.5}}."""
 SUPERVISED = "supervised"
 START: Recipe = RECIPES["cpu-small"].recipe
 
@@ -37,13 +38,26 @@ class Method(NamedTuple):
     name: str
     start: Recipe
     options: Sequence[Callable[[Recipe], list[Changes]]] = ()
+    again: Sequence[Callable[[Recipe], list[Changes]]] = ()
+    """Tried in the end, and for as long as they help."""
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
     """The recipe with these fields replaced."""
     for part, fields in changes.items():
-        recipe = replace(recipe, **(fields if part == "" else {part: replace(getattr(recipe, part), **fields)}))
+        if part == "":
+            recipe = replace(recipe, **fields)
+        elif part == "views":
+            first, second = (replace(view, **fields) for view in recipe.views)
+            recipe = replace(recipe, views=(first, second))
+        else:
+            recipe = replace(recipe, **{part: replace(getattr(recipe, part), **fields)})
     return recipe
+
+
+def merged(changes: Changes, more: Changes) -> Changes:
+    """Both; what is in both is as in `more`."""
+    return {**changes, **{part: {**changes.get(part, {}), **fields} for part, fields in more.items()}}
 
 
 def _projectors(*widths: tuple[int, ...]) -> Callable[[Recipe], list[Changes]]:
@@ -64,28 +78,28 @@ def _weights(recipe: Recipe) -> list[Changes]:
 
 
 def _decays(recipe: Recipe) -> list[Changes]:
-    return [{"optim": _with(recipe, weight_decay=decay)} for decay in (1e-4, 1e-3)]
+    return [{"optim": {"weight_decay": decay}} for decay in (1e-4, 1e-3)]
 
 
 def _batches(recipe: Recipe) -> list[Changes]:
-    return [{"": {"batch": 256}, "optim": _with(recipe, lr=round(recipe.optim.lr * by, 4))} for by in (1.0, 2.0)]
+    return [{"": {"batch": 256}, "optim": {"lr": round(recipe.optim.lr * by, 4)}} for by in (1.0, 2.0)]
 
 
 def _adam(recipe: Recipe) -> list[Changes]:
     return [{"optim": {"name": "adamw", "lr": lr, "start_lr": lr / 100, "weight_decay": 0.05}} for lr in (1e-3, 3e-3)]
 
 
-def _with(recipe: Recipe, **fields: Any) -> dict[str, Any]:
-    """What a search has changed of the optimiser so far, and these."""
-    usual = vars(START.optim)
-    return {name: value for name, value in vars(recipe.optim).items() if value != usual[name]} | fields
+def _starts(recipe: Recipe) -> list[Changes]:
+    return [{"backbone": {"zero_init_last": False}}]
 
 
 def _method(name: Objective, *projectors: tuple[int, ...]) -> Method:
     first, *others = projectors
     loss = Loss() if name == "corinfomax" else Loss(name=name, weights=AUTHORS[name])
     start = replace(START, loss=loss, projector=Projector(widths=first, batch_norm=True))
-    return Method(name, start, (_projectors(*others), _rates, _weights, _decays, _batches, _adam))
+    return Method(
+        name, start, (_projectors(*others), _rates, _weights, _decays, _batches, _adam, _starts), (_rates, _weights)
+    )
 
 
 PAPER = replace(
@@ -107,12 +121,47 @@ METHODS: dict[str, Method] = {
         _method("barlow-twins", (2048, 2048, 2048), (512, 512, 512), (512, 512, 128)),
         _method("simclr", (2048, 128), (512, 512, 64), (512, 512, 128)),
         _method("sigreg", (2048, 2048, 64), (512, 512, 64), (512, 512, 16)),
-        Method(SUPERVISED, START, (_rates, _decays, _batches, _adam)),
+        Method(SUPERVISED, START, (_rates, _decays, _batches, _adam, _starts), (_rates,)),
     )
 }
 
 CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
     "corinfomax": {"optim": {"lr": 1.2}},
+    "vicreg": {
+        "projector": {"widths": (512, 512, 512)},
+        "loss": {"weights": (12.5, 25.0, 1.0)},
+        "optim": {"lr": 0.3, "weight_decay": 1e-4},
+    },
+    "simclr": {"loss": {"weights": (0.25,)}, "optim": {"lr": 1.2}},
     "sigreg": {"projector": {"widths": (512, 512, 64)}, "optim": {"lr": 1.2}},
 }
 """What the search kept, of the methods whose search has ended."""
+
+ABLATIONS: tuple[Changes, ...] = (
+    {"backbone": {"zero_init_last": False}},
+    {"views": {"crop_area": (0.08, 1.0)}},
+    {"views": {"crop_area": (0.4, 1.0)}},
+    {"views": {"blur": 0.5}},
+    {"projector": {"batch_norm": False}},
+    {"projector": {"widths": (512, 512, 32)}},
+    {"optim": {"decay_norms": True}},
+    {"optim": {"schedule": "epoch"}},
+    {"optim": {"name": "lars", "lr": 4.0}},
+    {"optim": {"name": "lars", "lr": 16.0}},
+    {"optim": {"name": "muon", "lr": 0.02}},
+    {"optim": {"name": "muon", "lr": 0.06}},
+    {"loss": {"cov_decay": 0.1, "mean_decay": 0.1}},
+    {"loss": {"cov_decay": 0.5, "mean_decay": 0.5}},
+    {"loss": {"name": "ldmi", "weights": (1e-3,)}},
+    {"loss": {"name": "ldmi", "weights": (1e-2,)}},
+    {"": {"crops": 3}},
+    {"": {"crops": 4}},
+    {"": {"batch": 64}, "optim": {"lr": 0.6}},
+    {"": {"early_sizes": (12, 16), "early_shares": (0.5, 0.35)}},
+)
+"""One change each of what was chosen for CorInfoMax; the search tried rate, alpha, decay, batch, D and AdamW."""
+
+
+def ablated(change: Changes) -> Changes:
+    """What was chosen for CorInfoMax, and this change."""
+    return merged(CHOSEN["corinfomax"], change)

@@ -10,8 +10,8 @@ from torch import nn
 
 import tiny
 from corinfomax import embed, evaluate, images, networks, probes, supervised, views
-from corinfomax.knobs import Probe
-from corinfomax.seeds import key
+from corinfomax.knobs import Probe, View
+from corinfomax.seeds import generator, key
 
 CPU = {"device": torch.device("cpu")}
 
@@ -38,6 +38,32 @@ def test_features_are_the_networks_in_eval_mode_and_order(splits, backbone, scal
         want = backbone.eval()(x)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert got.dtype == torch.float32
+
+
+def test_features_over_crops_are_the_mean_of_trainings_crops_without_colours(splits, backbone):
+    view = replace(tiny.RECIPE.views[0], crop_area=(0.3, 0.5), jitter=1.0, grey=0.5, blur=1.0, solarize=1.0)
+    recipe = replace(tiny.RECIPE, views=(view, view), test_scale=2.0)
+    got = embed.features(backbone, splits.train, recipe, crops=3, batch=40)
+    for block, start in ((slice(0, 40), 0), (slice(40, 60), 40)):
+        pixels, sizes = splits.train.batch(torch.arange(60)[block])
+        rng, total = generator(recipe.seed, "test crops", start), 0
+        for _ in range(3):
+            drawn = views.draw(View(crop_area=(0.3, 0.5), jitter=0, grey=0), sizes, rng)
+            x = views.apply(pixels, sizes, drawn, size=recipe.size, mean=recipe.mean, std=recipe.std)
+            with torch.no_grad():
+                total = total + backbone.eval()(x)
+        torch.testing.assert_close(got[block], total / 3, rtol=1e-4, atol=1e-5)
+    assert embed.features(backbone, splits.train, recipe, crops=3, batch=40).equal(got)
+
+
+def test_averaged_crops_are_a_row_of_their_own(splits, backbone):
+    plain = evaluate.evaluate(backbone, splits, tiny.RECIPE, **CPU, progress=False)
+    both = evaluate.evaluate(backbone, splits, tiny.RECIPE, **CPU, crops=2, fine_tune=True, progress=False)
+    assert list(both.table) == ["pretrained", "2 crops", "untrained", "raw pixels"]
+    assert list(both.table["2 crops"]) == list(plain.table["pretrained"])
+    assert both.table["2 crops"] != both.table["pretrained"]
+    assert both.comparisons[0] == plain.comparisons[0], "the verdict is that of the centre view"
+    assert both.comparisons[1].other == "2 crops"
 
 
 @pytest.mark.parametrize("ending", [".npz", ".parquet"])

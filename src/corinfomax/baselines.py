@@ -1,5 +1,7 @@
-"""Other objectives of joint embedding behind the same loop, to compare with; lightly's, with their authors' weights.
+"""Other objectives of joint embedding behind the same loop, to compare with; all but the first are lightly's, with
+their authors' weights.
 
+    ldmi           −LDMI of the unit rows, its eps 0.001: what CorInfoMax maximises to first order (arXiv 2209.07999)
     vicreg         25 · mean square distance + 25 · hinge of standard deviations + 1 · covariances (arXiv 2105.04906)
     barlow-twins   Σ (1−C_ii)² + 0.0051 · Σ C_ij², C the cross-correlation of the views (arXiv 2103.03230)
     simclr         NT-Xent of temperature 0.5, the authors' for CIFAR-10 (arXiv 2002.05709)
@@ -18,9 +20,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from corinfomax.knobs import Loss, Objective
-from corinfomax.objective import Terms
+from corinfomax.objective import Terms, ldmi
 
 AUTHORS: dict[Objective, tuple[float, ...]] = {
+    "ldmi": (1e-3,),
     "vicreg": (25.0, 25.0, 1.0),
     "barlow-twins": (0.0051,),
     "simclr": (0.5,),
@@ -33,9 +36,9 @@ class Baseline(nn.Module):
     """`loss.name` of the projections of two views, of sigreg any number; its `terms.loss` is to be minimised.
 
     `terms.attraction` is CorInfoMax's, the mean square distance of the unit rows over D, as a meter that all objectives
-    share; there is no big bang (0, without a floor). float32, and no state. One process alone.
+    share; there is no big bang (0, without a floor). float32 (ldmi float64), and no state. One process alone.
 
-    ImportError without lightly, ValueError for a wrong number of weights.
+    ImportError without lightly where it is needed, ValueError for a wrong number of weights.
     """
 
     floor = None
@@ -60,6 +63,9 @@ class Baseline(nn.Module):
 
 
 def _build(name: Objective, weights: Sequence[float]) -> Callable[[Float[Tensor, "v n d"]], Tensor]:
+    if name == "ldmi":
+        (eps,) = weights
+        return lambda z: -ldmi(*F.normalize(z, dim=-1), eps=eps)
     try:
         from lightly import loss as lightly
         from lightly.loss.lejepa_loss import lejepa_invariance_loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from corinfomax import maps, runs, views
 from corinfomax.images import Images
-from corinfomax.knobs import Recipe
+from corinfomax.knobs import Recipe, View
 from corinfomax.networks import arithmetic, ready
+from corinfomax.seeds import generator
+from corinfomax.views import Parameters
 
 
 def features(
@@ -24,15 +26,18 @@ def features(
     recipe: Recipe,
     *,
     device: torch.device | str = "cpu",
+    crops: int = 0,
     batch: int = 512,
     progress: str | None = None,
 ) -> Float[Tensor, "n f"]:
     """What `model` makes of each image's centre view, in eval mode: float32 on the CPU, one row an image.
 
-    `recipe` gives test size, mean, std and precision; `progress` names a progress bar. The model's mode is put back
-    afterwards.
+    `recipe` gives test size, mean, std and precision; `progress` names a progress bar. With `crops` a row is the mean
+    over so many random crops instead, the recipe's first view without its colours, at training's size; they follow
+    from the recipe's seed and from `batch`. The model's mode is put back afterwards.
     """
-    return torch.cat(list(feature_blocks(model, images, recipe, device=device, batch=batch, progress=progress)))
+    blocks = feature_blocks(model, images, recipe, device=device, crops=crops, batch=batch, progress=progress)
+    return torch.cat(list(blocks))
 
 
 def feature_blocks(
@@ -41,6 +46,7 @@ def feature_blocks(
     recipe: Recipe,
     *,
     device: torch.device | str = "cpu",
+    crops: int = 0,
     batch: int = 512,
     progress: str | None = None,
 ) -> Iterator[Float[Tensor, "_ f"]]:
@@ -56,21 +62,39 @@ def feature_blocks(
     for start in starts:
         indices = torch.arange(start, min(start + batch, len(images)))
         pixels, sizes = images.batch(indices)
-        yield of_pixels(model, pixels, sizes, recipe, device)
+        rng = generator(recipe.seed, "test crops", start)
+        yield of_pixels(model, pixels, sizes, recipe, device, [_draw(recipe, sizes, rng) for _ in range(crops)])
 
 
 def of_pixels(
-    model: nn.Module, pixels: UInt8[Tensor, "n 3 h w"], sizes: Int[Tensor, "n 2"], recipe: Recipe, device: torch.device
+    model: nn.Module,
+    pixels: UInt8[Tensor, "n 3 h w"],
+    sizes: Int[Tensor, "n 2"],
+    recipe: Recipe,
+    device: torch.device,
+    crops: Sequence[Parameters] = (),
 ) -> Float[Tensor, "n f"]:
-    """What `model` makes of the centre views of these images, as `features` gives it."""
-    was_training = model.training
+    """What `model` makes of the centre views of these images, or its mean over these crops, as `features` gives it."""
+    was_training, norm = model.training, {"mean": recipe.mean, "std": recipe.std}
+    pixels = pixels.to(device)
     model.eval()
     try:
         with torch.inference_mode(), arithmetic(recipe, device):
-            x = views.centre_view(pixels.to(device), sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
+            if crops:
+                seen = (views.apply(pixels, sizes, crop, size=recipe.size, **norm) for crop in crops)
+                return torch.stack([model(ready(x, model)).float() for x in seen]).mean(0).cpu()
+            x = views.centre_view(pixels, sizes, size=recipe.test_side, **norm)
             return model(ready(x, model)).float().cpu()
     finally:
         model.train(was_training)
+
+
+def _draw(recipe: Recipe, sizes: Int[Tensor, "n 2"], rng: torch.Generator) -> Parameters:
+    """A crop as training's, without its colours."""
+    view = recipe.views[0]
+    return views.draw(
+        View(crop_area=view.crop_area, crop_ratio=view.crop_ratio, flip=view.flip, jitter=0.0, grey=0.0), sizes, rng
+    )
 
 
 ENDINGS = (".npz", ".parquet")

@@ -36,6 +36,8 @@ class Contender(NamedTuple):
     model: nn.Module
     recipe: Recipe
     splits: Splits
+    crops: int = 0
+    """How many crops of an image its features are averaged over; 0 is its centre view."""
 
 
 class Result(NamedTuple):
@@ -56,6 +58,7 @@ def evaluate(
     device: torch.device,
     published_probe: bool = False,
     fine_tune: bool = False,
+    crops: int = 0,
     rivals: Sequence[Contender] = (),
     progress: bool = True,
 ) -> Result:
@@ -63,16 +66,20 @@ def evaluate(
 
     Probes are fitted on `splits.train` and scored on `splits.test`; a rival has the same images in the same order.
     `published_probe` adds the paper's augmented linear probe on each: 100 epochs of forwards, hours without a GPU.
-    `fine_tune` adds training the whole network on 1 % and 10 % of the labels. Raises ValueError unless both splits
-    have labels.
+    `fine_tune` adds training the whole network on 1 % and 10 % of the labels. `crops` adds `backbone` once more, its
+    features averaged over so many crops of each image. Raises ValueError unless both splits have
+    labels, and for fewer crops than none.
     """
     check_labels(splits)
     assert splits.test is not None
+    if crops < 0:
+        raise ValueError(f"crops is {crops}; it must be a number of crops, or 0 for none")
     small = replace(
         recipe, size=min(recipe.size, 32), test_scale=1.0
     )  # raw pixels: more of them cost much and say no more
     contenders = (
         Contender("pretrained", backbone, recipe, splits),
+        *([Contender(averaged(crops), backbone, recipe, splits, crops)] if crops else []),
         *rivals,
         Contender("untrained", random_backbone(splits.train, recipe, device=device), recipe, splits),
         Contender("raw pixels", nn.Flatten(), small, splits),
@@ -87,7 +94,7 @@ def evaluate(
 def _outcomes(
     contender: Contender, device: torch.device, published_probe: bool, fine_tune: bool, progress: bool
 ) -> Outcomes:
-    name, model, recipe, (train, test) = contender
+    name, model, recipe, (train, test), crops = contender
     assert test is not None and test.labels is not None
     vectors = (
         embed.features(
@@ -95,11 +102,14 @@ def _outcomes(
             split,
             recipe,
             device=device,
+            crops=crops,
             progress=f"features, {name}, {len(split)} images" if progress else None,
         )
         for split in (train, test)
     )
     found = probe_features(next(vectors), next(vectors), contender.splits, seed=recipe.seed)
+    if crops:  # the others train on crops
+        return found
     if published_probe:
         predicted = supervised.linear_probe(model, train, test, recipe, device=device, progress=progress)
         found["published linear"] = _right(predicted, test.labels)
@@ -187,6 +197,11 @@ def random_backbone(images: Images, recipe: Recipe, *, device: torch.device, loo
             pixels, sizes = images.batch(indices)
             model(views.centre_view(pixels.to(device), sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std))
     return model.eval()
+
+
+def averaged(crops: int) -> str:
+    """What features averaged over crops are called in the table."""
+    return f"{crops} crops"
 
 
 def check_labels(splits: Splits) -> None:

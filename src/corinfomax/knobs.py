@@ -85,8 +85,8 @@ class Projector:
     """BatchNorm after every hidden layer."""
 
 
-Objective = Literal["corinfomax", "vicreg", "barlow-twins", "simclr", "sigreg"]
-PAIRED: tuple[Objective, ...] = ("vicreg", "barlow-twins", "simclr")
+Objective = Literal["corinfomax", "ldmi", "vicreg", "barlow-twins", "simclr", "sigreg"]
+PAIRED: tuple[Objective, ...] = ("ldmi", "vicreg", "barlow-twins", "simclr")
 """Objectives of two views, no more."""
 
 
@@ -95,11 +95,11 @@ class Loss:
     """alpha · attraction + big_bang (arXiv 2209.07999), or another objective to compare it with."""
 
     name: Objective = "corinfomax"
-    """The others are there to compare with: they come with the extra `baselines`, know `weights` alone of the fields
-    below, and have no verdict."""
+    """The others are there to compare with: they know `weights` alone of the fields below, and have no verdict. ldmi is
+    the mutual information itself, which corinfomax maximises to first order; the rest need the extra `baselines`."""
     weights: tuple[float, ...] = ()
-    """Of vicreg invariance, variance and covariance; of barlow-twins redundancy; of simclr the temperature; of sigreg
-    the share of SIGReg. () is what their authors take: 25 25 1, 0.0051, 0.5, 0.05."""
+    """Of ldmi its eps; of vicreg invariance, variance and covariance; of barlow-twins redundancy; of simclr the
+    temperature; of sigreg the share of SIGReg. () is 0.001 and what their authors take: 25 25 1, 0.0051, 0.5, 0.05."""
     alpha: float | None = None
     """Weight of the attraction; None is 3.906·D, the rule the published rows obey."""
     cov_decay: float = 0.01
