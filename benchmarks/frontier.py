@@ -220,8 +220,9 @@ def tune(method: Method, splits: Splits, seed: int = 0) -> Changes:
 
     for options in method.options:
         improves(options)
-    while any([improves(options) for options in method.again]):
-        pass
+    helped = [True]
+    while any(helped):
+        helped = [improves(options) for options in method.again]
     print(f"{method.name}: {best} {most:.1f}", flush=True)
     return best
 
