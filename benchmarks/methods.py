@@ -154,6 +154,8 @@ ABLATIONS: tuple[Changes, ...] = (
     {"loss": {"cov_decay": 0.5, "mean_decay": 0.5}},
     {"loss": {"name": "ldmi", "weights": (1e-3,)}},
     {"loss": {"name": "ldmi", "weights": (1e-2,)}},
+    {"": {"teacher": 0.99}},
+    {"": {"teacher": 0.99}, "loss": {"alpha": 2 * ALPHA_PER_DIM * 64}},
     {"": {"crops": 3}},
     {"": {"crops": 4}},
     {"": {"batch": 64}, "optim": {"lr": 0.6}},

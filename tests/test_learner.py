@@ -1,14 +1,17 @@
 """What is not finite is found, kept and seen again; gradients are clipped and scaled; nothing bad is saved."""
 
+import copy
 import functools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tiny
 from corinfomax import batches, checkpoint, cli, learner, replay, runs, train
+from corinfomax.knobs import Loss
 from corinfomax.objective import CorInfoMaxLoss
 
 CPU = torch.device("cpu")
@@ -41,8 +44,8 @@ class Poison(torch.autograd.Function):
 def poison_gradients(monkeypatch):
     forward = CorInfoMaxLoss.forward
 
-    def poisoned(self, z1, z2):
-        terms = forward(self, z1, z2)
+    def poisoned(self, z1, z2, **knobs):
+        terms = forward(self, z1, z2, **knobs)
         return terms._replace(loss=Poison.apply(terms.loss))
 
     monkeypatch.setattr(CorInfoMaxLoss, "forward", poisoned)
@@ -178,6 +181,63 @@ def test_a_float16_run_resumes_bitwise_with_its_scale(splits, tmp_path, monkeypa
     for part in ("network", "criterion", "optimizer", "loop"):
         assert tiny.equal_states(getattr(ours, part), getattr(theirs, part)), part
     assert float(ours.loop["scale"]) == 2.0**13 and int(ours.loop["growth_tracker"]) == 1
+
+
+TAUGHT = replace(tiny.RECIPE, teacher=0.7)
+
+
+def test_a_run_with_a_teacher_resumes_bitwise(splits, tmp_path):
+    run_tiny(splits, tmp_path / "whole", TAUGHT, keep=10)
+    run_tiny(splits, tmp_path / "alone", tiny.RECIPE)
+    saved = checkpoint.load(runs.checkpoint_path(tmp_path / "whole", 5))
+    run_tiny(splits, tmp_path / "stopped", TAUGHT, resume=saved)
+    ours, theirs, alone = (checkpoint.load(checkpoint.last(tmp_path / name)) for name in ("stopped", "whole", "alone"))
+    for part in ("network", "criterion", "optimizer", "loop"):
+        assert tiny.equal_states(getattr(ours, part), getattr(theirs, part)), part
+    assert not tiny.equal_states(theirs.network, alone.network)
+    followed = {name.removeprefix("teacher/") for name in theirs.loop if name.startswith("teacher/")}
+    assert followed == set(theirs.network)
+    assert not any(name.startswith("teacher/") for name in alone.loop)
+
+
+def test_the_teacher_is_the_networks_moving_average_and_what_views_are_drawn_to(splits):
+    pixels, sizes = splits.train.batch(torch.arange(8))
+    learns = learner.build(TAUGHT, CPU)
+    average = {name: p.detach().clone() for name, p in learns.network.named_parameters()}
+    for step in range(4):
+        pair = batches.make_views(TAUGHT, pixels, sizes, step, CPU)
+        was = copy.deepcopy((learns.network, learns.teacher, learns.criterion))
+        numbers = learner.update(TAUGHT, learns, pair, step, CPU)
+        network, teacher, criterion = was
+        z1, z2, t1, t2 = (F.normalize(model(x), dim=1) for model in (network, teacher) for x in pair)
+        # Views are drawn to the teacher's other view; what spreads them is their own.
+        want = ((z1 - t2).square().sum() + (z2 - t1).square().sum()) / 2 / z1.numel()
+        assert float(numbers[1]) == pytest.approx(float(want), rel=1e-4)
+        assert float(numbers[2]) == pytest.approx(float(criterion(z1, z2).big_bang), rel=1e-5)
+        past = min(0.7, (1 + step) / (10 + step))
+        for name, p in learns.network.named_parameters():
+            average[name] = past * average[name] + (1 - past) * p.detach()
+            torch.testing.assert_close(learns.teacher.get_parameter(name), average[name])
+    assert past == 4 / 13 and not any(p.requires_grad for p in learns.teacher.parameters())
+
+
+def test_a_teacher_in_micro_batches_gives_the_gradient_of_the_same_parts(splits):
+    """One part as large as the batch is the step itself; smaller ones differ by BatchNorm alone."""
+    pixels, sizes = splits.train.batch(torch.arange(8))
+    pair = batches.make_views(TAUGHT, pixels, sizes, 0, CPU)
+    found = []
+    for part in (None, 8, 4):
+        recipe = replace(TAUGHT, micro_batch=part)
+        found.append(learner.update(recipe, learner.build(recipe, CPU), pair, 0, CPU))
+    assert found[0].equal(found[1]) and not found[0].equal(found[2])
+    assert found[2].isfinite().all()
+
+
+def test_other_objectives_have_no_teacher():
+    with pytest.raises(ValueError, match="vicreg knows no teacher"):
+        replace(tiny.RECIPE, loss=Loss(name="vicreg"), teacher=0.9)
+    with pytest.raises(ValueError, match="the weight of its past is from 0 to below 1"):
+        replace(tiny.RECIPE, teacher=1.0)
 
 
 def test_the_scale_changes_nothing_but_what_overflows(splits):

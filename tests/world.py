@@ -57,14 +57,18 @@ def loss_and_gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def pure_loss() -> dict[str, torch.Tensor]:
     """The loss as a function: its gradient to this process's rows, put together."""
-    views = torch.randn(3, BATCH, DIM, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    views, teacher = torch.randn(2, 3, BATCH, DIM, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     here = distributed.share(BATCH)
-    rows = [z[here].clone().requires_grad_() for z in views]
-    terms, moments = corinfomax_loss(rows, Moments.initial(DIM, views=3), alpha=20.0)
-    terms.loss.backward()
-    whole = torch.zeros(3, BATCH, DIM, dtype=torch.float64)
-    whole[:, here] = torch.stack([row.grad for row in rows])
-    return {"loss": terms.loss.detach(), "gradient": distributed.total(whole), **moments._asdict()}
+    found = {}
+    for name, taught in (("", []), ("taught ", [t[here] for t in teacher])):
+        rows = [z[here].clone().requires_grad_() for z in views]
+        terms, moments = corinfomax_loss(rows, Moments.initial(DIM, views=3), alpha=20.0, teacher=taught)
+        terms.loss.backward()
+        whole = torch.zeros(3, BATCH, DIM, dtype=torch.float64)
+        whole[:, here] = torch.stack([row.grad for row in rows])
+        parts = {"loss": terms.loss.detach(), "gradient": distributed.total(whole), **moments._asdict()}
+        found |= {f"{name}{part}": tensor for part, tensor in parts.items()}
+    return found
 
 
 def run(out: Path, precision: str) -> None:

@@ -200,6 +200,10 @@ class Recipe:
     projector: Projector = field(default_factory=Projector)
     loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)
+    teacher: float | None = None
+    """Weight of the past in a teacher, the moving average of the network; views are attracted to its projections of the
+    image's other views, with half the pull of `alpha` for nothing comes to meet them. A third more work. None is no
+    teacher."""
     probe: Probe = field(default_factory=Probe)
     epochs: float = 100
     """Times every image is seen; the last one may be a part."""
@@ -224,6 +228,10 @@ class Recipe:
             raise ValueError(f"epochs is {self.epochs}; it must be above 0")
         if self.crops < 2:
             raise ValueError(f"crops is {self.crops}; agreement needs at least 2 views of an image")
+        if self.teacher is not None and not 0 <= self.teacher < 1:
+            raise ValueError(f"teacher is {self.teacher}; the weight of its past is from 0 to below 1")
+        if self.teacher is not None and self.loss.name != "corinfomax":
+            raise ValueError(f"{self.loss.name} knows no teacher; corinfomax does")
         if self.crops != 2 and self.loss.name in PAIRED:
             raise ValueError(f"crops is {self.crops}, and {self.loss.name} compares two views")
         if len(self.early_sizes) != len(self.early_shares) or min(self.early_sizes, default=1) < 1:
@@ -261,7 +269,14 @@ def sides(recipe: Recipe) -> str:
 
 
 LATER: dict[str, dict[str, Any]] = {
-    "recipe": {"test_scale": 1.0, "early_sizes": (), "early_shares": (), "crops": 2, "from_files": False},
+    "recipe": {
+        "test_scale": 1.0,
+        "early_sizes": (),
+        "early_shares": (),
+        "crops": 2,
+        "from_files": False,
+        "teacher": None,
+    },
     "recipe.loss": {"name": "corinfomax", "weights": ()},
     "recipe.backbone": {"zero_init_last": True},
     "recipe.optim": {"clip": None},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ from corinfomax.baselines import Baseline
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.knobs import Recipe
 from corinfomax.networks import Network, arithmetic, fixed_size, ready
-from corinfomax.objective import CorInfoMaxLoss, NotFiniteInputError
+from corinfomax.objective import CorInfoMaxLoss, NotFiniteInputError, Terms
 from corinfomax.seeds import key
 
 NUMBERS = ("loss", "attraction", "big_bang", "gradient_norm")
@@ -38,6 +40,8 @@ class Learner(NamedTuple):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     """Passes everything through as it is unless the precision is float16."""
+    teacher: Network | None = None
+    """The moving average of the network, where the recipe wants one."""
 
 
 def build(recipe: Recipe, device: torch.device, *, compiled: bool = False) -> Learner:
@@ -59,11 +63,13 @@ def build(recipe: Recipe, device: torch.device, *, compiled: bool = False) -> Le
     network = network.to(device, torch.float64 if recipe.precision == "float64" else None)
     network = network.to(memory_format=torch.channels_last)
     distributed.share_batch_norm(network)
-    if compiled:
-        network.compile(dynamic=False)
+    teacher = None if recipe.teacher is None else copy.deepcopy(network).requires_grad_(False)
+    for model in (network, teacher):
+        if compiled and model is not None:
+            model.compile(dynamic=False)
     criterion = build_criterion(recipe).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
-    return Learner(network, criterion, optim.build(network, recipe.optim), scaler)
+    return Learner(network, criterion, optim.build(network, recipe.optim), scaler, teacher)
 
 
 def build_criterion(recipe: Recipe) -> CorInfoMaxLoss | Baseline:
@@ -91,22 +97,27 @@ def update(
     float16 the scaler leaves out an update whose gradient is not finite, and reads one number from the device to know.
     NotFiniteError where the loss looks at its input: on the CPU, in a single process.
     """
-    network, criterion, optimizer, scaler = learner
+    network, criterion, optimizer, scaler, teacher = learner
 
-    def project(x: Tensor, part: int) -> Tensor:
+    def project(x: Tensor, part: int, model: Network = network) -> Tensor:
         # For dropout and stochastic depth, where a backbone has them; each process and part its own.
         torch.manual_seed(key(recipe.seed, f"network {distributed.rank()} {part}", step))
         with arithmetic(recipe, device):
-            return network(ready(x, network))
+            return model(ready(x, model))
 
     optimizer.zero_grad(set_to_none=True)
+    part = len(crops[0]) if recipe.micro_batch is None else min(recipe.micro_batch, len(crops[0]))
+    judge: Callable[..., Terms] = criterion
+    if teacher is not None:
+        taught = micro.projections(functools.partial(project, model=teacher), crops, part)
+        judge = functools.partial(criterion, teacher=taught)
     try:
-        if recipe.micro_batch is not None and recipe.micro_batch < len(crops[0]):
-            terms = micro.backward(project, network, criterion, crops, recipe.micro_batch, scaler.scale)
+        if part < len(crops[0]):
+            terms = micro.backward(project, network, judge, crops, part, scaler.scale)
         else:
             z = [project(x, v) for v, x in enumerate(crops)]  # apart: each view has its own BatchNorm statistics
             lap("forward")
-            terms = criterion(*z)
+            terms = judge(*z)
             lap("loss")
             scaler.scale(terms.loss).backward()
     except NotFiniteInputError as error:
@@ -119,6 +130,8 @@ def update(
     norm = optim.clip(network.parameters(), recipe.optim.clip)
     scaler.step(optimizer)
     scaler.update()
+    if teacher is not None and recipe.teacher is not None:
+        optim.follow(teacher, network, past=recipe.teacher, step=step)
     lap("optimizer")
     return torch.stack([*(term.detach() for term in terms), norm.to(terms.loss.dtype)])
 
@@ -169,26 +182,36 @@ def smallest_eigenvalue(criterion: CorInfoMaxLoss | Baseline) -> float:
 
 def capture(learner: Learner, step: int, recipe: Recipe) -> Checkpoint:
     """A copy of the learner after `step` steps, on its device: once more the weights and the optimiser's state."""
-    network, criterion, optimizer, scaler = learner
+    network, criterion, optimizer, *_ = learner
     parts = (network.state_dict(), criterion.state_dict(), checkpoint.optimizer_tensors(optimizer, network))
     weights, moments, state = ({name: tensor.detach().clone() for name, tensor in part.items()} for part in parts)
-    return Checkpoint(recipe, step, {}, weights, moments, state, scale(scaler))
+    loop = {name: tensor.clone() for name, tensor in extras(learner).items()}
+    return Checkpoint(recipe, step, {}, weights, moments, state, loop)
 
 
 def put_back(learner: Learner, saved: Checkpoint) -> None:
     """The learner becomes what it was. ValueError when the optimiser's state is of other parameters."""
-    network, criterion, optimizer, scaler = learner
+    network, criterion, optimizer, scaler, teacher = learner
     network.load_state_dict(saved.network)
     criterion.load_state_dict(saved.criterion)
     checkpoint.restore_optimizer(optimizer, saved.optimizer, network)
     if scaler.is_enabled():
         known = {"scale": float(saved.loop["scale"]), "_growth_tracker": int(saved.loop["growth_tracker"])}
         scaler.load_state_dict(scaler.state_dict() | known)
+    if teacher is not None:
+        teacher.load_state_dict({name: saved.loop[f"{TEACHER}{name}"] for name in teacher.state_dict()})
 
 
-def scale(scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
-    """The scaler's state as tensors for a checkpoint; empty where it is off. Makes the host wait."""
-    if not scaler.is_enabled():
-        return {}
-    state = scaler.state_dict()
-    return {"scale": torch.tensor(state["scale"]), "growth_tracker": torch.tensor(state["_growth_tracker"])}
+TEACHER = "teacher/"
+
+
+def extras(learner: Learner) -> dict[str, Tensor]:
+    """What a checkpoint needs of the learner beside network, moments and optimiser: the state of a scaler that is on,
+    which makes the host wait, and the teacher's tensors; not copied."""
+    found: dict[str, Tensor] = {}
+    if learner.scaler.is_enabled():
+        state = learner.scaler.state_dict()
+        found |= {"scale": torch.tensor(state["scale"]), "growth_tracker": torch.tensor(state["_growth_tracker"])}
+    if learner.teacher is not None:
+        found |= {f"{TEACHER}{name}": tensor.detach() for name, tensor in learner.teacher.state_dict().items()}
+    return found

@@ -11,6 +11,7 @@ whole. Without BatchNorm it is that of the whole batch. Running statistics move 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,10 +35,7 @@ def backward(
     included. The gradient is that of `scale(loss)`.
     """
     parts = [images for view in crops for images in view.split(part)]
-    with torch.no_grad():
-        projections = [project(images, i) for i, images in enumerate(parts)]
-    each = len(parts) // len(crops)
-    leaves = [torch.cat(projections[i : i + each]).requires_grad_() for i in range(0, len(parts), each)]
+    leaves = [z.requires_grad_() for z in projections(project, crops, part)]
     terms = criterion(*leaves)
     scale(terms.loss).backward()
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
@@ -47,3 +45,17 @@ def backward(
     for buffer, before in buffers:
         buffer.copy_(before)  # the second pass saw the same images again
     return terms
+
+
+@torch.no_grad()
+def projections(
+    project: Callable[[Float[Tensor, "m 3 s s"], int], Float[Tensor, "m d"]],
+    crops: Sequence[Float[Tensor, "n 3 s s"]],
+    part: int,
+) -> list[Float[Tensor, "n d"]]:
+    """Of all views, `part` images at a time and without a graph; `project` as in `backward`."""
+    each = math.ceil(len(crops[0]) / part)
+    return [
+        torch.cat([project(images, v * each + i) for i, images in enumerate(view.split(part))])
+        for v, view in enumerate(crops)
+    ]

@@ -8,6 +8,10 @@
 
 λ weighs the past. The gradient flows through the batch's own mean and covariance; the past is a constant.
 
+With a teacher, whose projections t of the same views are constants, the second is (1/V) Σ ‖z_v−t̄_v‖² / (N·D), t̄_v the
+mean of its other views: the same number where the teacher is the network itself, and half the pull, since nothing comes
+to meet it.
+
 Of V views, z̄ their mean, the first is −(2/V) Σ log det(R_v+εI) / D and the second 2/(V−1) · Σ ‖z_v−z̄‖² / (N·D), which
 is the mean of ‖z_u−z_v‖² / (N·D) over all pairs, since Σ_{u<v} ‖z_u−z_v‖² = V Σ ‖z_v−z̄‖². Two views give the lines
 above, and any number has the same bounds and wants the same alpha.
@@ -61,12 +65,14 @@ def corinfomax_loss(
     cov_decay: float = 0.01,
     mean_decay: float = 0.01,
     eps: float = 1e-8,
+    teacher: Sequence[Float[Tensor, "n d"]] = (),
 ) -> tuple[Terms, Moments]:
     """The loss of two or more views of a batch, of two the published one, and the moments after it.
 
     Rows of each view are projections, L2-normalised by the caller, the same row in all for one image; any floating
-    dtype, the arithmetic is that of `moments` (float64). `cov_decay` and `mean_decay` weigh the past. The returned
-    moments are detached.
+    dtype, the arithmetic is that of `moments` (float64). `cov_decay` and `mean_decay` weigh the past. `teacher` are
+    another network's projections of the same views, unit rows as well, which these are attracted to; no gradient goes
+    there. The returned moments are detached.
 
     Where torch.distributed runs, the rows are one process's part of the batch: the terms and moments are those of the
     whole batch, the same in each process, and the gradient is the whole loss's to these rows; V·D + 1 and then
@@ -84,10 +90,12 @@ def corinfomax_loss(
     count, dim = moments.mu.shape
     if len(views) != count:
         raise ValueError(f"the moments are those of {count} views; got {len(views)}")
-    _check_views(views, dim=dim)
+    if teacher and len(teacher) != count:
+        raise ValueError(f"a teacher has as many views; got {count} and {len(teacher)} of the teacher")
+    _check_views((*views, *teacher), dim=dim)
     # Under autocast matmul would come down to bfloat16, whose 8 bits leave nothing of a log det.
     with torch.autocast(views[0].device.type, enabled=False):
-        log_det, attraction, R, mu = _Parts.apply(*moments, cov_decay, mean_decay, eps, *views)
+        log_det, attraction, R, mu = _Parts.apply(*moments, cov_decay, mean_decay, eps, teacher, *views)
         big_bang = -2 / count * log_det.sum() / dim
         loss = alpha * attraction + big_bang
         # One bad batch must not live on in the moments; torch.where, since an `if` would wait for the device.
@@ -113,6 +121,7 @@ class _Parts(torch.autograd.Function):
         cov_decay: float,
         mean_decay: float,
         eps: float,
+        teacher: Sequence[Tensor],
         *views: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows, d = views[0].shape
@@ -123,7 +132,11 @@ class _Parts(torch.autograd.Function):
         n = sums[-1]
         m = (sums[:-1] / n).view(-1, d)
         mu = torch.lerp(m, mu_past, mean_decay)
-        apart = z - z.mean(0)
+        if teacher:
+            t = torch.stack([view.detach().to(z) for view in teacher])
+            apart, pull = z - (t.sum(0) - t) / (len(z) - 1), 1 / len(z)
+        else:
+            apart, pull = z - z.mean(0), 2 / (len(z) - 1)
         centred = z.sub_(mu[:, None])
         sums = distributed.total(
             torch.cat(((centred.mT @ centred).flatten(), torch.linalg.vector_norm(apart)[None] ** 2))
@@ -131,19 +144,19 @@ class _Parts(torch.autograd.Function):
         R = torch.lerp(sums[:-1].view(-1, d, d) / n, R_past, cov_decay)
         log_det, L = _cholesky_log_det(R, eps)
         ctx.save_for_backward(centred, (1 - mean_decay) * (m - mu), L, apart, n)
-        ctx.cov_decay, ctx.dtypes = cov_decay, [view.dtype for view in views]
+        ctx.cov_decay, ctx.pull, ctx.dtypes = cov_decay, pull, [view.dtype for view in views]
         ctx.mark_non_differentiable(R, mu)
-        return log_det, 2 / (len(views) - 1) * sums[-1] / (n * d), R, mu
+        return log_det, pull * sums[-1] / (n * d), R, mu
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         centred, through_mean, L, apart, n = ctx.saved_tensors
-        count, _, d = centred.shape
-        to_log_det, to_distance = grads[0] * (2 * (1 - ctx.cov_decay) / n), grads[1] * (4 / ((count - 1) * n * d))
+        to_log_det = grads[0] * (2 * (1 - ctx.cov_decay) / n)
+        to_distance = grads[1] * (2 * ctx.pull / (n * centred.shape[-1]))
         G = torch.cholesky_inverse(L) * to_log_det[:, None, None]
         gradient = torch.baddbmm(-through_mean[:, None] @ G, centred, G).addcmul_(apart, to_distance)
-        return *[None] * 5, *(g.to(dtype) for g, dtype in zip(gradient, ctx.dtypes, strict=True))
+        return *[None] * 6, *(g.to(dtype) for g, dtype in zip(gradient, ctx.dtypes, strict=True))
 
 
 class _Unit(torch.autograd.Function):
@@ -224,10 +237,10 @@ class CorInfoMaxLoss(nn.Module):
         """The least big_bang that unit rows can reach, 2·ln D: all directions in equal use."""
         return 2 * math.log(self.mu.shape[1])
 
-    def forward(self, *views: Float[Tensor, "n d"]) -> Terms:
-        """The terms of this batch; in training mode the moments move on."""
+    def forward(self, *views: Float[Tensor, "n d"], teacher: Sequence[Float[Tensor, "n d"]] = ()) -> Terms:
+        """The terms of this batch, `teacher` as in `corinfomax_loss`; in training mode the moments move on."""
         if self.normalize:
-            views = tuple(_Unit.apply(z) for z in views)
+            views, teacher = (tuple(_Unit.apply(z) for z in given) for given in (views, teacher))
         terms, moments = corinfomax_loss(
             [distributed.scale_gradient(z) for z in views],
             Moments(self.R, self.mu),
@@ -235,6 +248,7 @@ class CorInfoMaxLoss(nn.Module):
             cov_decay=self.cov_decay,
             mean_decay=self.mean_decay,
             eps=self.eps,
+            teacher=teacher,
         )
         if self.training:
             self.R, self.mu = moments

@@ -69,3 +69,10 @@ def clip(parameters: Iterable[nn.Parameter], most: float | None) -> Float[Tensor
     if most is not None:
         nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, network: nn.Module, *, past: float, step: int) -> None:
+    """The teacher's parameters move on to the network's; early steps, counted from 0, weigh less past."""
+    past = min(past, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(teacher.parameters()), list(network.parameters()), 1 - past)

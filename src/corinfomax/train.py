@@ -25,9 +25,9 @@ from corinfomax.learner import (
     build,
     build_criterion,
     capture,
+    extras,
     find_fault,
     put_back,
-    scale,
     update,
 )
 from corinfomax.networks import Network
@@ -199,7 +199,7 @@ def save(
     """
     if find_fault(learner, pending, done) is not None:
         return
-    network, criterion, optimizer, scaler = learner
+    network, criterion, optimizer, *_ = learner
     runs.sync_metrics(run)
     checkpoint.save(
         runs.checkpoint_path(run, done),
@@ -209,7 +209,7 @@ def save(
         step=done,
         recipe=recipe,
         facts=facts,
-        loop={"numbers": pending, **scale(scaler)},
+        loop={"numbers": pending, **extras(learner)},
     )
     saved = runs.checkpoints(run)
     best = verdict.best_step(rows, map(runs.step_of, saved))
@@ -222,7 +222,7 @@ def keep_failure(
     run: Path, learner: Learner, fault: NotFiniteError, recipe: Recipe, facts: dict[str, Any], images: Images
 ) -> str:
     """Write the learner as it is before the step that failed, and that step's batch; how to see it again."""
-    network, criterion, optimizer, scaler = learner
+    network, criterion, optimizer, *_ = learner
     indices = batches.indices(recipe, fault.step, len(images))
     now = batches.of_step(recipe, fault.step, recipe.steps(len(images)))
     path = run / f"failed-step-{fault.step}.safetensors"
@@ -248,7 +248,7 @@ def keep_failure(
                 "processes": distributed.size(),
                 "size": now.size,
             },
-            loop={"indices": indices, **given, **scale(scaler)},
+            loop={"indices": indices, **given, **extras(learner)},
         )
     except (OSError, DataError) as error:
         return f"its batch is not kept: {error}"
