@@ -73,7 +73,7 @@ def evaluate(
     check_labels(splits)
     assert splits.test is not None
     if crops < 0:
-        raise ValueError(f"crops is {crops}; it must be a number of crops, or 0 for none")
+        raise ValueError(f"test_crops is {crops}; it must be a number of crops, or 0 for none")
     small = replace(
         recipe, size=min(recipe.size, 32), test_scale=1.0
     )  # raw pixels: more of them cost much and say no more

@@ -112,7 +112,7 @@ class Evaluate:
     """Also the whole network trained on 1 % and on 10 % of the labels; minutes to hours without a GPU."""
     published_probe: bool = False
     """Also the paper's augmented linear probe, 100 epochs on each of them; hours without a GPU."""
-    crops: int = 0
+    test_crops: int = 0
     """Also the same weights with features averaged over so many random crops of each image, a row of its own."""
     out: Path | None = None
     """Write the scores to this JSON file."""

@@ -35,7 +35,7 @@ def run(command: Evaluate) -> int:
         device=device,
         published_probe=command.published_probe,
         fine_tune=command.fine_tune,
-        crops=command.crops,
+        crops=command.test_crops,
         rivals=rivals,
     )
     tell(result, splits, command.out)
