@@ -60,46 +60,39 @@ def chosen() -> list[str]:
 
 def ablations(rows: Sequence[Row]) -> list[str]:
     """A line a change of CorInfoMax's settings: scores over seeds, and the difference to none of the same seeds."""
-    lines = ["| change | steps | linear | kNN | 10 a class | Δ linear | seeds |", "|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| change | steps | linear | kNN | 10 a class | Δ linear | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
     base = {row["seed"]: row for row in _of(rows, ablated({}))}
     start = changed(METHODS["corinfomax"].start, ablated({}))
     for change in ({}, *ABLATIONS):
         found = _of(rows, ablated(change))
         if not found:
             continue
-        words = " ".join(knobs.typed(changed(start, change), start))
-        said = f"`{words}`" if words else "none"
+        words = " ".join(knobs.typed(changed(METHODS["corinfomax"].start, ablated(change)), start))
+        said, seeds = f"`{words}`" if words else "none", str(len(found))
         errors = {row["error"] for row in found if "error" in row}
         if errors:
-            lines.append(f"| {said}: {', '.join(sorted(errors))} | – | – | – | – | – | {len(found)} |")
+            lines.append(f"| {said}: {', '.join(sorted(errors))} | – | – | – | – | – | {seeds} |")
             continue
         cells = [_spread([row[score] for row in found]) for score in ("linear", "kNN", "10 a class")]
         apart = [row["linear"] - base[row["seed"]]["linear"] for row in found if row["seed"] in base]
         delta = f"{statistics.fmean(apart):+.1f}".replace("-", "−") if apart and change else "–"
-        steps = round(statistics.fmean(row["steps"] for row in found))
-        lines.append("| " + " | ".join([said, f"{steps:,}", *cells, delta, str(len(found))]) + " |")
+        lines.append("| " + " | ".join([said, f"{found[0]['steps']:,}", *cells, delta, seeds]) + " |")
     return lines
 
 
 def _of(rows: Iterable[Row], changes: Changes) -> list[Row]:
     wanted = json.loads(json.dumps(changes))
-    return [row for row in rows if (row["kind"], row["method"]) == ("trial", "corinfomax") and row["changes"] == wanted]
+    return [row for row in rows if row["kind"] == "ablation" and row["changes"] == wanted]
 
 
 def trials(rows: Iterable[Row]) -> list[str]:
-    """A line a trial of the search, whose seed is 0."""
-    others = [json.loads(json.dumps(ablated(change))) for change in ABLATIONS[1:]]
+    """A line a trial of the search; of one that was done again the last."""
     lines = ["| method | change | steps | linear | kNN |", "|---|---|---:|---:|---:|"]
-    for row in sorted(
-        (
-            row
-            for row in rows
-            if row["kind"] == "trial"
-            and row["seed"] == 0
-            and (row["method"] != "corinfomax" or row["changes"] not in others)
-        ),
-        key=lambda row: list(METHODS).index(row["method"]),
-    ):
+    last = {(row["method"], json.dumps(row["changes"], sort_keys=True)): row for row in rows if row["kind"] == "trial"}
+    for row in sorted(last.values(), key=lambda row: list(METHODS).index(row["method"])):
         start = METHODS[row["method"]].start
         recipe = knobs.from_json(knobs.to_json(changed(start, row["changes"])))
         words = " ".join(knobs.typed(recipe, start)) or "–"

@@ -1,17 +1,17 @@
 """Accuracy against compute: CorInfoMax, other objectives and labels, on one network in equal processor time.
 
-    python -m benchmarks.frontier tune --root data
-    python -m benchmarks.frontier ablate --root data
     python -m benchmarks.frontier measure --root data
+    python -m benchmarks.frontier tune --root data
+    python -m benchmarks.frontier ablate --root data --seeds 1
     python -m benchmarks.frontier train --root data --minutes 10 --seeds 0 1 2
     python -m benchmarks.frontier write
 
-`tune` chooses each method's settings on a slice of CIFAR-10's training images, by the same search for all; what it
-found stands in `benchmarks.methods`. `ablate` then changes one thing each of what was found for CorInfoMax. `measure`
-takes the processor seconds of a step, by turns on a quiet machine, so that the number of steps that fit into a run is a
-matter of one quiet measurement and not of what ran beside it. `train` trains and scores; what is in the file of results
-already is left out, so several can work side by side with other `--seeds` or `--methods`. `write` draws the tables and
-the plot of docs/results.md.
+`measure`, on a quiet machine, takes the processor seconds of every kind of step that is tried or run and not known yet,
+so that the number of steps that fit into a trial or run is a matter of one quiet measurement and not of what ran beside
+it. `tune` chooses each method's settings on a slice of CIFAR-10's training images, by the same search for all; what it
+found stands in `benchmarks.methods`. `ablate` then changes one thing each of what was found for CorInfoMax, with seeds
+that the search has not seen. `train` trains and scores. What is in the file of results already is left out, so several
+can work side by side with other `--seeds` or `--methods`. `write` draws the tables and the plot of docs/results.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compared, machine
 from benchmarks.methods import ABLATIONS, CHOSEN, DATA, METHODS, SUPERVISED, Changes, Method, ablated, changed, merged
-from corinfomax import batches, embed, images, knobs, optim, probes, train, views
+from corinfomax import batches, embed, images, optim, probes, train, views
 from corinfomax.images import Splits
 from corinfomax.knobs import Projector, Recipe
 from corinfomax.learner import build, update
@@ -46,6 +46,8 @@ SPEEDS = Path(__file__).with_name("frontier.json")
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- python -m benchmarks.frontier write -->", "<!-- end -->"
 TRIAL_MINUTES = 2.0
+TRIAL_DATA = "cifar10"
+MARGIN = 0.5  # points by which the search's second part wants to be better: about the sd of a trial
 HELD_OUT = 5000
 
 
@@ -176,21 +178,56 @@ def add(row: dict[str, Any]) -> None:
     print(json.dumps(row), flush=True)
 
 
-def trial(method: Method, changes: Changes, splits: Splits, seed: int) -> float:
-    """The linear probe of one setting of a method on the slice; read where it was tried before."""
-    mark = {"kind": "trial", "method": method.name, "changes": json.loads(json.dumps(changes)), "seed": seed}
-    for row in rows():
-        if all(row.get(name) == value for name, value in mark.items()):
-            return float(row["linear"])
+class Kind(NamedTuple):
+    """What the cost of a step depends on; the rest of the settings changes next to nothing about it."""
+
+    method: str
+    objective: str
+    data: str
+    size: int
+    widths: tuple[int, ...]
+    batch: int
+    crops: int
+    optimizer: str
+    taught: bool
+
+
+def kinds(name: str, data: str, recipe: Recipe) -> dict[Kind, float]:
+    """The kinds of a run's steps, and their shares of it."""
+    shares = [*recipe.early_shares, 1 - sum(recipe.early_shares)]
+    rest = (recipe.projector.widths, recipe.batch, recipe.crops, recipe.optim.name, recipe.teacher is not None)
+    return {
+        Kind(name, recipe.loss.name, data, size, *rest): share
+        for size, share in zip([*recipe.early_sizes, recipe.size], shares, strict=True)
+    }
+
+
+def seconds_a_step(name: str, data: str, recipe: Recipe) -> float:
+    """Processor seconds, as `measure` found them. SystemExit where it has not been asked."""
+    known = speeds()
+    every = {_text(kind): share for kind, share in kinds(name, data, recipe).items()}
+    if missing := [kind for kind in every if kind not in known]:
+        raise SystemExit(f"no speed is known of {missing[0]}: python -m benchmarks.frontier measure")
+    return sum(share * known[kind]["seconds"] for kind, share in every.items())
+
+
+def _text(kind: Kind) -> str:
+    return json.dumps(kind)
+
+
+def speeds() -> dict[str, Any]:
+    """What `measure` has found so far, by kind of step."""
+    return json.loads(SPEEDS.read_text())["steps"] if SPEEDS.exists() else {}
+
+
+def trial(method: Method, changes: Changes, splits: Splits, seed: int, kind: str = "trial") -> float:
+    """The linear probe of one setting of a method on the slice; read where it was tried before, in as many steps."""
     recipe = replace(changed(method.start, changes), seed=seed)
-    stepper = Stepper(method.name, recipe, splits)
-    stepper.seconds(3)
-    seconds = (
-        statistics.median(stepper.seconds(4) for _ in range(3))
-        * batches.work(recipe, 1000, 1000)
-        / batches.work(replace(recipe, early_sizes=(), early_shares=()), 1000, 1000)
-    )
-    steps = round(60 * TRIAL_MINUTES / seconds)
+    steps = round(60 * TRIAL_MINUTES / seconds_a_step(method.name, TRIAL_DATA, recipe))
+    mark = {"kind": kind, "method": method.name, "changes": json.loads(json.dumps(changes)), "seed": seed}
+    for row in rows():
+        if all(row.get(name) == value for name, value in mark.items()) and same(row["steps"], steps):
+            return float(row["linear"])
     recipe = sized(recipe, steps, len(splits.train))
     found: dict[str, Any]
     taken: float | None
@@ -203,16 +240,21 @@ def trial(method: Method, changes: Changes, splits: Splits, seed: int) -> float:
     return float(found["linear"])
 
 
+def same(steps: int, wanted: int) -> bool:
+    """Whether a trial of so many steps counts as one of as many as wanted: a tenth is worth 0.4 points."""
+    return abs(steps / wanted - 1) <= 0.1
+
+
 def tune(method: Method, splits: Splits, seed: int = 0) -> Changes:
     """The best setting found by changing one thing after the other and keeping what helped."""
     best: Changes = {}
     most = trial(method, best, splits, seed)
 
-    def improves(options: Callable[[Recipe], list[Changes]]) -> bool:
+    def improves(options: Callable[[Recipe], list[Changes]], by: float = 0.0) -> bool:
         nonlocal best, most
         every = [merged(best, change) for change in options(changed(method.start, best))]
         values = [trial(method, changes, splits, seed) for changes in every]
-        if max(values) <= most:
+        if max(values) <= most + by:
             return False
         most = max(values)
         best = every[values.index(most)]
@@ -221,8 +263,8 @@ def tune(method: Method, splits: Splits, seed: int = 0) -> Changes:
     for options in method.options:
         improves(options)
     helped = [True]
-    while any(helped):
-        helped = [improves(options) for options in method.again]
+    while any(helped):  # not for as long as chance does
+        helped = [improves(options, by=MARGIN) for options in method.again]
     print(f"{method.name}: {best} {most:.1f}", flush=True)
     return best
 
@@ -232,40 +274,58 @@ def settings(name: str, data: str) -> Recipe:
     return DATA[data].fit(changed(METHODS[name].start, CHOSEN[name]))
 
 
-def measure(names: list[str], every: dict[str, Splits], rounds: int = 7) -> None:
-    """Processor seconds of a step of each method on each set, by turns."""
-    kept = json.loads(SPEEDS.read_text()) if SPEEDS.exists() else {}
-    for data, splits in every.items():
-        steppers = {name: Stepper(name, settings(name, data), splits) for name in names}
-        for stepper in steppers.values():
-            stepper.seconds(3)
-        taken: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(rounds):
-            for name, stepper in steppers.items():
-                taken[name].append(stepper.seconds(4))
-        kept[data] = kept.get(data, {}) | {
-            name: {
-                "seconds": round(statistics.median(samples), 5),
-                "spread": round(max(samples) / min(samples) - 1, 3),
-                "recipe": knobs.to_json(settings(name, data)),
-            }
-            for name, samples in taken.items()
-        }
-    SPEEDS.write_text(json.dumps(kept | {"machine": machine.machine("cpu")}, indent=1) + "\n")
+def measure(every: dict[str, Splits], rounds: int = 5) -> None:
+    """Processor seconds of a step of each kind that is not known yet, by turns."""
+    wanted: dict[Kind, Recipe] = {}
+
+    def add_kinds(name: str, data: str, recipe: Recipe) -> None:
+        for kind in kinds(name, data, recipe):
+            at_size = replace(recipe, size=kind.size, early_sizes=(), early_shares=(), seed=0)
+            wanted.setdefault(kind, at_size)
+
+    for name, method in METHODS.items():
+        for data in every:
+            add_kinds(name, data, settings(name, data))
+        for changes in searched(method):
+            add_kinds(name, TRIAL_DATA, changed(method.start, changes))
+    for change in ABLATIONS:
+        add_kinds("corinfomax", TRIAL_DATA, changed(METHODS["corinfomax"].start, ablated(change)))
+    known = speeds()
+    new = {kind: recipe for kind, recipe in wanted.items() if _text(kind) not in known}
+    taken: dict[Kind, list[float]] = {kind: [] for kind in new}
+    for turn in range(rounds):
+        for kind, recipe in new.items():
+            stepper = Stepper(kind.method, recipe, every[kind.data])
+            stepper.seconds(2)
+            taken[kind].append(stepper.seconds(3))
+        print(f"round {turn + 1} of {rounds}: {len(new)} kinds of steps", flush=True)
+    for kind, samples in taken.items():
+        spread = max(samples) / min(samples) - 1
+        known[_text(kind)] = {"seconds": round(statistics.median(samples), 5), "spread": round(spread, 3)}
+    SPEEDS.write_text(json.dumps({"steps": known, "machine": machine.machine("cpu")}, indent=1) + "\n")
+
+
+def searched(method: Method) -> Iterator[Changes]:
+    """Settings of all costs that the search may come by."""
+    widths = {method.start.projector.widths} | {
+        change["projector"]["widths"]
+        for options in method.options
+        for change in options(method.start)
+        if "projector" in change
+    }
+    for each in sorted(widths):
+        for batch in (method.start.batch, 256):
+            for name in ("sgd", "adamw"):
+                yield {"projector": {"widths": each}, "": {"batch": batch}, "optim": {"name": name}}
 
 
 def run(name: str, data: str, splits: Splits, minutes: float, seed: int) -> None:
     """One row of the table, unless it is there."""
     mark = {"kind": "run", "method": name, "data": data, "minutes": minutes, "seed": seed}
     recipe = replace(settings(name, data), seed=seed)
-    speed = json.loads(SPEEDS.read_text())[data][name]
-    if speed["recipe"] != json.loads(json.dumps(knobs.to_json(replace(recipe, seed=0)))):
-        raise SystemExit(
-            f"{name} on {data} has other settings than were measured: python -m benchmarks.frontier measure"
-        )
     if any(all(row.get(key) == value for key, value in mark.items()) for row in rows()):
         return
-    steps = round(60 * minutes / speed["seconds"])
+    steps = round(60 * minutes / seconds_a_step(name, data, recipe))
     recipe = sized(recipe, steps, len(splits.train))
     network, seconds = fit(name, recipe, splits)
     crops = steps * recipe.batch * (1 if name == SUPERVISED else recipe.crops)
@@ -325,9 +385,7 @@ def main() -> None:
     doing: dict[str, Callable[[], None]] = {
         "tune": lambda: _tune(options),
         "ablate": lambda: _ablate(options),
-        "measure": lambda: measure(
-            options.methods, {data: load(data, options.root, options.cache) for data in options.data}
-        ),
+        "measure": lambda: measure({data: load(data, options.root, options.cache) for data in DATA}),
         "train": lambda: _train(options),
         "write": lambda: write(DOCS / "results.md", DOCS / "frontier.svg"),
     }
@@ -335,16 +393,16 @@ def main() -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    splits = held_out(load("cifar10", options.root, options.cache))
+    splits = held_out(load(TRIAL_DATA, options.root, options.cache))
     for name in options.methods:
         tune(METHODS[name], splits)
 
 
 def _ablate(options: argparse.Namespace) -> None:
-    splits = held_out(load("cifar10", options.root, options.cache))
+    splits = held_out(load(TRIAL_DATA, options.root, options.cache))
     for seed in options.seeds:
         for change in ({}, *ABLATIONS):
-            trial(METHODS["corinfomax"], ablated(change), splits, seed)
+            trial(METHODS["corinfomax"], ablated(change), splits, seed, kind="ablation")
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -98,7 +98,7 @@ def _batches(effort: Effort) -> Iterator[Metric]:
     """A whole step of the compact network."""
     small = RECIPES["cpu-small"].recipe
     recipe = whole(effort) if effort.quick else replace(small, optim=replace(small.optim, lr=0.0, start_lr=0.0))
-    batches = (4, 8) if effort.quick else BATCHES
-    held = as_images(pictures(max(batches), recipe.cache_side))
-    row = {batch: body(replace(recipe, batch=batch), held) for batch in batches}
+    row_sizes = (4, 8) if effort.quick else BATCHES
+    held = as_images(pictures(max(row_sizes), recipe.cache_side))
+    row = {batch: body(replace(recipe, batch=batch), held) for batch in row_sizes}
     yield from _against_first("step of the compact network", row, lambda batch: batch, effort, "batch")

@@ -59,11 +59,14 @@ def test_features_over_crops_are_the_mean_of_trainings_crops_without_colours(spl
 def test_averaged_crops_are_a_row_of_their_own(splits, backbone):
     plain = evaluate.evaluate(backbone, splits, tiny.RECIPE, **CPU, progress=False)
     both = evaluate.evaluate(backbone, splits, tiny.RECIPE, **CPU, crops=2, fine_tune=True, progress=False)
-    assert list(both.table) == ["pretrained", "2 crops", "untrained", "raw pixels"]
-    assert list(both.table["2 crops"]) == list(plain.table["pretrained"])
-    assert both.table["2 crops"] != both.table["pretrained"]
+    assert list(both.table) == ["pretrained", "mean of 2 crops", "untrained", "raw pixels"]
+    assert list(both.table["mean of 2 crops"]) == list(plain.table["pretrained"])
+    assert both.table["mean of 2 crops"] != both.table["pretrained"]
     assert both.comparisons[0] == plain.comparisons[0], "the verdict is that of the centre view"
-    assert both.comparisons[1].other == "2 crops"
+    assert both.comparisons[1].other == "mean of 2 crops"
+    assert evaluate.distinct_names(["runs/mean of 2 crops"], 2) == ["runs/mean of 2 crops"]
+    with pytest.raises(ValueError, match="test_crops is -1"):
+        evaluate.evaluate(backbone, splits, tiny.RECIPE, **CPU, crops=-1, progress=False)
 
 
 @pytest.mark.parametrize("ending", [".npz", ".parquet"])

@@ -92,23 +92,26 @@ def test_a_teachers_projections_are_constants_that_views_are_drawn_to(count):
     assert all(grad is None for grad in torch.autograd.grad(terms.loss, teacher, allow_unused=True))
     plain, alike = corinfomax_loss(views, Moments.initial(d, views=count), alpha=alpha)
     assert moments.R.equal(alike.R) and moments.mu.equal(alike.mu) and terms.big_bang == plain.big_bang
-    others = [sum(t for u, t in enumerate(teacher) if u != v).detach() / (count - 1) for v in range(count)]
-    attraction = sum((z - t).square().sum() for z, t in zip(views, others, strict=True)) / count / (n * d)
+    every = [(z - t).square().sum() for v, z in enumerate(views) for u, t in enumerate(teacher) if u != v]
+    attraction = sum(every) / len(every) / (n * d)
     want = torch.autograd.grad(alpha * attraction + plain.big_bang, views)
     assert relative(terms.attraction.detach(), attraction.detach()) < 1e-12
     for one, other in zip(got, want, strict=True):
         assert relative(one, other) < 1e-10
 
 
-def test_a_teacher_that_is_the_network_itself_gives_the_loss_and_half_the_pull():
-    z = [unit(9, 4, v).requires_grad_() for v in range(2)]
-    criterion = CorInfoMaxLoss(4, alpha=7.0).eval()
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_teacher_that_is_the_network_itself_gives_the_loss_and_half_the_pull(count):
+    z = [unit(9, 4, v).requires_grad_() for v in range(count)]
+    criterion = CorInfoMaxLoss(4, views=count, alpha=7.0).eval()
     taught, plain = criterion(*z, teacher=z), criterion(*z)
     assert taught.loss.item() == pytest.approx(plain.loss.item(), rel=1e-12)
     half, whole = (torch.autograd.grad(terms.attraction, z[0])[0] for terms in (taught, plain))
     torch.testing.assert_close(2 * half, whole)
-    with pytest.raises(ValueError, match="got 2 and 1 of the teacher"):
+    with pytest.raises(ValueError, match=f"got {count} and 1 of the teacher"):
         criterion(*z, teacher=z[:1])
+    with pytest.raises(ValueError, match="t2 has nan or infinity in 1 of its 9 rows"):
+        criterion(*z, teacher=[z[0], torch.where(torch.arange(9)[:, None] == 4, math.nan, z[1]), *z[2:]])
 
 
 def test_gradcheck():

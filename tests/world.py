@@ -71,13 +71,14 @@ def pure_loss() -> dict[str, torch.Tensor]:
     return found
 
 
-def run(out: Path, precision: str) -> None:
-    """Twenty steps of the training loop."""
+def run(out: Path, precision: str, **knobs: float) -> None:
+    """Twenty steps of the training loop, or two an epoch of `knobs`."""
     # A large batch, few dimensions and small steps: elsewhere rounding grows tenfold with each step for longer, as it
     # does within one process when a weight is changed by 1e-15.
     projector = replace(tiny.RECIPE.projector, widths=(32, 4), batch_norm=True)
     optim = replace(tiny.RECIPE.optim, lr=0.001, start_lr=0.0005, clip=2.0)
-    recipe = replace(tiny.RECIPE, batch=40, epochs=10, projector=projector, optim=optim, precision=precision)
+    recipe = replace(tiny.RECIPE, batch=40, projector=projector, optim=optim, precision=precision)
+    recipe = replace(recipe, **{"epochs": 10, **knobs})
     splits = images.load(out.parent / "data", side=16, progress=False, holdout=0.0, cache=out.parent / "cache")
     out.mkdir(exist_ok=True)
     train.pretrain(recipe, splits, out, device=CPU, pace=train.Pace(1, scores=0, diagnoses=0), facts={})
@@ -160,6 +161,7 @@ def work(job: str, out: Path) -> None:
         }
         for precision in ("float32", "float64"):
             run(out.with_name(f"{precision}-{out.stem}"), precision)
+        run(out.with_name(f"taught-{out.stem}"), "float64", epochs=3, teacher=0.7)
         if distributed.rank() == 0:
             runs.write_whole(out, lambda path: torch.save(kept, path))
 

@@ -1,7 +1,8 @@
 """Other objectives of joint embedding behind the same loop, to compare with; all but the first are lightly's, with
 their authors' weights.
 
-    ldmi           −LDMI of the unit rows, its eps 0.001: what CorInfoMax maximises to first order (arXiv 2209.07999)
+    ldmi           −LDMI of the unit rows: what CorInfoMax maximises to first order (arXiv 2209.07999); its eps 0.001,
+                   for the joint covariance of a batch alone, which has no past, may be singular
     vicreg         25 · mean square distance + 25 · hinge of standard deviations + 1 · covariances (arXiv 2105.04906)
     barlow-twins   Σ (1−C_ii)² + 0.0051 · Σ C_ij², C the cross-correlation of the views (arXiv 2103.03230)
     simclr         NT-Xent of temperature 0.5, the authors' for CIFAR-10 (arXiv 2002.05709)

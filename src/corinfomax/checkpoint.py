@@ -36,8 +36,8 @@ class Checkpoint(NamedTuple):
     optimizer: dict[str, Tensor]
     """`name/parameter`, such as `momentum_buffer/backbone.conv1.weight`."""
     loop: dict[str, Tensor] = {}  # noqa: RUF012 (never written to)
-    """What the loop had in hand: `numbers` of the steps since the last row of metrics, a float16 gradient's `scale`;
-    of a step that failed its batch (`indices`, `pixels`)."""
+    """What the loop had in hand: `numbers` of the steps since the last row of metrics, a float16 gradient's `scale`,
+    the tensors of a `teacher/`; of a step that failed its batch (`indices`, `pixels`)."""
 
 
 def save(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from corinfomax import maps, runs, views
 from corinfomax.images import Images
-from corinfomax.knobs import Recipe, View
+from corinfomax.knobs import Recipe
 from corinfomax.networks import arithmetic, ready
 from corinfomax.seeds import generator
 from corinfomax.views import Parameters
@@ -33,8 +34,8 @@ def features(
     """What `model` makes of each image's centre view, in eval mode: float32 on the CPU, one row an image.
 
     `recipe` gives test size, mean, std and precision; `progress` names a progress bar. With `crops` a row is the mean
-    over so many random crops instead, the recipe's first view without its colours, at training's size; they follow
-    from the recipe's seed and from `batch`. The model's mode is put back afterwards.
+    over so many random crops instead, those of the recipe's first view, upright and in their own colours, at training's
+    size; they follow from the recipe's seed and from `batch`. The model's mode is put back afterwards.
     """
     blocks = feature_blocks(model, images, recipe, device=device, crops=crops, batch=batch, progress=progress)
     return torch.cat(list(blocks))
@@ -82,7 +83,7 @@ def of_pixels(
         with torch.inference_mode(), arithmetic(recipe, device):
             if crops:
                 seen = (views.apply(pixels, sizes, crop, size=recipe.size, **norm) for crop in crops)
-                return torch.stack([model(ready(x, model)).float() for x in seen]).mean(0).cpu()
+                return (sum(model(ready(x, model)).float() for x in seen) / len(crops)).cpu()
             x = views.centre_view(pixels, sizes, size=recipe.test_side, **norm)
             return model(ready(x, model)).float().cpu()
     finally:
@@ -90,11 +91,9 @@ def of_pixels(
 
 
 def _draw(recipe: Recipe, sizes: Int[Tensor, "n 2"], rng: torch.Generator) -> Parameters:
-    """A crop as training's, without its colours."""
-    view = recipe.views[0]
-    return views.draw(
-        View(crop_area=view.crop_area, crop_ratio=view.crop_ratio, flip=view.flip, jitter=0.0, grey=0.0), sizes, rng
-    )
+    """A crop as training's, without what it does to colours and edges, and upright."""
+    plain = replace(recipe.views[0], rotate=0.0, jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)
+    return views.draw(plain, sizes, rng)
 
 
 ENDINGS = (".npz", ".parquet")

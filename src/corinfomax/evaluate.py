@@ -72,8 +72,7 @@ def evaluate(
     """
     check_labels(splits)
     assert splits.test is not None
-    if crops < 0:
-        raise ValueError(f"test_crops is {crops}; it must be a number of crops, or 0 for none")
+    check_crops(crops)
     small = replace(
         recipe, size=min(recipe.size, 32), test_scale=1.0
     )  # raw pixels: more of them cost much and say no more
@@ -108,7 +107,7 @@ def _outcomes(
         for split in (train, test)
     )
     found = probe_features(next(vectors), next(vectors), contender.splits, seed=recipe.seed)
-    if crops:  # the others train on crops
+    if crops:  # the others train networks or layers of their own, on crops anyway
         return found
     if published_probe:
         predicted = supervised.linear_probe(model, train, test, recipe, device=device, progress=progress)
@@ -199,9 +198,15 @@ def random_backbone(images: Images, recipe: Recipe, *, device: torch.device, loo
     return model.eval()
 
 
+def check_crops(crops: int) -> None:
+    """ValueError unless features can be averaged over so many crops, 0 for none."""
+    if crops < 0:
+        raise ValueError(f"test_crops is {crops}; it must be a number of crops, or 0 for none")
+
+
 def averaged(crops: int) -> str:
     """What features averaged over crops are called in the table."""
-    return f"{crops} crops"
+    return f"mean of {crops} crops"
 
 
 def check_labels(splits: Splits) -> None:
@@ -222,9 +227,9 @@ def check_same_images(splits: Splits, rival: Contender) -> None:
             raise ValueError(f"{rival.name} sees other images than the weights to evaluate; some became unreadable")
 
 
-def distinct_names(given: Sequence[str]) -> list[str]:
+def distinct_names(given: Sequence[str], crops: int = 0) -> list[str]:
     """What to call other weights in a table: the last part of a path, or all of it where that is taken."""
-    taken, names = {"pretrained", *BASELINES}, []
+    taken, names = {"pretrained", averaged(crops), *BASELINES}, []
     for whole in given:
         short = whole if whole.startswith("timm:") else PurePath(whole).stem or whole
         name = next(name for name in (short, whole, *(f"{whole} ({i})" for i in range(2, 99))) if name not in taken)

@@ -194,16 +194,16 @@ class Recipe:
     views: tuple[View, View] = PAPER_VIEWS
     """How an image's crops are made, in turn."""
     crops: int = 2
-    """Views of an image in a step. The attraction is to their mean; more of them cost as many more forwards, so that
+    """Views of an image in a step, attracted to one another; more of them cost as many more forwards, so that
     it is crops, not epochs, that runs are compared by."""
     backbone: Backbone = field(default_factory=Backbone)
     projector: Projector = field(default_factory=Projector)
     loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)
     teacher: float | None = None
-    """Weight of the past in a teacher, the moving average of the network; views are attracted to its projections of the
-    image's other views, with half the pull of `alpha` for nothing comes to meet them. A third more work. None is no
-    teacher."""
+    """Weight of the past in a teacher, the moving average of the network; step s weighs it (1+s)/(10+s) at most. Views
+    are attracted to its projections of the image's other views, at half the pull, for nothing comes to meet them. It is
+    the network, not its teacher, that is scored and exported; one more forward a view. None is no teacher."""
     probe: Probe = field(default_factory=Probe)
     epochs: float = 100
     """Times every image is seen; the last one may be a part."""

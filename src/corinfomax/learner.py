@@ -33,7 +33,8 @@ class NotFiniteError(FloatingPointError):
 
 
 class Learner(NamedTuple):
-    """The network, the loss with its moments, the optimiser with its state, the scale of a float16 gradient."""
+    """The network, the loss with its moments, the optimiser with its state, the scale of a float16 gradient, and the
+    network's teacher."""
 
     network: Network
     criterion: CorInfoMaxLoss | Baseline
@@ -121,9 +122,10 @@ def update(
             lap("loss")
             scaler.scale(terms.loss).backward()
     except NotFiniteInputError as error:
-        lr, least = optimizer.param_groups[0]["lr"], smallest_eigenvalue(criterion)
-        message = f"in step {step}, at learning rate {lr:.3g}: {error} (smallest eigenvalue of the covariances before "
-        raise NotFiniteError(step, f"{message}{least:.3g}); {CURE}") from error
+        known = f"in step {step}, at learning rate {optimizer.param_groups[0]['lr']:.3g}: {error}"
+        if criterion.floor is not None:
+            known += f" (smallest eigenvalue of the covariances before {smallest_eigenvalue(criterion):.3g})"
+        raise NotFiniteError(step, f"{known}; {CURE}") from error
     distributed.average_gradients(network.parameters())
     lap("backward")
     scaler.unscale_(optimizer)

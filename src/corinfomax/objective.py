@@ -8,13 +8,12 @@
 
 λ weighs the past. The gradient flows through the batch's own mean and covariance; the past is a constant.
 
-With a teacher, whose projections t of the same views are constants, the second is (1/V) Σ ‖z_v−t̄_v‖² / (N·D), t̄_v the
-mean of its other views: the same number where the teacher is the network itself, and half the pull, since nothing comes
-to meet it.
-
 Of V views, z̄ their mean, the first is −(2/V) Σ log det(R_v+εI) / D and the second 2/(V−1) · Σ ‖z_v−z̄‖² / (N·D), which
 is the mean of ‖z_u−z_v‖² / (N·D) over all pairs, since Σ_{u<v} ‖z_u−z_v‖² = V Σ ‖z_v−z̄‖². Two views give the lines
 above, and any number has the same bounds and wants the same alpha.
+
+With a teacher, whose projections t of the same views are constants, the second is the mean of ‖z_v−t_u‖² / (N·D) over
+all u ≠ v: where the teacher is the network itself the same number, and half the gradient, for nothing comes to meet it.
 """
 
 from __future__ import annotations
@@ -90,9 +89,11 @@ def corinfomax_loss(
     count, dim = moments.mu.shape
     if len(views) != count:
         raise ValueError(f"the moments are those of {count} views; got {len(views)}")
-    if teacher and len(teacher) != count:
-        raise ValueError(f"a teacher has as many views; got {count} and {len(teacher)} of the teacher")
-    _check_views((*views, *teacher), dim=dim)
+    _check_views(views, dim=dim)
+    if teacher:
+        if len(teacher) != count:
+            raise ValueError(f"a teacher has as many views; got {count} and {len(teacher)} of the teacher")
+        _check_views((views[0], *teacher), dim=dim, names=("z1", *(f"t{v}" for v in range(1, count + 1))))
     # Under autocast matmul would come down to bfloat16, whose 8 bits leave nothing of a log det.
     with torch.autocast(views[0].device.type, enabled=False):
         log_det, attraction, R, mu = _Parts.apply(*moments, cov_decay, mean_decay, eps, teacher, *views)
@@ -134,12 +135,13 @@ class _Parts(torch.autograd.Function):
         mu = torch.lerp(m, mu_past, mean_decay)
         if teacher:
             t = torch.stack([view.detach().to(z) for view in teacher])
-            apart, pull = z - (t.sum(0) - t) / (len(z) - 1), 1 / len(z)
+            others = (t.sum(0) - t) / (len(z) - 1)
+            apart, pull, rest = z - others, 1 / len(z), t.square().sum() - others.square().sum()
         else:
-            apart, pull = z - z.mean(0), 2 / (len(z) - 1)
+            apart, pull, rest = z - z.mean(0), 2 / (len(z) - 1), z.new_zeros(())
         centred = z.sub_(mu[:, None])
         sums = distributed.total(
-            torch.cat(((centred.mT @ centred).flatten(), torch.linalg.vector_norm(apart)[None] ** 2))
+            torch.cat(((centred.mT @ centred).flatten(), (torch.linalg.vector_norm(apart) ** 2 + rest)[None]))
         )
         R = torch.lerp(sums[:-1].view(-1, d, d) / n, R_past, cov_decay)
         log_det, L = _cholesky_log_det(R, eps)
@@ -317,25 +319,26 @@ class NotFiniteInputError(ValueError):
     """Projections that hold nan or infinity."""
 
 
-def _check_views(views: Sequence[Tensor], *, dim: int | None = None) -> None:
+def _check_views(views: Sequence[Tensor], *, dim: int | None = None, names: Sequence[str] = ()) -> None:
     first, *others = views
-    names = " and ".join(f"z{v}" for v in range(1, len(views) + 1))
+    each = names or [f"z{v}" for v in range(1, len(views) + 1)]
+    both = " and ".join(each)
     shapes = f"got {' and '.join(str(tuple(z.shape)) for z in views)}"
     if first.ndim != 2 or len(first) == 0 or any(z.ndim != 2 or len(z) != len(first) for z in others):
-        raise ValueError(f"{names} must be matrices with the same rows (n, d), n ≥ 1; {shapes}")
+        raise ValueError(f"{both} must be matrices with the same rows (n, d), n ≥ 1; {shapes}")
     if any(z.shape[1] != first.shape[1] for z in others):
-        raise ValueError(f"{names} must have the same dimension; {shapes}")
+        raise ValueError(f"{both} must have the same dimension; {shapes}")
     if dim is not None and first.shape[1] != dim:
         raise ValueError(f"the moments have dimension {dim}, the projections {first.shape[1]}; {shapes}")
     if not all(z.is_floating_point() for z in views):
-        raise ValueError(f"{names} must be floating-point; got {' and '.join(str(z.dtype) for z in views)}")
+        raise ValueError(f"{both} must be floating-point; got {' and '.join(str(z.dtype) for z in views)}")
     if any(z.device != first.device for z in others):
-        raise ValueError(f"{names} must be on one device; got {' and '.join(str(z.device) for z in views)}")
+        raise ValueError(f"{both} must be on one device; got {' and '.join(str(z.device) for z in views)}")
     if first.device.type == "cuda" or distributed.size() > 1:
         return  # reading a value would make the host wait; one process's error would leave the others waiting for it
-    for v, z in enumerate(views, 1):
+    for name, z in zip(each, views, strict=True):
         bad = int((~z.detach().isfinite()).any(1).sum())
         if bad:
             raise NotFiniteInputError(
-                f"z{v} has nan or infinity in {bad} of its {len(z)} rows; all values must be finite"
+                f"{name} has nan or infinity in {bad} of its {len(z)} rows; all values must be finite"
             )

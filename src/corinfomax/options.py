@@ -113,7 +113,8 @@ class Evaluate:
     published_probe: bool = False
     """Also the paper's augmented linear probe, 100 epochs on each of them; hours without a GPU."""
     test_crops: int = 0
-    """Also the same weights with features averaged over so many random crops of each image, a row of its own."""
+    """Also the same weights with features averaged over so many random crops of each image, seen at training's size and
+    not at the recipe's test size: a row of its own."""
     out: Path | None = None
     """Write the scores to this JSON file."""
     where: Annotated[Where, tyro.conf.arg(name="")] = Where()

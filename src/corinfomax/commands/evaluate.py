@@ -13,6 +13,7 @@ from corinfomax.options import Evaluate
 
 def run(command: Evaluate) -> int:
     """Score weights on labelled images, beside baselines and other weights."""
+    evaluate.check_crops(command.test_crops)
     device = inputs.device_of(command.where.device)
     names = (command.weights, *command.against)
     loaded = [inputs.weights_of(name, command.network, device) for name in names]
@@ -23,7 +24,7 @@ def run(command: Evaluate) -> int:
     for other in others:
         if (side := other.recipe.cache_side) not in sides:
             sides[side] = inputs.splits_of(command.data, command.where, other.recipe)
-    called = evaluate.distinct_names(command.against)
+    called = evaluate.distinct_names(command.against, command.test_crops)
     rivals = [
         evaluate.Contender(name, other.backbone, other.recipe, sides[other.recipe.cache_side])
         for name, other in zip(called, others, strict=True)
