@@ -1,0 +1,143 @@
+"""The comparison of objectives: its search, what it counts as the same cost, and its tables."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import compared, frontier, methods
+from benchmarks.methods import ABLATIONS, CHOSEN, METHODS, Method, ablated, changed, merged
+from corinfomax import knobs
+
+START = METHODS["corinfomax"].start
+
+
+def test_changes_reach_every_part_and_the_later_one_counts():
+    both = merged(
+        {"optim": {"lr": 0.3, "weight_decay": 0.0}, "": {"batch": 64}}, {"optim": {"lr": 1.0}, "": {"crops": 3}}
+    )
+    assert both == {"optim": {"lr": 1.0, "weight_decay": 0.0}, "": {"batch": 64, "crops": 3}}
+    recipe = changed(START, merged(both, {"views": {"blur": 0.5}}))
+    assert (recipe.optim.lr, recipe.batch, recipe.crops) == (1.0, 64, 3)
+    assert [view.blur for view in recipe.views] == [0.5, 0.5]
+    assert recipe.views[0].crop_area == START.views[0].crop_area
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_was_chosen_and_every_option_is_a_recipe(name):
+    method = METHODS[name]
+    for data in methods.DATA:
+        frontier.settings(name, data)
+    best = changed(method.start, CHOSEN[name])
+    for options in (*method.options, *method.again):
+        for change in options(best):
+            assert isinstance(changed(best, change), knobs.Recipe)
+            json.dumps(change)
+
+
+def test_every_ablation_is_one_change_of_what_was_chosen():
+    for change in ABLATIONS:
+        recipe = changed(START, ablated(change))
+        words = [word for word in knobs.typed(recipe, changed(START, ablated({}))) if word.startswith("--")]
+        assert 1 <= len(words) <= 3, words  # of two objectives at most name, weights and rate differ
+
+
+def climbing(monkeypatch, score):
+    """The search where a trial's score is a function of its recipe; which recipes it tried, in order."""
+    tried = []
+
+    def trial(method, changes, splits, seed):
+        recipe = changed(method.start, changes)
+        tried.append(recipe)
+        return score(recipe)
+
+    monkeypatch.setattr(frontier, "trial", trial)
+    return tried
+
+
+def test_the_search_goes_on_for_as_long_as_it_helps(monkeypatch):
+    method = Method("corinfomax", START, (methods._decays,), (methods._rates,))
+    tried = climbing(monkeypatch, lambda recipe: 10 - abs(recipe.optim.lr - 4.8) + (recipe.optim.weight_decay == 1e-4))
+    assert frontier.tune(method, None) == {"optim": {"weight_decay": 1e-4, "lr": 4.8}}
+    assert max(recipe.optim.lr for recipe in tried) == 9.6
+
+
+def test_the_second_part_of_the_search_does_not_follow_chance(monkeypatch):
+    method = Method("corinfomax", START, (), (methods._rates,))
+    climbing(monkeypatch, lambda recipe: 10 + 0.4 * (recipe.optim.lr > START.optim.lr))
+    assert frontier.tune(method, None) == {}
+    climbing(monkeypatch, lambda recipe: 10 + 0.6 * (recipe.optim.lr > START.optim.lr))
+    assert frontier.tune(method, None) == {"optim": {"lr": 2 * START.optim.lr}}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_measured_are_all_costs_that_the_search_comes_by(name):
+    """But for rates and weights, which cost nothing, every option leads to a kind of step that `measure` asks for."""
+    method = METHODS[name]
+    asked = {
+        kind
+        for changes in frontier.searched(method)
+        for kind in frontier.kinds(name, frontier.TRIAL_DATA, changed(method.start, changes))
+    }
+    reached = [{}]
+    for options in method.options:
+        reached += [
+            merged(changes, change) for changes in reached for change in options(changed(method.start, changes))
+        ]
+        reached = list({json.dumps(changes, sort_keys=True): changes for changes in reached}.values())[:400]
+    for changes in reached:
+        assert set(frontier.kinds(name, frontier.TRIAL_DATA, changed(method.start, changes))) <= asked, changes
+
+
+def test_steps_of_growing_views_cost_their_shares(monkeypatch):
+    recipe = replace(START, early_sizes=(12, 16), early_shares=(0.5, 0.25))
+    seconds = {12: 1.0, 16: 2.0, 24: 8.0}
+    known = {
+        frontier._text(kind): {"seconds": seconds[kind.size]}
+        for kind in frontier.kinds("corinfomax", "cifar10", recipe)
+    }
+    monkeypatch.setattr(frontier, "speeds", lambda: known)
+    assert frontier.seconds_a_step("corinfomax", "cifar10", recipe) == pytest.approx(0.5 * 1 + 0.25 * 2 + 0.25 * 8)
+    with pytest.raises(SystemExit, match=r"benchmarks\.frontier measure"):
+        frontier.seconds_a_step("corinfomax", "cifar10", replace(recipe, batch=7))
+
+
+def test_a_trial_is_read_back_where_it_had_as_many_steps(monkeypatch, tmp_path):
+    row = {"kind": "trial", "method": "corinfomax", "changes": {}, "seed": 0, "steps": 109, "linear": 43.21}
+    (tmp_path / "rows").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(frontier, "ROWS", tmp_path / "rows")
+    monkeypatch.setattr(frontier, "seconds_a_step", lambda *_: 60 * frontier.TRIAL_MINUTES / 100)
+    assert frontier.trial(METHODS["corinfomax"], {}, None, 0) == 43.21
+    monkeypatch.setattr(frontier, "seconds_a_step", lambda *_: 60 * frontier.TRIAL_MINUTES / 98)
+    with pytest.raises(AttributeError):  # it would train, and there are no images
+        frontier.trial(METHODS["corinfomax"], {}, None, 0)
+
+
+def test_the_tables_say_what_the_rows_say():
+    def scored(linear):
+        return {"linear": linear, "kNN": linear - 5, "10 a class": linear - 20}
+
+    rows = [
+        {"kind": "run", "method": "simclr", "data": "cifar10", "minutes": 10.0, "seed": seed, "steps": 3000}
+        | {"crops": 768_000, "tflops": 33.0}
+        | scored(60.0 + seed)
+        for seed in range(3)
+    ]
+    rows += [
+        {"kind": "ablation", "method": "corinfomax", "changes": json.loads(json.dumps(ablated(change))), "seed": seed}
+        | {"steps": 600 - 100 * bool(change)}
+        | scored(50.0 + seed - 2 * bool(change))
+        for change in ({}, ABLATIONS[0])
+        for seed in (1, 2)
+    ]
+    rows += [
+        {"kind": "trial", "method": "vicreg", "changes": {}, "seed": 0, "steps": steps} | scored(linear)
+        for steps, linear in ((700, 48.0), (600, 46.0))
+    ]
+    assert compared.table(rows, "cifar10", 10.0)[2:] == [
+        "| SimCLR | 56.0 ± 1.0 | 61.0 ± 1.0 | 41.0 ± 1.0 | 3 | 3,000 | 768 k | 33 |"
+    ]
+    none, one = compared.ablations(rows)[2:]
+    assert none == "| none | 600 | 51.5 ± 0.7 | 46.5 ± 0.7 | 31.5 ± 0.7 | – | 2 |"
+    assert one == "| `--backbone.no-zero-init-last` | 500 | 49.5 ± 0.7 | 44.5 ± 0.7 | 29.5 ± 0.7 | −2.0 | 2 |"
+    assert compared.trials(rows)[2:] == ["| vicreg | – | 600 | 46.0 | 41.0 |"]
