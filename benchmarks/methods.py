@@ -130,10 +130,16 @@ CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
     "vicreg": {
         "projector": {"widths": (512, 512, 512)},
         "loss": {"weights": (12.5, 25.0, 1.0)},
-        "optim": {"lr": 0.3, "weight_decay": 1e-4},
+        "optim": {"lr": 0.3},
+    },
+    "barlow-twins": {
+        "projector": {"widths": (512, 512, 128)},
+        "loss": {"weights": (0.0102,)},
+        "optim": {"lr": 0.3, "weight_decay": 1e-3},
     },
     "simclr": {"loss": {"weights": (0.25,)}, "optim": {"lr": 1.2}},
     "sigreg": {"projector": {"widths": (512, 512, 64)}, "optim": {"lr": 1.2}},
+    SUPERVISED: {"optim": {"lr": 0.3}},
 }
 """What the search kept."""
 
