@@ -137,7 +137,7 @@ CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
         "loss": {"weights": (0.0102,)},
         "optim": {"lr": 0.3, "weight_decay": 1e-3},
     },
-    "simclr": {"loss": {"weights": (0.25,)}, "optim": {"lr": 1.2}},
+    "simclr": {"loss": {"weights": (0.25,)}, "optim": {"weight_decay": 1e-3}},
     "sigreg": {"projector": {"widths": (512, 512, 64)}, "optim": {"lr": 1.2}},
     SUPERVISED: {"optim": {"lr": 0.3}},
 }
