@@ -17,6 +17,7 @@ can work side by side with other `--seeds` or `--methods`. `write` draws the tab
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -254,7 +255,7 @@ def tune(method: Method, splits: Splits, seed: int = 0) -> Changes:
         nonlocal best, most
         every = [merged(best, change) for change in options(changed(method.start, best))]
         values = [trial(method, changes, splits, seed) for changes in every]
-        if max(values) <= most + by:
+        if max(values, default=0.0) <= most + by:
             return False
         most = max(values)
         best = every[values.index(most)]
@@ -307,16 +308,20 @@ def measure(every: dict[str, Splits], rounds: int = 5) -> None:
 
 def searched(method: Method) -> Iterator[Changes]:
     """Settings of all costs that the search may come by."""
-    widths = {method.start.projector.widths} | {
-        change["projector"]["widths"]
-        for options in method.options
-        for change in options(method.start)
-        if "projector" in change
-    }
-    for each in sorted(widths):
-        for batch in (method.start.batch, 256):
-            for name in ("sgd", "adamw"):
-                yield {"projector": {"widths": each}, "": {"batch": batch}, "optim": {"name": name}}
+    offered = [change for options in method.options for change in options(method.start)]
+
+    def values(part: str, field: str, usual: Any) -> set[Any]:
+        return {usual} | {change[part][field] for change in offered if field in change.get(part, {})}
+
+    start = method.start
+    every = (
+        values("projector", "widths", start.projector.widths),
+        values("", "batch", start.batch),
+        values("", "crops", start.crops),
+        values("optim", "name", start.optim.name),
+    )
+    for widths, batch, crops, name in itertools.product(*map(sorted, every)):
+        yield {"projector": {"widths": widths}, "": {"batch": batch, "crops": crops}, "optim": {"name": name}}
 
 
 def run(name: str, data: str, splits: Splits, minutes: float, seed: int) -> None:

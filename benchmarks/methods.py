@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from corinfomax.baselines import AUTHORS
-from corinfomax.knobs import ALPHA_PER_DIM, PAPER_VIEWS, Loss, Objective, Optim, Projector, Recipe
+from corinfomax.knobs import ALPHA_PER_DIM, PAIRED, PAPER_VIEWS, Loss, Objective, Optim, Projector, Recipe
 from corinfomax.recipes import RECIPES
 
 Changes = dict[str, dict[str, Any]]
@@ -89,6 +89,15 @@ def _adam(recipe: Recipe) -> list[Changes]:
     return [{"optim": {"name": "adamw", "lr": lr, "start_lr": lr / 100, "weight_decay": 0.05}} for lr in (1e-3, 3e-3)]
 
 
+def _muon(recipe: Recipe) -> list[Changes]:
+    return [{"optim": {"name": "muon", "lr": lr, "start_lr": lr / 10, "weight_decay": 0.1}} for lr in (0.02, 0.06)]
+
+
+def _crops(recipe: Recipe) -> list[Changes]:
+    """Of the objectives that take more than two views."""
+    return [] if recipe.loss.name in PAIRED else [{"": {"crops": 3}}]
+
+
 def _starts(recipe: Recipe) -> list[Changes]:
     return [{"backbone": {"zero_init_last": False}}]
 
@@ -98,7 +107,10 @@ def _method(name: Objective, *projectors: tuple[int, ...]) -> Method:
     loss = Loss() if name == "corinfomax" else Loss(name=name, weights=AUTHORS[name])
     start = replace(START, loss=loss, projector=Projector(widths=first, batch_norm=True))
     return Method(
-        name, start, (_projectors(*others), _rates, _weights, _decays, _batches, _adam, _starts), (_rates, _weights)
+        name,
+        start,
+        (_projectors(*others), _rates, _weights, _decays, _batches, _adam, _starts, _muon, _crops),
+        (_rates, _weights),
     )
 
 
@@ -121,7 +133,7 @@ METHODS: dict[str, Method] = {
         _method("barlow-twins", (2048, 2048, 2048), (512, 512, 512), (512, 512, 128)),
         _method("simclr", (2048, 128), (512, 512, 64), (512, 512, 128)),
         _method("sigreg", (2048, 2048, 64), (512, 512, 64), (512, 512, 16)),
-        Method(SUPERVISED, START, (_rates, _decays, _batches, _adam, _starts), (_rates,)),
+        Method(SUPERVISED, START, (_rates, _decays, _batches, _adam, _starts, _muon), (_rates,)),
     )
 }
 

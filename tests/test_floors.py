@@ -12,7 +12,7 @@ FLOORS = (
     ("__init__",),  # names only: it imports when asked
     ("knobs", "runs", "bottleneck", "track", "slurm"),
     ("recipes", "verdict"),
-    ("seeds", "distributed", "fused"),
+    ("seeds", "distributed", "fused", "muon"),
     ("objective", "views", "files", "networks", "optim", "probes", "scores", "similar", "maps", "signals"),
     ("named", "decode", "archives"),
     ("sources",),

@@ -1,12 +1,14 @@
 """The schedule against its definition, and which parameters decay."""
 
+import copy
 import math
 
 import pytest
 import torch
+from timm.optim.muon import Muon as Timms
 from torch import nn
 
-from corinfomax import optim
+from corinfomax import muon, optim
 from corinfomax.knobs import Optim
 
 PAPER = Optim(lr=0.5, start_lr=3e-3, min_lr=1e-6, warmup_epochs=10)
@@ -85,10 +87,56 @@ def test_lars_steps_are_a_share_of_the_weights_norm_and_vectors_step_plainly():
         torch.testing.assert_close(other, vector - 0.1 * grad)
 
 
-def test_muon_steps_are_orthogonal():
+def test_muon_steps_are_orthogonal_and_of_the_length_of_adamws():
     (matrix, *_), (after, *_), _ = stepped("muon", weight_decay=0.0)
-    values = torch.linalg.svdvals((after - matrix).flatten(1))
-    assert values.max() / values.min() < 2, "Newton and Schulz's five rounds bring all singular values near one"
+    values = torch.linalg.svdvals((after - matrix).flatten(1)) / (0.1 * 0.2 * 27**0.5)
+    assert 0.75 < values.min() <= values.max() < 1.25
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (40, 5), (16, 16), (1, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_orthogonal_factor_is_that_of_the_singular_values(shape, dtype):
+    rng = torch.Generator().manual_seed(0)
+    U, S, V = torch.linalg.svd(torch.randn(*shape, dtype=dtype, generator=rng), full_matrices=False)
+    S = torch.logspace(0, -2, len(S), dtype=dtype)  # from the largest to a hundredth of it
+    got = muon.orthogonal(7.0 * U @ torch.diag(S) @ V)
+    assert got.dtype == dtype
+    inner = U.T @ got @ V.T  # what it made of each singular value
+    assert (inner - torch.diag(inner.diagonal())).abs().max() < 1e-4
+    assert ((inner.diagonal() - 1).abs() < 0.25).all()
+    assert not muon.orthogonal(torch.zeros(shape, dtype=dtype)).any()
+
+
+def test_muon_is_timms_but_for_its_bfloat16():
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 5))
+    theirs = copy.deepcopy(ours)
+    one = optim.build(ours, Optim(name="muon", lr=0.02, weight_decay=0.1))
+    other = Timms(theirs.parameters(), lr=0.02, momentum=0.9, weight_decay=0.1, betas=(0.9, 0.95))
+    begun = [p.detach().clone() for p in ours.parameters()]
+    for _ in range(5):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        one.step()
+        other.step()
+    for p, q, before in zip(ours.parameters(), theirs.parameters(), begun, strict=True):
+        apart, moved = (p - q).norm(), (q - before).norm()
+        assert apart <= (0.03 if p.ndim > 1 else 1e-5) * moved
+
+
+def test_muon_gives_the_loss_of_its_closure_and_leaves_what_has_no_gradient():
+    p, q = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    optimizer = muon.Muon([p, q], lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 4
+    assert q.equal(torch.ones(2, 2)) and not p.equal(torch.ones(2, 2))
 
 
 def test_set_learning_rate_reaches_every_group():

@@ -8,17 +8,17 @@ from collections.abc import Iterable
 import torch
 from jaxtyping import Float
 from timm.optim.lars import Lars
-from timm.optim.muon import Muon
 from torch import Tensor, nn
 
 from corinfomax.knobs import Optim
+from corinfomax.muon import Muon
 
 
 def build(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The optimiser over the model's parameters; norms and biases (one-dimensional) in a group of their own.
 
-    LARS scales each matrix's step to its norm, and what does not decay not at all; Muon makes each matrix's step
-    orthogonal, vectors get AdamW (timm's, of both).
+    LARS (timm's) scales each matrix's step to its norm, and what does not decay not at all; Muon makes each matrix's
+    step orthogonal, vectors get AdamW.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for _, p in named if p.ndim > 1]
