@@ -90,7 +90,7 @@ def test_lars_steps_are_a_share_of_the_weights_norm_and_vectors_step_plainly():
 def test_muon_steps_are_orthogonal_and_of_the_length_of_adamws():
     (matrix, *_), (after, *_), _ = stepped("muon", weight_decay=0.0)
     values = torch.linalg.svdvals((after - matrix).flatten(1)) / (0.1 * 0.2 * 27**0.5)
-    assert 0.75 < values.min() <= values.max() < 1.25
+    assert 0.85 < values.min() <= values.max() < 1.15
 
 
 @pytest.mark.parametrize("shape", [(5, 40), (40, 5), (16, 16), (1, 7)])
@@ -103,7 +103,7 @@ def test_the_orthogonal_factor_is_that_of_the_singular_values(shape, dtype):
     assert got.dtype == dtype
     inner = U.T @ got @ V.T  # what it made of each singular value
     assert (inner - torch.diag(inner.diagonal())).abs().max() < 1e-4
-    assert ((inner.diagonal() - 1).abs() < 0.25).all()
+    assert ((inner.diagonal() - 1).abs() < 0.15).all()
     assert not muon.orthogonal(torch.zeros(shape, dtype=dtype)).any()
 
 
