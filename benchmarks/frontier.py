@@ -17,37 +17,32 @@ can work side by side with other `--seeds` or `--methods`. `write` draws the tab
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compared, machine
-from benchmarks.methods import ABLATIONS, CHOSEN, DATA, METHODS, SUPERVISED, Changes, Method, ablated, changed, merged
-from corinfomax import batches, embed, images, optim, probes, train, views
+from benchmarks.methods import ABLATIONS, DATA, METHODS, SUPERVISED, Changes, Method, ablated, changed, merged
+from benchmarks.speeds import CPU, TRIAL_DATA, measure, seconds_a_step, settings, supervised
+from corinfomax import embed, images, probes, train
 from corinfomax.images import Splits
-from corinfomax.knobs import Projector, Recipe
-from corinfomax.learner import build, update
+from corinfomax.knobs import Recipe
 from corinfomax.networks import Network
-from corinfomax.seeds import generator, key
+from corinfomax.seeds import generator
 
-CPU = torch.device("cpu")
 ROWS = Path(__file__).with_name("frontier.jsonl")
-SPEEDS = Path(__file__).with_name("frontier.json")
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- python -m benchmarks.frontier write -->", "<!-- end -->"
 TRIAL_MINUTES = 2.0
-TRIAL_DATA = "cifar10"
 MARGIN = 0.5  # points by which the search's second part wants to be better: about the sd of a trial
 HELD_OUT = 5000
 
@@ -65,62 +60,11 @@ def held_out(splits: Splits) -> Splits:
     return Splits(splits.train.select(order[:-HELD_OUT]), splits.train.select(order[-HELD_OUT:]))
 
 
-class Stepper:
-    """Steps of a method one at a time, with what the training loop does for each: images, views, update."""
-
-    def __init__(self, name: str, recipe: Recipe, splits: Splits) -> None:
-        self.recipe, self.splits, self.step = recipe, splits, 0
-        if name == SUPERVISED:
-            self.advance = _supervised(recipe, splits).__next__
-        else:
-            learner = build(recipe, CPU)
-
-            def advance() -> object:
-                indices = batches.indices(recipe, self.step, len(splits.train))
-                pixels, sizes = splits.train.batch(indices)
-                crops = batches.make_views(recipe, pixels, sizes, self.step, CPU)
-                return update(recipe, learner, crops, self.step, CPU)
-
-            self.advance = advance
-
-    def seconds(self, steps: int) -> float:
-        """Processor seconds a step of so many more."""
-        began = time.process_time()
-        for _ in range(steps):
-            self.advance()
-            self.step += 1
-        return (time.process_time() - began) / steps
-
-
-def _supervised(recipe: Recipe, splits: Splits) -> Iterator[Network]:
-    """The recipe's network trained by cross-entropy on the labels, one view of an image a step; after each step."""
-    labels = splits.train.labels
-    assert labels is not None
-    per_epoch = len(splits.train) // recipe.batch
-    torch.manual_seed(key(recipe.seed, "weights"))
-    network = Network(recipe.backbone, Projector(widths=(len(splits.train.classes),)), size=recipe.size)
-    network = network.to(memory_format=torch.channels_last)
-    optimizer = optim.build(network, recipe.optim)
-    step = 0
-    while True:
-        indices = batches.indices(recipe, step, len(splits.train))
-        pixels, sizes = splits.train.batch(indices)
-        drawn = views.draw(recipe.views[0], sizes, generator(recipe.seed, "view 0", step))
-        x = views.apply(pixels, sizes, drawn, size=recipe.size, mean=recipe.mean, std=recipe.std)
-        lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=per_epoch, epochs=recipe.epochs)
-        optim.set_learning_rate(optimizer, lr)
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(network(x), labels[indices]).backward()
-        optimizer.step()
-        step += 1
-        yield network
-
-
 def fit(name: str, recipe: Recipe, splits: Splits) -> tuple[Network, float]:
     """The network after all of the recipe's steps, and the processor seconds it took."""
     began = time.process_time()
     if name == SUPERVISED:
-        steps = _supervised(recipe, splits)
+        steps = supervised(recipe, splits)
         for _ in range(recipe.steps(len(splits.train))):
             network = next(steps)
         return network.eval(), time.process_time() - began
@@ -179,48 +123,6 @@ def add(row: dict[str, Any]) -> None:
     print(json.dumps(row), flush=True)
 
 
-class Kind(NamedTuple):
-    """What the cost of a step depends on; the rest of the settings changes next to nothing about it."""
-
-    method: str
-    objective: str
-    data: str
-    size: int
-    widths: tuple[int, ...]
-    batch: int
-    crops: int
-    optimizer: str
-    taught: bool
-
-
-def kinds(name: str, data: str, recipe: Recipe) -> dict[Kind, float]:
-    """The kinds of a run's steps, and their shares of it."""
-    shares = [*recipe.early_shares, 1 - sum(recipe.early_shares)]
-    rest = (recipe.projector.widths, recipe.batch, recipe.crops, recipe.optim.name, recipe.teacher is not None)
-    return {
-        Kind(name, recipe.loss.name, data, size, *rest): share
-        for size, share in zip([*recipe.early_sizes, recipe.size], shares, strict=True)
-    }
-
-
-def seconds_a_step(name: str, data: str, recipe: Recipe) -> float:
-    """Processor seconds, as `measure` found them. SystemExit where it has not been asked."""
-    known = speeds()
-    every = {_text(kind): share for kind, share in kinds(name, data, recipe).items()}
-    if missing := [kind for kind in every if kind not in known]:
-        raise SystemExit(f"no speed is known of {missing[0]}: python -m benchmarks.frontier measure")
-    return sum(share * known[kind]["seconds"] for kind, share in every.items())
-
-
-def _text(kind: Kind) -> str:
-    return json.dumps(kind)
-
-
-def speeds() -> dict[str, Any]:
-    """What `measure` has found so far, by kind of step."""
-    return json.loads(SPEEDS.read_text())["steps"] if SPEEDS.exists() else {}
-
-
 def trial(method: Method, changes: Changes, splits: Splits, seed: int, kind: str = "trial") -> float:
     """The linear probe of one setting of a method on the slice; read where it was tried before, in as many steps."""
     recipe = replace(changed(method.start, changes), seed=seed)
@@ -268,60 +170,6 @@ def tune(method: Method, splits: Splits, seed: int = 0) -> Changes:
         helped = [improves(options, by=MARGIN) for options in method.again]
     print(f"{method.name}: {best} {most:.1f}", flush=True)
     return best
-
-
-def settings(name: str, data: str) -> Recipe:
-    """A method as it was chosen, for a set of images."""
-    return DATA[data].fit(changed(METHODS[name].start, CHOSEN[name]))
-
-
-def measure(every: dict[str, Splits], rounds: int = 5) -> None:
-    """Processor seconds of a step of each kind that is not known yet, by turns."""
-    wanted: dict[Kind, Recipe] = {}
-
-    def add_kinds(name: str, data: str, recipe: Recipe) -> None:
-        for kind in kinds(name, data, recipe):
-            at_size = replace(recipe, size=kind.size, early_sizes=(), early_shares=(), seed=0)
-            wanted.setdefault(kind, at_size)
-
-    for name, method in METHODS.items():
-        for data in every:
-            add_kinds(name, data, settings(name, data))
-        for changes in searched(method):
-            add_kinds(name, TRIAL_DATA, changed(method.start, changes))
-    for change in ABLATIONS:
-        add_kinds("corinfomax", TRIAL_DATA, changed(METHODS["corinfomax"].start, ablated(change)))
-    known = speeds()
-    new = {kind: recipe for kind, recipe in wanted.items() if _text(kind) not in known}
-    taken: dict[Kind, list[float]] = {kind: [] for kind in new}
-    for turn in range(rounds):
-        for kind, recipe in new.items():
-            stepper = Stepper(kind.method, recipe, every[kind.data])
-            stepper.seconds(2)
-            taken[kind].append(stepper.seconds(3))
-        print(f"round {turn + 1} of {rounds}: {len(new)} kinds of steps", flush=True)
-    for kind, samples in taken.items():
-        spread = max(samples) / min(samples) - 1
-        known[_text(kind)] = {"seconds": round(statistics.median(samples), 5), "spread": round(spread, 3)}
-    SPEEDS.write_text(json.dumps({"steps": known, "machine": machine.machine("cpu")}, indent=1) + "\n")
-
-
-def searched(method: Method) -> Iterator[Changes]:
-    """Settings of all costs that the search may come by."""
-    offered = [change for options in method.options for change in options(method.start)]
-
-    def values(part: str, field: str, usual: Any) -> set[Any]:
-        return {usual} | {change[part][field] for change in offered if field in change.get(part, {})}
-
-    start = method.start
-    every = (
-        values("projector", "widths", start.projector.widths),
-        values("", "batch", start.batch),
-        values("", "crops", start.crops),
-        values("optim", "name", start.optim.name),
-    )
-    for widths, batch, crops, name in itertools.product(*map(sorted, every)):
-        yield {"projector": {"widths": widths}, "": {"batch": batch, "crops": crops}, "optim": {"name": name}}
 
 
 def run(name: str, data: str, splits: Splits, minutes: float, seed: int) -> None:

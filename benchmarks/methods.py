@@ -109,7 +109,7 @@ def _method(name: Objective, *projectors: tuple[int, ...]) -> Method:
     return Method(
         name,
         start,
-        (_projectors(*others), _rates, _weights, _decays, _batches, _adam, _starts, _muon, _crops),
+        (_projectors(*others), _rates, _weights, _decays, _adam, _starts, _muon, _crops, _batches),
         (_rates, _weights),
     )
 
@@ -133,7 +133,7 @@ METHODS: dict[str, Method] = {
         _method("barlow-twins", (2048, 2048, 2048), (512, 512, 512), (512, 512, 128)),
         _method("simclr", (2048, 128), (512, 512, 64), (512, 512, 128)),
         _method("sigreg", (2048, 2048, 64), (512, 512, 64), (512, 512, 16)),
-        Method(SUPERVISED, START, (_rates, _decays, _batches, _adam, _starts, _muon), (_rates,)),
+        Method(SUPERVISED, START, (_rates, _decays, _adam, _starts, _muon, _batches), (_rates,)),
     )
 }
 

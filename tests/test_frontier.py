@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import compared, frontier, methods
+from benchmarks import compared, frontier, methods, speeds
 from benchmarks.methods import ABLATIONS, CHOSEN, METHODS, Method, ablated, changed, merged
 from corinfomax import knobs
 
@@ -27,7 +27,7 @@ def test_changes_reach_every_part_and_the_later_one_counts():
 def test_what_was_chosen_and_every_option_is_a_recipe(name):
     method = METHODS[name]
     for data in methods.DATA:
-        frontier.settings(name, data)
+        speeds.settings(name, data)
     best = changed(method.start, CHOSEN[name])
     for options in (*method.options, *method.again):
         for change in options(best):
@@ -76,8 +76,8 @@ def test_measured_are_all_costs_that_the_search_comes_by(name):
     method = METHODS[name]
     asked = {
         kind
-        for changes in frontier.searched(method)
-        for kind in frontier.kinds(name, frontier.TRIAL_DATA, changed(method.start, changes))
+        for changes in speeds.searched(method)
+        for kind in speeds.kinds(name, speeds.TRIAL_DATA, changed(method.start, changes))
     }
     reached = [{}]
     for options in method.options:
@@ -86,20 +86,19 @@ def test_measured_are_all_costs_that_the_search_comes_by(name):
         ]
         reached = list({json.dumps(changes, sort_keys=True): changes for changes in reached}.values())[:400]
     for changes in reached:
-        assert set(frontier.kinds(name, frontier.TRIAL_DATA, changed(method.start, changes))) <= asked, changes
+        assert set(speeds.kinds(name, speeds.TRIAL_DATA, changed(method.start, changes))) <= asked, changes
 
 
 def test_steps_of_growing_views_cost_their_shares(monkeypatch):
     recipe = replace(START, early_sizes=(12, 16), early_shares=(0.5, 0.25))
     seconds = {12: 1.0, 16: 2.0, 24: 8.0}
     known = {
-        frontier._text(kind): {"seconds": seconds[kind.size]}
-        for kind in frontier.kinds("corinfomax", "cifar10", recipe)
+        speeds._text(kind): {"seconds": seconds[kind.size]} for kind in speeds.kinds("corinfomax", "cifar10", recipe)
     }
-    monkeypatch.setattr(frontier, "speeds", lambda: known)
-    assert frontier.seconds_a_step("corinfomax", "cifar10", recipe) == pytest.approx(0.5 * 1 + 0.25 * 2 + 0.25 * 8)
+    monkeypatch.setattr(speeds, "speeds", lambda: known)
+    assert speeds.seconds_a_step("corinfomax", "cifar10", recipe) == pytest.approx(0.5 * 1 + 0.25 * 2 + 0.25 * 8)
     with pytest.raises(SystemExit, match=r"benchmarks\.frontier measure"):
-        frontier.seconds_a_step("corinfomax", "cifar10", replace(recipe, batch=7))
+        speeds.seconds_a_step("corinfomax", "cifar10", replace(recipe, batch=7))
 
 
 def test_a_trial_is_read_back_where_it_had_as_many_steps(monkeypatch, tmp_path):
