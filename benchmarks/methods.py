@@ -155,6 +155,8 @@ CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
 }
 """What the search kept."""
 
+ABLATED: Changes = {"optim": {"lr": 1.2}}
+"""What the search had kept for CorInfoMax before Muon was offered: SGD, D = 64, batch 128, two views."""
 ABLATIONS: tuple[Changes, ...] = (
     {"backbone": {"zero_init_last": False}},
     {"views": {"crop_area": (0.08, 1.0)}},
@@ -167,6 +169,9 @@ ABLATIONS: tuple[Changes, ...] = (
     {"optim": {"name": "lars", "lr": 16.0}},
     {"optim": {"name": "muon", "lr": 0.02}},
     {"optim": {"name": "muon", "lr": 0.06}},
+    {"optim": {"name": "muon", "lr": 0.06, "weight_decay": 0.1}},
+    {"optim": {"name": "muon", "lr": 0.06, "weight_decay": 0.1}, "": {"crops": 3}},
+    {"optim": {"name": "muon", "lr": 0.06, "weight_decay": 0.1}, "": {"batch": 256}},
     {"loss": {"cov_decay": 0.1, "mean_decay": 0.1}},
     {"loss": {"cov_decay": 0.5, "mean_decay": 0.5}},
     {"loss": {"name": "ldmi"}},
@@ -179,13 +184,10 @@ ABLATIONS: tuple[Changes, ...] = (
     {"": {"batch": 64}, "optim": {"lr": 0.6}},
     {"": {"early_sizes": (12, 16), "early_shares": (0.5, 0.35)}},
 )
-"""One change each of CorInfoMax as it was chosen: lr 1.2, D = 64, batch 128. The search tried rate, alpha, decay, AdamW
-and larger batch and D. First gradients of ldmi are four times smaller, so that it has a larger rate as well."""
+"""Changes of `ABLATED`, one each or, where it wants another rate or decay, with that. The search tried rate, alpha,
+decay, AdamW and larger batch and D. First gradients of ldmi are four times smaller, hence a larger rate as well."""
 
 
 def ablated(change: Changes) -> Changes:
-    """What was chosen for CorInfoMax, and this change."""
-    chosen = dict(CHOSEN["corinfomax"])
-    if "name" in change.get("loss", {}):  # other objectives know nothing of its weights
-        chosen.pop("loss", None)
-    return merged(chosen, change)
+    """The settings that ablations change, with this change."""
+    return merged(ABLATED, change)
