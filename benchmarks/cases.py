@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.methods import START
 from corinfomax import embed, images, probes
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe, View
@@ -91,13 +92,13 @@ def changed(base: Recipe, **changes: Any) -> Recipe:
     return base
 
 
-def smaller(name: str) -> Recipe:
+def smaller(base: Recipe) -> Recipe:
     """The recipe cut to 598 steps, a minute on one core; batch over D stays 2."""
-    base = RECIPES[name].recipe
     return changed(base, size=16, batch=64, epochs=13, projector={"widths": (512, 512, 32)}, optim={"warmup_epochs": 1})
 
 
-SMALL, DIGITS = smaller("cpu-small"), smaller("mnist5k")
+SMALL, DIGITS = smaller(START), smaller(RECIPES["mnist5k"].recipe)
+MUON = {"name": "muon", "lr": 0.06, "start_lr": 0.006, "weight_decay": 0.1}
 BRIEF = replace(SMALL, epochs=1)  # what is wrong with the data is seen at the first look
 PLAIN = {"batch_norm": False}
 INVARIANT, COLLAPSE = frozenset({"over-invariant"}), frozenset({"complete collapse", "dimensional collapse"})
@@ -167,4 +168,12 @@ CASES: dict[str, Case] = {
     ),
     "tiny-imagenet alpha x3": Case("tiny-imagenet-64-100c", changed(SMALL, loss={"alpha": 375.0}), GOOD),
     "clothing AdamW": Case("clothing-128", changed(SMALL, optim={"name": "adamw", "lr": 1e-3, "start_lr": 1e-4}), GOOD),
+    "cifar10 Muon": Case("cifar10", changed(SMALL, optim=MUON), GOOD),
+    "clothing Muon": Case("clothing-128", changed(SMALL, optim=MUON), GOOD),
+    "cifar10 Muon, alpha x100": Case(
+        "cifar10", changed(SMALL, optim=MUON, loss={"alpha": 12500.0}), INVARIANT | COLLAPSE
+    ),
+    "tiny-imagenet Muon, lr 100": Case(
+        "tiny-imagenet-64-100c", changed(SMALL, optim=MUON | {"lr": 100.0}), DIVERGING | COLLAPSE, recovers=True
+    ),
 }

@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as commands do
     doing: dict[str, Callable[[], None]] = {
         "tune": lambda: _tune(options),
         "ablate": lambda: _ablate(options),

@@ -14,7 +14,9 @@ Changes = dict[str, dict[str, Any]]
 """Fields of parts of a recipe, "" for those of its own, "views" for each of its views:
 {"optim": {"lr": 0.3}, "": {"batch": 256}, "views": {"blur": 0.5}}."""
 SUPERVISED = "supervised"
-START: Recipe = RECIPES["cpu-small"].recipe
+SGD = Optim(lr=0.6, warmup_epochs=1, schedule="step", weight_decay=5e-4, decay_norms=False)
+START: Recipe = replace(RECIPES["cpu-small"].recipe, optim=SGD, batch=128)
+"""What `cpu-small` was before this search changed it."""
 
 
 class Data(NamedTuple):
@@ -138,7 +140,10 @@ METHODS: dict[str, Method] = {
 }
 
 CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
-    "corinfomax": {"optim": {"lr": 1.2}},
+    "corinfomax": {
+        "optim": {"name": "muon", "lr": 0.06, "start_lr": 0.006, "weight_decay": 0.1},
+        "": {"batch": 256},
+    },
     "vicreg": {
         "projector": {"widths": (512, 512, 512)},
         "loss": {"weights": (12.5, 25.0, 1.0)},
@@ -150,7 +155,11 @@ CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
         "optim": {"lr": 0.3, "weight_decay": 1e-3},
     },
     "simclr": {"loss": {"weights": (0.25,)}, "optim": {"weight_decay": 1e-3}},
-    "sigreg": {"projector": {"widths": (512, 512, 64)}, "optim": {"lr": 1.2}},
+    "sigreg": {
+        "projector": {"widths": (512, 512, 64)},
+        "optim": {"name": "muon", "lr": 0.02, "start_lr": 0.002, "weight_decay": 0.1},
+        "": {"crops": 3},
+    },
     SUPERVISED: {"optim": {"lr": 0.3}},
 }
 """What the search kept."""

@@ -1,6 +1,6 @@
 """How label-free measures rank recipes and checkpoints against a linear probe: Spearman's correlations, as markdown.
 
-    python benchmarks/ranking.py --root data --out runs/ranking
+    python -m benchmarks.ranking --root data --out runs/ranking
 
 Per data set eight recipes, the same but for one knob, and ten checkpoints of the first. Each network is looked at with
 its own recipe's views, as `pretrain` does, and with those of the first, the same for all. Runs that are in --out
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cases import SMALL, Case, changed, probe
 
+from benchmarks.cases import SMALL, Case, changed, probe
 from corinfomax import checkpoint, diagnosis, probes, runs, train
 from corinfomax.knobs import Recipe, View
 

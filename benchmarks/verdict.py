@@ -1,6 +1,6 @@
 """Train every case of `cases.py` and hold the verdict against what is right: the table of docs/verdict.md, as markdown.
 
-    python benchmarks/verdict.py --root data --out runs/verdict
+    python -m benchmarks.verdict --root data --out runs/verdict
 
 Runs that are in --out already are only judged. About a CPU minute a case on one thread; `--share 0 2` and `--share 1 2`
 beside it train half of them each, and `--judge` then makes the table of all.
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cases import CASES, Case, probe
 
+from benchmarks.cases import CASES, Case, probe
 from corinfomax import runs, train, verdict
 
 CPU = torch.device("cpu")
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--judge", action="store_true", help="train nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as commands do
     outcomes = {}
     first, every = options.share
     for name, case in list(CASES.items())[first::every]:

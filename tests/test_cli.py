@@ -5,11 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import tiny
 from corinfomax import batches, checkpoint, cli, knobs, named, runs, sources
@@ -431,3 +433,21 @@ def test_labels_for_half_of_the_images_are_a_sentence(tmp_path, capsys):
     assert "no labels in test: 2 training images are scored on instead" in capsys.readouterr().out
     inputs.load(str(flat), Where(holdout=0.2), tiny.RECIPE)
     assert "instead" not in capsys.readouterr().out
+
+
+def test_commands_compute_without_numbers_that_slow_a_processor_down():
+    seen = []
+
+    def look():
+        seen.append(float((torch.full((8,), 1e-40) * 1.0).abs().max()))
+
+    torch.set_flush_denormal(False)
+    look()
+    try:
+        inputs.device_of("cpu")
+        for where in (threading.Thread(target=look), threading.Thread(target=look)):
+            where.start()
+            where.join()
+    finally:
+        torch.set_flush_denormal(False)
+    assert seen[0] > 0 and seen[1:] == [0.0, 0.0]
