@@ -163,7 +163,7 @@ def tune(method: Method, splits: Splits, seed: int = 0) -> Changes:
         best = every[values.index(most)]
         return True
 
-    for options in method.options:
+    for options in (*method.options, *method.late):
         improves(options)
     helped = [True]
     while any(helped):  # not for as long as chance does

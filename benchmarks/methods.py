@@ -40,6 +40,8 @@ class Method(NamedTuple):
     name: str
     start: Recipe
     options: Sequence[Callable[[Recipe], list[Changes]]] = ()
+    late: Sequence[Callable[[Recipe], list[Changes]]] = ()
+    """Tried after those: what they cost is measured with what was chosen so far."""
     again: Sequence[Callable[[Recipe], list[Changes]]] = ()
     """Tried in the end, and for as long as they help."""
 
@@ -104,7 +106,7 @@ def _starts(recipe: Recipe) -> list[Changes]:
     return [{"backbone": {"zero_init_last": False}}]
 
 
-def _method(name: Objective, *projectors: tuple[int, ...]) -> Method:
+def _method(name: Objective, *projectors: tuple[int, ...], shallow: tuple[tuple[int, ...], ...]) -> Method:
     first, *others = projectors
     loss = Loss() if name == "corinfomax" else Loss(name=name, weights=AUTHORS[name])
     start = replace(START, loss=loss, projector=Projector(widths=first, batch_norm=True))
@@ -112,6 +114,7 @@ def _method(name: Objective, *projectors: tuple[int, ...]) -> Method:
         name,
         start,
         (_projectors(*others), _rates, _weights, _decays, _adam, _starts, _muon, _crops, _batches),
+        (_projectors(*shallow),),
         (_rates, _weights),
     )
 
@@ -130,12 +133,14 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("paper", PAPER),
-        _method("corinfomax", (512, 512, 64), (2048, 2048, 64), (512, 512, 128)),
-        _method("vicreg", (2048, 2048, 2048), (512, 512, 512), (512, 512, 128)),
-        _method("barlow-twins", (2048, 2048, 2048), (512, 512, 512), (512, 512, 128)),
-        _method("simclr", (2048, 128), (512, 512, 64), (512, 512, 128)),
-        _method("sigreg", (2048, 2048, 64), (512, 512, 64), (512, 512, 16)),
-        Method(SUPERVISED, START, (_rates, _decays, _adam, _starts, _muon, _batches), (_rates,)),
+        _method("corinfomax", (512, 512, 64), (2048, 2048, 64), (512, 512, 128), shallow=((2048, 64), (2048, 32))),
+        _method("vicreg", (2048, 2048, 2048), (512, 512, 512), (512, 512, 128), shallow=((2048, 512), (2048, 256))),
+        _method(
+            "barlow-twins", (2048, 2048, 2048), (512, 512, 512), (512, 512, 128), shallow=((2048, 128), (2048, 64))
+        ),
+        _method("simclr", (2048, 128), (512, 512, 64), (512, 512, 128), shallow=((2048, 64), (4096, 128))),
+        _method("sigreg", (2048, 2048, 64), (512, 512, 64), (512, 512, 16), shallow=((2048, 64), (2048, 32))),
+        Method(SUPERVISED, START, (_rates, _decays, _adam, _starts, _muon, _batches), (), (_rates,)),
     )
 }
 
@@ -147,14 +152,19 @@ CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
     "vicreg": {
         "projector": {"widths": (512, 512, 512)},
         "loss": {"weights": (12.5, 25.0, 1.0)},
-        "optim": {"lr": 0.3},
+        "optim": {"name": "muon", "lr": 0.02, "start_lr": 0.002, "weight_decay": 0.1},
+        "": {"batch": 256},
     },
     "barlow-twins": {
         "projector": {"widths": (512, 512, 128)},
         "loss": {"weights": (0.0102,)},
-        "optim": {"lr": 0.3, "weight_decay": 1e-3},
+        "optim": {"name": "muon", "lr": 0.04, "start_lr": 0.002, "weight_decay": 0.1},
     },
-    "simclr": {"loss": {"weights": (0.25,)}, "optim": {"weight_decay": 1e-3}},
+    "simclr": {
+        "loss": {"weights": (0.25,)},
+        "optim": {"name": "muon", "lr": 0.12, "start_lr": 0.006, "weight_decay": 0.1},
+        "": {"batch": 256},
+    },
     "sigreg": {
         "projector": {"widths": (512, 512, 64)},
         "optim": {"name": "muon", "lr": 0.02, "start_lr": 0.002, "weight_decay": 0.1},

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import machine
-from benchmarks.methods import ABLATIONS, CHOSEN, DATA, METHODS, SUPERVISED, Changes, Method, ablated, changed
+from benchmarks.methods import ABLATIONS, CHOSEN, DATA, METHODS, SUPERVISED, Changes, Method, ablated, changed, merged
 from corinfomax import batches, optim, views
 from corinfomax.images import Splits
 from corinfomax.knobs import Projector, Recipe
@@ -138,7 +138,9 @@ def measure(every: dict[str, Splits], rounds: int = 5) -> None:
     for name, method in METHODS.items():
         for data in every:
             add_kinds(name, data, settings(name, data))
-        for changes in searched(method):
+        chosen = changed(method.start, CHOSEN[name])
+        late = (merged(CHOSEN[name], change) for options in method.late for change in options(chosen))
+        for changes in (*searched(method), *late):
             add_kinds(name, TRIAL_DATA, changed(method.start, changes))
     for change in ABLATIONS:
         add_kinds("corinfomax", TRIAL_DATA, changed(METHODS["corinfomax"].start, ablated(change)))
