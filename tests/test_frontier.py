@@ -57,14 +57,14 @@ def climbing(monkeypatch, score):
 
 
 def test_the_search_goes_on_for_as_long_as_it_helps(monkeypatch):
-    method = Method("corinfomax", START, (methods._decays,), (methods._rates,))
+    method = Method("corinfomax", START, (methods._decays,), again=(methods._rates,))
     tried = climbing(monkeypatch, lambda recipe: 10 - abs(recipe.optim.lr - 4.8) + (recipe.optim.weight_decay == 1e-4))
     assert frontier.tune(method, None) == {"optim": {"weight_decay": 1e-4, "lr": 4.8}}
     assert max(recipe.optim.lr for recipe in tried) == 9.6
 
 
 def test_the_second_part_of_the_search_does_not_follow_chance(monkeypatch):
-    method = Method("corinfomax", START, (), (methods._rates,))
+    method = Method("corinfomax", START, again=(methods._rates,))
     climbing(monkeypatch, lambda recipe: 10 + 0.4 * (recipe.optim.lr > START.optim.lr))
     assert frontier.tune(method, None) == {}
     climbing(monkeypatch, lambda recipe: 10 + 0.6 * (recipe.optim.lr > START.optim.lr))
