@@ -148,7 +148,7 @@ def test_several_processes_are_refused(monkeypatch):
 
 
 def test_knobs_of_another_objective_are_refused():
-    with pytest.raises(ValueError, match="corinfomax has --loss"):
+    with pytest.raises(ValueError, match="corinfomax knows nothing of weights"):
         Loss(weights=(5.0,))
     with pytest.raises(ValueError, match="vicreg knows nothing of alpha, eps"):
         Loss(name="vicreg", alpha=99.0, eps=1e-3)

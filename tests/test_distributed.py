@@ -79,13 +79,14 @@ def test_loss_gradients_moments_and_statistics_are_those_of_one_process(results,
 @pytest.mark.parametrize("count", [2, 4, "nodes"])
 def test_a_run_of_the_training_loop_is_that_of_one_process(results, count):
     # Rounding grows up to tenfold with each step; float32 starts at 1e-7, so its first steps alone can be compared.
-    for run, done, steps, tolerance in (("float64", 20, 20, 1e-9), ("float32", 20, 3, 1e-5), ("taught", 6, 6, 1e-9)):
+    compared = (("float64", 20, 20, 1e-9), ("float32", 20, 3, 1e-5), ("taught", 6, 6, 1e-9), ("kernel", 6, 6, 1e-9))
+    for run, done, steps, tolerance in compared:
         alone, several = (runs.read_metrics(results / f"{run}-{n}") for n in (1, count))
         assert [row["step"] for row in several] == list(range(1, done + 1))
         for name in ("loss", "gradient_norm"):  # the latter is clipped in every step
             got, want = ([row[name] for row in rows[:steps]] for rows in (several, alone))
             assert got == pytest.approx(want, rel=tolerance if name == "loss" else 100 * tolerance)
-    for run in ("float64", "taught"):
+    for run in ("float64", "taught", "kernel"):
         alone, several = (checkpoint.load(checkpoint.last(results / f"{run}-{n}")) for n in (1, count))
         assert any(name.startswith("teacher/") for name in alone.loop) == (run == "taught")
         for part in ("network", "criterion", "optimizer", "loop"):

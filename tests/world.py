@@ -9,12 +9,15 @@ import traceback
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import tiny
 from corinfomax import cli, distributed, images, learner, runs, train
+from corinfomax.kernel import KernelLoss
+from corinfomax.knobs import Loss
 from corinfomax.objective import CorInfoMaxLoss, Moments, corinfomax_loss
 
 CPU = torch.device("cpu")
@@ -64,14 +67,23 @@ def pure_loss() -> dict[str, torch.Tensor]:
         rows = [z[here].clone().requires_grad_() for z in views]
         terms, moments = corinfomax_loss(rows, Moments.initial(DIM, views=3), alpha=20.0, teacher=taught)
         terms.loss.backward()
-        whole = torch.zeros(3, BATCH, DIM, dtype=torch.float64)
-        whole[:, here] = torch.stack([row.grad for row in rows])
-        parts = {"loss": terms.loss.detach(), "gradient": distributed.total(whole), **moments._asdict()}
+        parts = {"loss": terms.loss.detach(), "gradient": put_together(rows), **moments._asdict()}
         found |= {f"{name}{part}": tensor for part, tensor in parts.items()}
-    return found
+    rows = [z[here].clone().requires_grad_() for z in views]
+    terms = KernelLoss(DIM, temperature=0.5)(*rows)
+    terms.loss.backward()
+    gradient = put_together(rows) / distributed.size()  # the module's is for a mean over processes
+    return found | {"kernel gradient": gradient} | {f"kernel {name}": x.detach() for name, x in terms._asdict().items()}
 
 
-def run(out: Path, precision: str, **knobs: float) -> None:
+def put_together(rows: list[torch.Tensor]) -> torch.Tensor:
+    """The gradient to every process's rows of three views."""
+    whole = torch.zeros(3, BATCH, DIM, dtype=torch.float64)
+    whole[:, distributed.share(BATCH)] = torch.stack([row.grad for row in rows])
+    return distributed.total(whole)
+
+
+def run(out: Path, precision: str, **knobs: Any) -> None:
     """Twenty steps of the training loop, or two an epoch of `knobs`."""
     # A large batch, few dimensions and small steps: elsewhere rounding grows tenfold with each step for longer, as it
     # does within one process when a weight is changed by 1e-15.
@@ -162,6 +174,7 @@ def work(job: str, out: Path) -> None:
         for precision in ("float32", "float64"):
             run(out.with_name(f"{precision}-{out.stem}"), precision)
         run(out.with_name(f"taught-{out.stem}"), "float64", epochs=3, teacher=0.7)
+        run(out.with_name(f"kernel-{out.stem}"), "float64", epochs=3, loss=Loss(name="kernel", eps=1e-3))
         if distributed.rank() == 0:
             runs.write_whole(out, lambda path: torch.save(kept, path))
 

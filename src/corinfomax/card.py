@@ -20,6 +20,7 @@ tags:
 
 METHODS = {
     "corinfomax": "CorInfoMax (arXiv 2209.07999)",
+    "kernel": "CorInfoMax's log det with an exponential kernel",
     "ldmi": "log-determinant mutual information (arXiv 2209.07999)",
     "vicreg": "VICReg (arXiv 2105.04906)",
     "barlow-twins": "Barlow Twins (arXiv 2103.03230)",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -151,6 +152,16 @@ def total(x: Tensor) -> Tensor:
     with _answers():
         dist.all_reduce(x)
     return x
+
+
+def gather(x: Float[Tensor, "v n d"]) -> Float[Tensor, "v m d"]:
+    """The rows of every process one after the other, equally many of each; no gradient passes."""
+    if size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size())]
+    with _answers():
+        dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts, 1)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -85,9 +85,16 @@ class Projector:
     """BatchNorm after every hidden layer."""
 
 
-Objective = Literal["corinfomax", "ldmi", "vicreg", "barlow-twins", "simclr", "sigreg"]
+Objective = Literal["corinfomax", "kernel", "ldmi", "vicreg", "barlow-twins", "simclr", "sigreg"]
 PAIRED: tuple[Objective, ...] = ("ldmi", "vicreg", "barlow-twins", "simclr")
 """Objectives of two views, no more."""
+
+
+OWN: dict[Objective, tuple[str, ...]] = {
+    "corinfomax": ("alpha", "cov_decay", "mean_decay", "eps", "cov_init", "normalize"),
+    "kernel": ("alpha", "temperature", "eps", "normalize"),
+}
+"""What objectives know of a Loss; those that are not here know its weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,31 +102,33 @@ class Loss:
     """alpha · attraction + big_bang (arXiv 2209.07999), or another objective to compare it with."""
 
     name: Objective = "corinfomax"
-    """The others are there to compare with: they know `weights` alone of the fields below, and have no verdict. ldmi is
-    the mutual information itself, which corinfomax maximises to first order; the rest need the extra `baselines`."""
+    """kernel is our own: the log det of a kernel's matrix over the images, of the fields below with temperature, alpha,
+    eps and normalize. The others are there to compare with: they know `weights` alone, and have no verdict. ldmi is the
+    mutual information itself, which corinfomax maximises to first order; the rest need the extra `baselines`."""
     weights: tuple[float, ...] = ()
     """Of ldmi its eps; of vicreg invariance, variance and covariance; of barlow-twins redundancy; of simclr the
     temperature; of sigreg the share of SIGReg. () is 0.001 and what their authors take: 25 25 1, 0.0051, 0.5, 0.05."""
     alpha: float | None = None
     """Weight of the attraction; None is 3.906·D, the rule the published rows obey."""
+    temperature: float = 0.25
+    """Of kernel: how near two projections must be to count as alike."""
     cov_decay: float = 0.01
     """Weight of the past covariance: 0.01 keeps 1 % of it."""
     mean_decay: float = 0.01
     """Weight of the past mean."""
     eps: float = 1e-8
-    """Added to the covariance's diagonal inside log det."""
+    """Added to the covariance's or the kernel matrix's diagonal inside log det."""
     cov_init: float = 1.0
     """The covariance starts at cov_init times the identity."""
     normalize: bool = True
     """L2-normalise each projection first."""
 
     def __post_init__(self) -> None:
-        own = {field.name for field in dataclasses.fields(self)} - {"name", "weights"}
-        usual = {field.name: field.default for field in dataclasses.fields(self)}
-        if self.name == "corinfomax" and self.weights:
-            raise ValueError("weights are of other objectives: corinfomax has --loss.alpha")
-        if self.name != "corinfomax" and (odd := sorted(name for name in own if getattr(self, name) != usual[name])):
-            raise ValueError(f"{self.name} knows nothing of {', '.join(odd)}; it has --loss.weights")
+        usual = {field.name: field.default for field in dataclasses.fields(self) if field.name != "name"}
+        own = OWN.get(self.name, ("weights",))
+        if odd := sorted(name for name in usual if name not in own and getattr(self, name) != usual[name]):
+            has = ", ".join(f"--loss.{name.replace('_', '-')}" for name in own)
+            raise ValueError(f"{self.name} knows nothing of {', '.join(odd)}; it has {has}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 from corinfomax import checkpoint, distributed, micro, optim
 from corinfomax.baselines import Baseline
 from corinfomax.checkpoint import Checkpoint
-from corinfomax.knobs import Recipe
+from corinfomax.kernel import KernelLoss
+from corinfomax.knobs import OWN, Recipe
 from corinfomax.networks import Network, arithmetic, fixed_size, ready
 from corinfomax.objective import CorInfoMaxLoss, NotFiniteInputError, Terms
 from corinfomax.seeds import key
@@ -32,12 +33,15 @@ class NotFiniteError(FloatingPointError):
         self.step = step
 
 
+Criterion = CorInfoMaxLoss | KernelLoss | Baseline
+
+
 class Learner(NamedTuple):
     """The network, the loss with its moments, the optimiser with its state, the scale of a float16 gradient, and the
     network's teacher."""
 
     network: Network
-    criterion: CorInfoMaxLoss | Baseline
+    criterion: Criterion
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     """Passes everything through as it is unless the precision is float16."""
@@ -73,12 +77,14 @@ def build(recipe: Recipe, device: torch.device, *, compiled: bool = False) -> Le
     return Learner(network, criterion, optim.build(network, recipe.optim), scaler, teacher)
 
 
-def build_criterion(recipe: Recipe) -> CorInfoMaxLoss | Baseline:
-    """The recipe's objective. ValueError for another one than CorInfoMax in several processes, or with weights that are
-    not its own; ImportError where it needs lightly."""
+def build_criterion(recipe: Recipe) -> Criterion:
+    """The recipe's objective. ValueError for one to compare with in several processes, or with weights that are not its
+    own; ImportError where it needs lightly."""
+    own, dim = {name: getattr(recipe.loss, name) for name in OWN.get(recipe.loss.name, ())}, recipe.projector.widths[-1]
     if recipe.loss.name == "corinfomax":
-        own = {name: value for name, value in vars(recipe.loss).items() if name not in ("name", "weights")}
-        return CorInfoMaxLoss(recipe.projector.widths[-1], views=recipe.crops, **own)
+        return CorInfoMaxLoss(dim, views=recipe.crops, **own)
+    if recipe.loss.name == "kernel":
+        return KernelLoss(dim, **own)
     if distributed.size() > 1:
         raise ValueError(f"objective {recipe.loss.name} is there to compare with, in one process")
     return Baseline(recipe.loss)
@@ -123,7 +129,7 @@ def update(
             scaler.scale(terms.loss).backward()
     except NotFiniteInputError as error:
         known = f"in step {step}, at learning rate {optimizer.param_groups[0]['lr']:.3g}: {error}"
-        if criterion.floor is not None:
+        if isinstance(criterion, CorInfoMaxLoss):
             known += f" (smallest eigenvalue of the covariances before {smallest_eigenvalue(criterion):.3g})"
         raise NotFiniteError(step, f"{known}; {CURE}") from error
     distributed.average_gradients(network.parameters())
@@ -171,15 +177,18 @@ def _known(numbers: Float[Tensor, " 4"], learner: Learner) -> str:
     loss, attraction, big_bang, norm = numbers.tolist()
     known = [("loss", loss), ("attraction", attraction), ("gradient's norm", norm)]
     if learner.criterion.floor is not None:
-        least = smallest_eigenvalue(learner.criterion)
-        known[2:2] = [("big bang", big_bang), ("smallest eigenvalue of the covariances", least)]
+        known.insert(2, ("big bang", big_bang))
+    if isinstance(learner.criterion, CorInfoMaxLoss):
+        known.insert(3, ("smallest eigenvalue of the covariances", smallest_eigenvalue(learner.criterion)))
     known.append(("learning rate", learner.optimizer.param_groups[0]["lr"]))
     return ", ".join(f"{name} {value:.3g}" for name, value in known)
 
 
-def smallest_eigenvalue(criterion: CorInfoMaxLoss | Baseline) -> float:
+def smallest_eigenvalue(criterion: Criterion) -> float:
     """Of all views' running covariances; nan for an objective that has none."""
-    return float("nan") if isinstance(criterion, Baseline) else float(torch.linalg.eigvalsh(criterion.R.cpu()).min())
+    if not isinstance(criterion, CorInfoMaxLoss):
+        return float("nan")
+    return float(torch.linalg.eigvalsh(criterion.R.cpu()).min())
 
 
 def capture(learner: Learner, step: int, recipe: Recipe) -> Checkpoint:

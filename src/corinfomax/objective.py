@@ -89,11 +89,11 @@ def corinfomax_loss(
     count, dim = moments.mu.shape
     if len(views) != count:
         raise ValueError(f"the moments are those of {count} views; got {len(views)}")
-    _check_views(views, dim=dim)
+    check_views(views, dim=dim)
     if teacher:
         if len(teacher) != count:
             raise ValueError(f"a teacher has as many views; got {count} and {len(teacher)} of the teacher")
-        _check_views((views[0], *teacher), dim=dim, names=("z1", *(f"t{v}" for v in range(1, count + 1))))
+        check_views((views[0], *teacher), dim=dim, names=("z1", *(f"t{v}" for v in range(1, count + 1))))
     # Under autocast matmul would come down to bfloat16, whose 8 bits leave nothing of a log det.
     with torch.autocast(views[0].device.type, enabled=False):
         log_det, attraction, R, mu = _Parts.apply(*moments, cov_decay, mean_decay, eps, teacher, *views)
@@ -144,7 +144,7 @@ class _Parts(torch.autograd.Function):
             torch.cat(((centred.mT @ centred).flatten(), (torch.linalg.vector_norm(apart) ** 2 + rest)[None]))
         )
         R = torch.lerp(sums[:-1].view(-1, d, d) / n, R_past, cov_decay)
-        log_det, L = _cholesky_log_det(R, eps)
+        log_det, L = cholesky_log_det(R, eps)
         ctx.save_for_backward(centred, (1 - mean_decay) * (m - mu), L, apart, n)
         ctx.cov_decay, ctx.pull, ctx.dtypes = cov_decay, pull, [view.dtype for view in views]
         ctx.mark_non_differentiable(R, mu)
@@ -179,6 +179,12 @@ class _Unit(torch.autograd.Function):
         unit, length = ctx.saved_tensors
         along = torch.linalg.vecdot(grads[0], unit)[..., None]
         return torch.addcmul(grads[0], unit, along, value=-1).div_(length).to(ctx.dtype)
+
+
+def unit_rows(z: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Each row at length 1, in float32 or more; rows shorter than 1e-12 are divided by that."""
+    unit: Tensor = _Unit.apply(z)
+    return unit
 
 
 class CorInfoMaxLoss(nn.Module):
@@ -242,7 +248,7 @@ class CorInfoMaxLoss(nn.Module):
     def forward(self, *views: Float[Tensor, "n d"], teacher: Sequence[Float[Tensor, "n d"]] = ()) -> Terms:
         """The terms of this batch, `teacher` as in `corinfomax_loss`; in training mode the moments move on."""
         if self.normalize:
-            views, teacher = (tuple(_Unit.apply(z) for z in given) for given in (views, teacher))
+            views, teacher = (tuple(unit_rows(z) for z in given) for given in (views, teacher))
         terms, moments = corinfomax_loss(
             [distributed.scale_gradient(z) for z in views],
             Moments(self.R, self.mu),
@@ -286,14 +292,14 @@ def ldmi(z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"], *, eps: float = 1e-
     Rows are paired observations, used as they are (not normalised). Raises ValueError for a wrong shape or a
     non-finite value.
     """
-    _check_views((z1, z2))
+    check_views((z1, z2))
     dtype = moment_dtype(z1.device)
     with torch.autocast(z1.device.type, enabled=False):
         joint = torch.cat((z1, z2), 1).to(dtype)
         joint = joint - joint.mean(0)
         R = joint.T @ joint / len(joint)
         d = z1.shape[1]
-        log_det1, log_det2, log_det_joint = (_cholesky_log_det(block, eps)[0] for block in (R[:d, :d], R[d:, d:], R))
+        log_det1, log_det2, log_det_joint = (cholesky_log_det(block, eps)[0] for block in (R[:d, :d], R[d:, d:], R))
         return 2 / d * (log_det1 + log_det2 - log_det_joint)
 
 
@@ -305,7 +311,7 @@ def moment_dtype(device: torch.device | str | None) -> torch.dtype:
     return torch.float64
 
 
-def _cholesky_log_det(R: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def cholesky_log_det(R: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """log det(R+εI) of each matrix and its Cholesky factor; both nan where that is not positive definite."""
     shifted = R.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(eps)
@@ -319,7 +325,7 @@ class NotFiniteInputError(ValueError):
     """Projections that hold nan or infinity."""
 
 
-def _check_views(views: Sequence[Tensor], *, dim: int | None = None, names: Sequence[str] = ()) -> None:
+def check_views(views: Sequence[Tensor], *, dim: int | None = None, names: Sequence[str] = ()) -> None:
     first, *others = views
     each = names or [f"z{v}" for v in range(1, len(views) + 1)]
     both = " and ".join(each)

@@ -31,7 +31,7 @@ from corinfomax.learner import (
     update,
 )
 from corinfomax.networks import Network
-from corinfomax.objective import moment_dtype
+from corinfomax.objective import CorInfoMaxLoss, moment_dtype
 from corinfomax.progress import Progress
 from corinfomax.seeds import generator
 from corinfomax.signals import stop_signals
@@ -270,7 +270,7 @@ def log_row(pending: Float[Tensor, "k 4"], done: int, learner: Learner, progress
     row: dict[str, Any] = {"step": done, **means}
     if learner.criterion.floor is None:
         del row["big_bang"]
-    else:
+    elif isinstance(learner.criterion, CorInfoMaxLoss):
         row["gap"] = means["big_bang"] - learner.criterion.floor
     if learner.scaler.is_enabled():  # without the updates that the scaler left out
         norms = numbers[:, 3][numbers[:, 3].isfinite()]
