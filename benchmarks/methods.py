@@ -15,7 +15,13 @@ Changes = dict[str, dict[str, Any]]
 {"optim": {"lr": 0.3}, "": {"batch": 256}, "views": {"blur": 0.5}}."""
 SUPERVISED = "supervised"
 SGD = Optim(lr=0.6, warmup_epochs=1, schedule="step", weight_decay=5e-4, decay_norms=False)
-START: Recipe = replace(RECIPES["cpu-small"].recipe, optim=SGD, batch=128)
+START: Recipe = replace(
+    RECIPES["cpu-small"].recipe,
+    loss=Loss(),
+    projector=Projector(widths=(512, 512, 64), batch_norm=True),
+    optim=SGD,
+    batch=128,
+)
 """What `cpu-small` was before this search changed it."""
 
 
