@@ -98,7 +98,6 @@ def smaller(base: Recipe) -> Recipe:
 
 
 SMALL, DIGITS = smaller(START), smaller(RECIPES["mnist5k"].recipe)
-KERNEL = changed(SMALL, loss={"name": "kernel", "eps": 1e-3})
 MUON = {"name": "muon", "lr": 0.06, "start_lr": 0.006, "weight_decay": 0.1}
 BRIEF = replace(SMALL, epochs=1)  # what is wrong with the data is seen at the first look
 PLAIN = {"batch_norm": False}
@@ -176,18 +175,5 @@ CASES: dict[str, Case] = {
     ),
     "tiny-imagenet Muon, lr 100": Case(
         "tiny-imagenet-64-100c", changed(SMALL, optim=MUON | {"lr": 100.0}), DIVERGING | COLLAPSE, recovers=True
-    ),
-    "cifar10 kernel": Case("cifar10", KERNEL, GOOD),
-    "clothing kernel": Case("clothing-128", KERNEL, GOOD),
-    "tiny-imagenet kernel, D 128": Case(
-        "tiny-imagenet-64-100c", changed(KERNEL, projector={"widths": (2048, 128)}, optim=MUON, batch=128), GOOD
-    ),
-    "cifar10 kernel, alpha x100": Case("cifar10", changed(KERNEL, loss={"alpha": 12500.0}), INVARIANT | COLLAPSE),
-    "tiny-imagenet kernel, alpha x30": Case(
-        "tiny-imagenet-64-100c", changed(KERNEL, loss={"alpha": 3750.0}), INVARIANT | COLLAPSE
-    ),
-    "clothing kernel, alpha /300": Case("clothing-128", changed(KERNEL, loss={"alpha": 0.4}), UNDER),
-    "cifar10 kernel, lr 1000": Case(
-        "cifar10", changed(KERNEL, optim={"lr": 1000.0}), DIVERGING | COLLAPSE, recovers=True
     ),
 }

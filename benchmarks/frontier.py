@@ -8,8 +8,8 @@
 
 `measure`, on a quiet machine, takes the processor seconds of every kind of step that is tried or run and not known yet,
 so that the number of steps that fit into a trial or run is a matter of one quiet measurement and not of what ran beside
-it. `tune` chooses each method's settings on a slice of CIFAR-10's training images, by the same search for all; what it
-found stands in `benchmarks.methods`. `ablate` then changes one thing each of what was found for CorInfoMax, with seeds
+it. `tune` chooses each method's settings on a slice of CIFAR-10's training images, by the same search for all but the
+kernel, which begins with what that search found for the covariance; what it found stands in `benchmarks.methods`. `ablate` then changes one thing each of what was found for CorInfoMax, with seeds
 that the search has not seen. `train` trains and scores. What is in the file of results already is left out, so several
 can work side by side with other `--seeds` or `--methods`. `write` draws the tables and the plot of docs/results.md.
 """

@@ -83,6 +83,8 @@ def _weights(recipe: Recipe) -> list[Changes]:
     if recipe.loss.name == "corinfomax":
         alpha = ALPHA_PER_DIM * recipe.projector.widths[-1] if recipe.loss.alpha is None else recipe.loss.alpha
         return [{"loss": {"alpha": round(alpha * by, 1)}} for by in (0.5, 2.0)]
+    if recipe.loss.name == "kernel":
+        return [{"loss": {"temperature": recipe.loss.temperature * by}} for by in (0.5, 2.0)]
     first, *rest = recipe.loss.weights
     return [{"loss": {"weights": (first * by, *rest)}} for by in (0.5, 2.0)]
 
@@ -135,10 +137,22 @@ PAPER = replace(
 )
 """The published settings on the network that all of these have; ten epochs of warm-up become a tenth at most."""
 
+KERNEL = replace(
+    START,
+    loss=Loss(name="kernel"),
+    projector=Projector(widths=(2048, 128), batch_norm=True),
+    optim=Optim(
+        name="muon", lr=0.06, start_lr=0.006, warmup_epochs=1, schedule="step", weight_decay=0.1, decay_norms=False
+    ),
+    batch=256,
+)
+"""Optimiser and batch as the search found them for the covariance, the rest as a few tries with another seed did."""
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("paper", PAPER),
+        Method("kernel", KERNEL, again=(_rates, _weights)),
         _method("corinfomax", (512, 512, 64), (2048, 2048, 64), (512, 512, 128), shallow=((2048, 64), (2048, 32))),
         _method("vicreg", (2048, 2048, 2048), (512, 512, 512), (512, 512, 128), shallow=((2048, 512), (2048, 256))),
         _method(

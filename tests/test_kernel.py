@@ -72,11 +72,12 @@ def test_at_a_high_temperature_it_is_the_covariances_log_det():
 
 
 def test_spread_is_worth_more_than_a_point_and_never_more_than_the_floor():
-    criterion = KernelLoss(D)
+    criterion = KernelLoss(D, eps=1e-8)
     apart = torch.eye(D)
     least, point = criterion(apart, apart), criterion(torch.ones(D, D), torch.ones(D, D))
     assert criterion.floor < least.big_bang.item() < point.big_bang.item()
-    assert KernelLoss(D, temperature=1e-3)(apart, apart).big_bang.item() == pytest.approx(criterion.floor, abs=1e-12)
+    cold = KernelLoss(D, temperature=1e-3, eps=1e-8)
+    assert cold(apart, apart).big_bang.item() == pytest.approx(cold.floor, abs=1e-12)
     assert least.attraction.item() == 0.0
 
 
@@ -116,7 +117,8 @@ def test_equal_images_are_held_apart_by_eps():
 
 
 @pytest.mark.parametrize(
-    ("knob", "value"), [("dim", 0), ("alpha", -1.0), ("temperature", 0.0), ("temperature", math.nan), ("eps", 0.0)]
+    ("knob", "value"),
+    [("dim", 0), ("alpha", -1.0), *(("temperature", value) for value in (0.0, math.nan, math.inf)), ("eps", 0.0)],
 )
 def test_impossible_knobs_are_errors(knob, value):
     with pytest.raises(ValueError, match=f"{knob} is"):
@@ -148,6 +150,7 @@ def test_a_run_and_its_resumption(tmp_path):
     recipe = dataclasses.replace(tiny.RECIPE, loss=Loss(name="kernel", temperature=0.5, alpha=30.0), crops=3, epochs=3)
     criterion = learner.build_criterion(recipe)
     assert isinstance(criterion, KernelLoss) and criterion.alpha == 30.0 and criterion.temperature == 0.5
+    assert criterion.eps == KernelLoss(D).eps == 1e-3
     splits = tiny.splits(tmp_path / "images")
     network = tiny.run(splits, tmp_path / "run", recipe, diagnoses=2, checkpoint_minutes=0.0)
     rows = runs.read_metrics(tmp_path / "run")

@@ -329,7 +329,7 @@ def test_cuda_equals_cpu_and_never_waits():
     [
         (((8, 4), (8, 5)), "same dimension"),
         (((8, 4), (7, 4)), "same rows"),
-        (((8, 6), (8, 6)), "moments have dimension 4, the projections 6"),
+        (((8, 6), (8, 6)), "loss is of dimension 4, the projections 6"),
         (((0, 4), (0, 4)), "n ≥ 1"),
         (((8, 4), (8, 4), (8, 4)), "moments are those of 2 views; got 3"),
     ],

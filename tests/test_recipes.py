@@ -41,7 +41,7 @@ def test_published_rows(name):
         entry.paper,
     )
     assert r.loss.mean_decay == r.loss.cov_decay
-    assert (r.loss.eps, r.loss.cov_init, r.loss.normalize) == (1e-8, 1.0, True)
+    assert (r.loss.shift, r.loss.cov_init, r.loss.normalize) == (1e-8, 1.0, True)
     assert r.projector.batch_norm == (name == "imagenet1k")
     assert (r.optim.name, r.optim.momentum, r.optim.weight_decay, r.optim.decay_norms) == ("sgd", 0.9, 1e-4, True)
     assert (r.optim.schedule, r.optim.start_lr) == ("epoch", 3e-3)
@@ -204,3 +204,23 @@ def test_test_views_are_whole_fours_unless_they_are_trainings(size, scale, side)
 def test_impossible_recipes_are_errors(knobs):
     with pytest.raises(ValueError, match=next(iter(knobs))):
         Recipe(**knobs)
+
+
+def test_recipes_of_the_first_version_are_read():
+    """Its fields alone, as they lie in checkpoints: whoever adds a knob says what it was before."""
+    first = {
+        "recipe": "size cache_side mean std views backbone projector loss optim probe epochs batch micro_batch precision "
+        "seed",
+        "loss": "alpha cov_decay mean_decay eps cov_init normalize",
+        "backbone": "name small_stem stem_stride layers channels",
+        "optim": "name lr start_lr min_lr warmup_epochs schedule momentum weight_decay decay_norms",
+    }
+    recipe = RECIPES["cifar10"].recipe
+    content = knobs.to_json(recipe)
+    for part, names in first.items():
+        whole = content if part == "recipe" else content[part]
+        for name in set(whole) - set(names.split()):
+            del whole[name]
+    content["loss"]["eps"] = 1e-8
+    wanted = replace(recipe, loss=replace(recipe.loss, eps=1e-8))
+    assert knobs.from_json(json.loads(json.dumps(content))) == wanted

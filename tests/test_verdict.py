@@ -9,7 +9,6 @@ import torch
 
 import tiny
 from corinfomax import images, runs, train, verdict
-from corinfomax.kernel import KernelLoss
 from corinfomax.knobs import Loss, Optim, Projector, Recipe, View
 
 RECIPE = Recipe(projector=Projector(widths=(64, 32), batch_norm=True), optim=Optim(lr=0.6))
@@ -138,19 +137,6 @@ def test_what_is_left_of_the_first_covariance_is_no_divergence():
     assert judge(row(60, loss=1.5), below, recipe=recipe, steps=150).kind == "diverging"
 
 
-def test_a_kernels_big_bang_has_bounds_of_its_own():
-    recipe = replace(RECIPE, loss=Loss(name="kernel", eps=1e-3), batch=8)
-    criterion = KernelLoss(32, eps=1e-3)
-    point = criterion(torch.ones(8, 32), torch.ones(8, 32)).big_bang.item()
-    sound = {"big_bang": 0.2, "loss": 1.0}
-    rows = [row(10, **sound), row(200, **{**sound, "big_bang": point}, spread=2e-4, spread_gap=20.0)]
-    found = judge(*rows, recipe=recipe)
-    assert found.kind == "complete collapse"
-    assert f"{criterion.floor:.1f} for even spread to {point:.1f} for none" in found.evidence
-    assert judge(row(10, **sound), row(200, **sound), recipe=recipe).kind in verdict.GOOD
-    assert judge(row(10, **sound), row(200, **{**sound, "big_bang": -1.0}), recipe=recipe).kind == "diverging"
-
-
 def test_a_large_eps_does_not_hide_a_collapse():
     """With eps = 0.1 the big bang of one point is only 0.55 above that of the best spread."""
     recipe = replace(RECIPE, loss=Loss(eps=0.1))
@@ -196,7 +182,6 @@ def test_the_best_step_is_the_one_kept_with_most_shared():
 
 STILL = View(crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0)
 SHORT = replace(tiny.RECIPE, projector=Projector(widths=(32, 8), batch_norm=True), epochs=6)
-KERNEL = replace(SHORT, loss=Loss(name="kernel", eps=1e-3))
 
 
 @pytest.fixture(scope="module")
@@ -221,28 +206,10 @@ def one_image(split):
             ("diverging", "complete collapse", "dimensional collapse"),
         ),
         (replace(SHORT, loss=Loss(eps=1.0)), None, ("complete collapse", "over-invariant")),
-        (KERNEL, None, verdict.GOOD),
-        (
-            replace(KERNEL, loss=replace(KERNEL.loss, alpha=1e5)),
-            None,
-            ("complete collapse", "dimensional collapse", "over-invariant"),
-        ),
-        (replace(KERNEL, loss=replace(KERNEL.loss, alpha=0.0)), None, ("under-invariant",)),
         (SHORT, one_image, ("data problem",)),
         (replace(SHORT, views=(STILL, STILL)), None, ("data problem",)),
     ],
-    ids=[
-        "good",
-        "alpha far too large",
-        "alpha 0",
-        "learning rate",
-        "eps",
-        "kernel",
-        "kernel, alpha far too large",
-        "kernel, alpha 0",
-        "one image",
-        "no augmentation",
-    ],
+    ids=["good", "alpha far too large", "alpha 0", "learning rate", "eps", "one image", "no augmentation"],
 )
 def test_runs_made_to_go_wrong_are_named(splits, tmp_path, recipe, spoil, kinds):
     data = splits if spoil is None else images.Splits(*map(spoil, splits))

@@ -174,7 +174,7 @@ def work(job: str, out: Path) -> None:
         for precision in ("float32", "float64"):
             run(out.with_name(f"{precision}-{out.stem}"), precision)
         run(out.with_name(f"taught-{out.stem}"), "float64", epochs=3, teacher=0.7)
-        run(out.with_name(f"kernel-{out.stem}"), "float64", epochs=3, loss=Loss(name="kernel", eps=1e-3))
+        run(out.with_name(f"kernel-{out.stem}"), "float64", epochs=3, loss=Loss(name="kernel"))
         if distributed.rank() == 0:
             runs.write_whole(out, lambda path: torch.save(kept, path))
 

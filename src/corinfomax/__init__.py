@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from corinfomax.kernel import KernelLoss
     from corinfomax.objective import CorInfoMaxLoss, Moments, corinfomax_loss, ldmi
 
 __version__ = "0.1.0"
-__all__ = ["CorInfoMaxLoss", "Moments", "corinfomax_loss", "ldmi"]
+__all__ = ["CorInfoMaxLoss", "KernelLoss", "Moments", "corinfomax_loss", "ldmi"]
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, since torch takes seconds to import and `corinfomax --help` needs none of it.
     if name in __all__:
-        from corinfomax import objective
+        from corinfomax import kernel, objective
 
-        return getattr(objective, name)
+        return getattr(kernel if name == "KernelLoss" else objective, name)
     raise AttributeError(f"module 'corinfomax' has no attribute {name!r}")

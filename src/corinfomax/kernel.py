@@ -1,6 +1,6 @@
 """CorInfoMax in the feature space of a kernel: our own step beyond the paper.
 
-The log det of a batch's covariance is one of the Gram matrix of its rows (Sylvester's identity),
+The log det of a batch's second moments is one of the Gram matrix of its rows (Sylvester's identity),
 
     log det(ZᵀZ/N + εI_D) = log det(ZZᵀ/N + εI_N) + (D − N) log ε,
 
@@ -36,7 +36,7 @@ class KernelLoss(nn.Module):
 
     `terms = criterion(z1, z2)` takes two projections of shape (n, dim) or more, any floating dtype, and gives scalars
     `terms.loss`, `terms.attraction` and `terms.big_bang`, differentiable, float64 (float32 on MPS, which has no other).
-    `alpha=None` means 3.906·dim. n² numbers a view are held, and n³/3 multiplications are made for each.
+    `alpha=None` means 3.906·dim. 2n² numbers a view are held, and about n³/2 multiplications are made for each.
 
     Where torch.distributed runs, every process gives equally many rows of one batch; terms are those of the whole
     batch, and the gradient is such that the mean over processes is the whole loss's.
@@ -56,14 +56,14 @@ class KernelLoss(nn.Module):
         *,
         alpha: float | None = None,
         temperature: float = 0.25,
-        eps: float = 1e-8,
+        eps: float = 1e-3,
         normalize: bool = True,
     ) -> None:
         super().__init__()
         for name, value, fits, wanted in (
             ("dim", dim, dim >= 1, "at least 1"),
             ("alpha", alpha, alpha is None or alpha >= 0, "at least 0, or None for 3.906·dim"),
-            ("temperature", temperature, temperature > 0, "above 0"),
+            ("temperature", temperature, 0 < temperature < math.inf, "above 0, and finite"),
             ("eps", eps, eps > 0, "above 0"),
         ):
             if not fits:

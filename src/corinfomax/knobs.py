@@ -102,9 +102,10 @@ class Loss:
     """alpha · attraction + big_bang (arXiv 2209.07999), or another objective to compare it with."""
 
     name: Objective = "corinfomax"
-    """kernel is our own: the log det of a kernel's matrix over the images, of the fields below with temperature, alpha,
-    eps and normalize. The others are there to compare with: they know `weights` alone, and have no verdict. ldmi is the
-    mutual information itself, which corinfomax maximises to first order; the rest need the extra `baselines`."""
+    """kernel is our own: the log det of a kernel's matrix over the images, with temperature, alpha, eps and normalize
+    of the fields below. ldmi and those after it are there to compare with and know `weights` alone: ldmi is the mutual
+    information itself, which corinfomax maximises to first order; the rest need the extra `baselines`. Only corinfomax
+    has a verdict."""
     weights: tuple[float, ...] = ()
     """Of ldmi its eps; of vicreg invariance, variance and covariance; of barlow-twins redundancy; of simclr the
     temperature; of sigreg the share of SIGReg. () is 0.001 and what their authors take: 25 25 1, 0.0051, 0.5, 0.05."""
@@ -116,12 +117,17 @@ class Loss:
     """Weight of the past covariance: 0.01 keeps 1 % of it."""
     mean_decay: float = 0.01
     """Weight of the past mean."""
-    eps: float = 1e-8
-    """Added to the covariance's or the kernel matrix's diagonal inside log det."""
+    eps: float | None = None
+    """Added to the diagonal inside log det; None is 1e-8 of a covariance, 1e-3 of a kernel's matrix."""
     cov_init: float = 1.0
     """The covariance starts at cov_init times the identity."""
     normalize: bool = True
     """L2-normalise each projection first."""
+
+    @property
+    def shift(self) -> float:
+        """What is added to the diagonal."""
+        return (1e-3 if self.name == "kernel" else 1e-8) if self.eps is None else self.eps
 
     def __post_init__(self) -> None:
         usual = {field.name: field.default for field in dataclasses.fields(self) if field.name != "name"}
@@ -286,7 +292,7 @@ LATER: dict[str, dict[str, Any]] = {
         "from_files": False,
         "teacher": None,
     },
-    "recipe.loss": {"name": "corinfomax", "weights": ()},
+    "recipe.loss": {"name": "corinfomax", "weights": (), "temperature": 0.25},
     "recipe.backbone": {"zero_init_last": True},
     "recipe.optim": {"clip": None},
 }

@@ -80,7 +80,8 @@ def build(recipe: Recipe, device: torch.device, *, compiled: bool = False) -> Le
 def build_criterion(recipe: Recipe) -> Criterion:
     """The recipe's objective. ValueError for one to compare with in several processes, or with weights that are not its
     own; ImportError where it needs lightly."""
-    own, dim = {name: getattr(recipe.loss, name) for name in OWN.get(recipe.loss.name, ())}, recipe.projector.widths[-1]
+    dim = recipe.projector.widths[-1]
+    own = {name: getattr(recipe.loss, name) for name in OWN.get(recipe.loss.name, ())} | {"eps": recipe.loss.shift}
     if recipe.loss.name == "corinfomax":
         return CorInfoMaxLoss(dim, views=recipe.crops, **own)
     if recipe.loss.name == "kernel":

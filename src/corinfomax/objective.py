@@ -335,7 +335,7 @@ def check_views(views: Sequence[Tensor], *, dim: int | None = None, names: Seque
     if any(z.shape[1] != first.shape[1] for z in others):
         raise ValueError(f"{both} must have the same dimension; {shapes}")
     if dim is not None and first.shape[1] != dim:
-        raise ValueError(f"the moments have dimension {dim}, the projections {first.shape[1]}; {shapes}")
+        raise ValueError(f"the loss is of dimension {dim}, the projections {first.shape[1]}; {shapes}")
     if not all(z.is_floating_point() for z in views):
         raise ValueError(f"{both} must be floating-point; got {' and '.join(str(z.dtype) for z in views)}")
     if any(z.device != first.device for z in others):

@@ -146,7 +146,8 @@ def headlines(content: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if metrics:
         rows.append(("training took", duration(metrics[-1]["seconds"])))
-        rows.append(("above 2·ln D at the end", number(metrics[-1].get("gap"), 2)))
+        if "gap" in metrics[-1]:
+            rows.append(("above 2·ln D at the end", number(metrics[-1]["gap"], 2)))
     for spectrum in content["spectra"]:
         rows.append((f"effective rank, {spectrum['name']}", f"{spectrum['rank']:.0f} of {spectrum['width']:,}"))
     if scores := (results.get("scores") or {}).get("pretrained"):

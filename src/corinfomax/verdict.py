@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from corinfomax.knobs import ALPHA_PER_DIM, OWN, Recipe
+from corinfomax.knobs import ALPHA_PER_DIM, Recipe
 
 Kind = Literal[
     "still warming up",
@@ -73,8 +73,8 @@ def judge(
 
     `ended` is a run that has all its steps; `error` is why it broke off. The first of these that holds is said: the
     data is at fault, the numbers are impossible, all images are at one point or in few directions, views make no
-    difference or more than images do, the loss rises; and only then how far the run has come. Of objectives to
-    compare with only the data and the error are judged: the thresholds are not known for them.
+    difference or more than images do, the loss rises; and only then how far the run has come. Of another objective
+    than CorInfoMax only the data and the error are judged: the thresholds are not known for it.
     """
     looks = [row for row in rows if "views_differ" in row]
     if error is not None:
@@ -83,7 +83,7 @@ def judge(
         )
     if not looks:
         return None
-    if recipe.loss.name not in OWN:
+    if recipe.loss.name != "corinfomax":
         return _data(looks[-1])
     share = rows[-1]["step"] / steps
     return (
@@ -159,15 +159,12 @@ def _rise(rows: Sequence[Row], recipe: Recipe) -> Verdict | None:
 def _bounds(recipe: Recipe, step: int) -> tuple[float, float]:
     """The least big bang of unit rows, with even spread, and that of rows all at one point, after `step` steps.
 
-    −2 ln of an eigenvalue plus ε: 1/D and 0, but for what is left of the identity at which the covariance began. Of a
-    kernel's matrix they are all 1, and one of them N and the others 0.
+    −2 ln of an eigenvalue plus ε: 1/D and 0, but for what is left of the identity at which the covariance began.
     """
     loss = recipe.loss
-    if loss.name == "kernel":
-        point = math.log(recipe.batch + loss.eps) + (recipe.batch - 1) * math.log(loss.eps)
-        return -2 * math.log1p(loss.eps), -2 * point / recipe.batch
     left = loss.cov_decay**step
-    least, most = (-2 * math.log((1 - left) * each + left * loss.cov_init + loss.eps) for each in (1 / _dim(recipe), 0))
+    rest = left * loss.cov_init + loss.shift
+    least, most = (-2 * math.log((1 - left) * each + rest) for each in (1 / _dim(recipe), 0))
     return least, most
 
 
@@ -271,7 +268,7 @@ def _cause(recipe: Recipe) -> str:
     """The likeliest cause of a collapse or divergence: the first knob out of the ordinary, else the learning rate."""
     loss, optim = recipe.loss, recipe.optim
     usual, alpha = _alphas(recipe)
-    if loss.name not in OWN:  # whose other knobs say nothing
+    if loss.name != "corinfomax":  # whose other knobs say nothing
         return f"A learning rate of {optim.lr:g} is the likely cause: --optim.lr {optim.lr / 3:.2g}."
     if not loss.normalize:
         return "Without unit rows the projections grow instead of spreading: --loss.normalize."
@@ -280,8 +277,8 @@ def _cause(recipe: Recipe) -> str:
             f"An alpha of {alpha:g}, {alpha / usual:.0f} times the usual 3.906·D, pulls everything together: "
             f"--loss.alpha {usual:.0f}."
         )
-    if loss.name == "corinfomax" and loss.eps > 0.01 / _dim(recipe):
-        return f"An eps of {loss.eps:g} hides empty directions from the log det: --loss.eps 1e-8."
+    if loss.shift > 0.01 / _dim(recipe):
+        return f"An eps of {loss.shift:g} hides empty directions from the log det: --loss.eps 1e-8."
     if loss.cov_decay > 0.5:
         return (
             f"A past that weighs {loss.cov_decay:g} leaves the log det hardly a pull on the present batch: "

@@ -33,7 +33,7 @@ from corinfomax import evaluate as scoring
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.commands import evaluate, inputs
 from corinfomax.images import Splits
-from corinfomax.knobs import OWN, Recipe
+from corinfomax.knobs import Recipe
 from corinfomax.networks import Network
 from corinfomax.options import Pretrain, Where, parse
 
@@ -307,7 +307,7 @@ def _conclude(run: Path, recipe: Recipe, images: int, *, error: str | None = Non
     if found is not None:
         print(f"\nverdict: {found.text}\n")
         results["verdict"] = found._asdict()
-    elif recipe.loss.name not in OWN:
+    elif recipe.loss.name != "corinfomax":
         print(f"\nno verdict: what its measures should be is known of corinfomax, not of {recipe.loss.name}\n")
     kept = {runs.step_of(path): path for path in runs.checkpoints(run)}
     best = verdict.best_step(rows, kept)
