@@ -166,6 +166,7 @@ METHODS: dict[str, Method] = {
 
 CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
     "corinfomax": {
+        "projector": {"widths": (2048, 64)},
         "optim": {"name": "muon", "lr": 0.06, "start_lr": 0.006, "weight_decay": 0.1},
         "": {"batch": 256},
     },
@@ -181,7 +182,7 @@ CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
         "optim": {"name": "muon", "lr": 0.04, "start_lr": 0.002, "weight_decay": 0.1},
     },
     "simclr": {
-        "loss": {"weights": (0.25,)},
+        "loss": {"weights": (0.125,)},
         "optim": {"name": "muon", "lr": 0.12, "start_lr": 0.006, "weight_decay": 0.1},
         "": {"batch": 256},
     },
@@ -190,9 +191,12 @@ CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
         "optim": {"name": "muon", "lr": 0.02, "start_lr": 0.002, "weight_decay": 0.1},
         "": {"crops": 3},
     },
-    SUPERVISED: {"optim": {"lr": 0.3}},
+    SUPERVISED: {
+        "optim": {"name": "muon", "lr": 0.04, "start_lr": 0.002, "weight_decay": 0.1},
+        "": {"batch": 256},
+    },
 }
-"""What the search kept."""
+"""What the search kept; its last part is not done yet for SimCLR and those after it."""
 
 ABLATED: Changes = {"optim": {"lr": 1.2}}
 """What the search had kept for CorInfoMax before Muon was offered: SGD, D = 64, batch 128, two views."""

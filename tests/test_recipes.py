@@ -209,8 +209,8 @@ def test_impossible_recipes_are_errors(knobs):
 def test_recipes_of_the_first_version_are_read():
     """Its fields alone, as they lie in checkpoints: whoever adds a knob says what it was before."""
     first = {
-        "recipe": "size cache_side mean std views backbone projector loss optim probe epochs batch micro_batch precision "
-        "seed",
+        "recipe": "size cache_side mean std views backbone projector loss optim probe epochs batch micro_batch "
+        "precision seed",
         "loss": "alpha cov_decay mean_decay eps cov_init normalize",
         "backbone": "name small_stem stem_stride layers channels",
         "optim": "name lr start_lr min_lr warmup_epochs schedule momentum weight_decay decay_norms",
