@@ -63,8 +63,9 @@ def test_the_search_goes_on_for_as_long_as_it_helps(monkeypatch):
     assert max(recipe.optim.lr for recipe in tried) == 9.6
 
 
-def test_the_second_part_of_the_search_does_not_follow_chance(monkeypatch):
-    method = Method("corinfomax", START, again=(methods._rates,))
+@pytest.mark.parametrize("part", ["late", "again"])
+def test_later_parts_of_the_search_do_not_follow_chance(part, monkeypatch):
+    method = Method("corinfomax", START, **{part: (methods._rates,)})
     climbing(monkeypatch, lambda recipe: 10 + 0.4 * (recipe.optim.lr > START.optim.lr))
     assert frontier.tune(method, None) == {}
     climbing(monkeypatch, lambda recipe: 10 + 0.6 * (recipe.optim.lr > START.optim.lr))
