@@ -451,3 +451,7 @@ def test_commands_compute_without_numbers_that_slow_a_processor_down():
     finally:
         torch.set_flush_denormal(False)
     assert seen[0] > 0 and seen[1:] == [0.0, 0.0]
+    torch.set_flush_denormal(True)
+    assert cli.main(["bench", "--device", "cuda:77"]) == 2
+    look()
+    assert seen[-1] > 0  # whoever called a command has them again

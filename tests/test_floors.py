@@ -17,7 +17,7 @@ FLOORS = (
     ("named", "decode", "archives"),
     ("sources",),
     ("images", "checkpoint", "examine", "cuts"),
-    ("embed", "feed", "micro", "baselines", "diagnosis", "pictures", "page", "health"),
+    ("embed", "feed", "micro", "baselines", "kernel", "diagnosis", "pictures", "page", "health"),
     ("batches", "supervised", "card", "neighbors", "learner"),
     ("progress",),
     ("train", "evaluate", "weights", "export"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tiny
-from corinfomax import checkpoint, learner, micro, runs
+from corinfomax import checkpoint, learner, micro, page, runs
 from corinfomax.kernel import KernelLoss
 from corinfomax.knobs import Loss
 from corinfomax.objective import NotFiniteInputError
@@ -155,6 +155,8 @@ def test_a_run_and_its_resumption(tmp_path):
     network = tiny.run(splits, tmp_path / "run", recipe, diagnoses=2, checkpoint_minutes=0.0)
     rows = runs.read_metrics(tmp_path / "run")
     assert all(row["big_bang"] >= criterion.floor and "gap" not in row for row in rows) and "ldmi" in rows[-1]
+    titles = {chart["title"] for chart in page.curves(rows, recipe)}
+    assert "Its two terms" in titles and not any("2·ln D" in title for title in titles)
     first = min(runs.checkpoints(tmp_path / "run"), key=runs.step_of)
     assert runs.step_of(first) < rows[-1]["step"]
     again = tiny.run(splits, tmp_path / "again", recipe, resume=checkpoint.load(first))

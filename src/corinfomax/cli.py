@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 doctor found what must be mended, 2 a mistake, said in a sentence,
     130 stopped."""
     try:
-        with _told_to_stop():
+        with _told_to_stop(), _tiny_numbers_afterwards():
             return _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print("corinfomax: stopped", file=sys.stderr)
@@ -61,6 +61,16 @@ def _told_to_stop() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _tiny_numbers_afterwards() -> Iterator[None]:
+    """Commands flush numbers below 1e-38 to 0 (`inputs.device_of`); whoever called one has them again."""
+    try:
+        yield
+    finally:
+        if torch := sys.modules.get("torch"):
+            torch.set_flush_denormal(False)
 
 
 def _run(argv: list[str]) -> int:

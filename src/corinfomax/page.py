@@ -190,6 +190,8 @@ def curves(metrics: list[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]
     """A chart for each family of measures that metrics.jsonl holds, and one for each number that is of none."""
     alpha = recipe.loss.alpha if recipe.loss.alpha is not None else ALPHA_PER_DIM * recipe.projector.widths[-1]
     rows = [row | ({"pull": alpha * row["attraction"]} if "big_bang" in row else {}) for row in metrics]
+    if not any("gap" in row for row in rows):  # an objective that spreads something else than directions
+        rows = [{name: value for name, value in row.items() if name != "spread_gap"} for row in rows]
     known = OTHER | {column for *_, series in CHARTS for _, column in series}
     found: dict[str, set[float]] = {}
     for row in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -121,10 +122,11 @@ def first_not_finite(network: nn.Module) -> Iterator[list[str]]:
 def as_text(seen: Replay) -> str:
     """A table of layers under what was found."""
     width = max(len(name) for name, _, _ in seen.layers)
+    least = seen.smallest_eigenvalue
     lines = [
         f"step {seen.step} failed: {seen.then}",
         "once more: " + ", ".join(f"{name} {value:.4g}" for name, value in seen.numbers.items()),
-        f"smallest eigenvalue of the covariances before it: {seen.smallest_eigenvalue:.3g}",
+        "" if math.isnan(least) else f"smallest eigenvalue of the covariances before it: {least:.3g}",
         f"first output that is not finite: {seen.first or 'none'}",
         "" if seen.failed else "it did not fail again: other hardware, or an order of sums that changes by the run",
         f"{'':<{width}}  {'weight':>9}  {'gradient':>9}   (norms)",
