@@ -455,3 +455,15 @@ def test_commands_compute_without_numbers_that_slow_a_processor_down():
     assert cli.main(["bench", "--device", "cuda:77"]) == 2
     look()
     assert seen[-1] > 0  # whoever called a command has them again
+
+
+@pytest.mark.parametrize("words", [["--loss.name", "{}"], ["--loss.name={}"]])
+def test_another_objective_takes_what_it_knows_of_a_recipe(words):
+    typed = ["pretrain", "images", "--recipe", "tiny-imagenet"]  # whose covariance has a decay of its own
+
+    def loss(name, *more):
+        return parse([*typed, *(word.format(name) for word in words), *more]).knobs.loss
+
+    assert loss("kernel", "--loss.temperature", "0.5") == knobs.Loss(name="kernel", alpha=500.0, temperature=0.5)
+    assert loss("vicreg") == knobs.Loss(name="vicreg")
+    assert loss("corinfomax") == RECIPES["tiny-imagenet"].recipe.loss

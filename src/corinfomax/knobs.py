@@ -124,6 +124,13 @@ class Loss:
     normalize: bool = True
     """L2-normalise each projection first."""
 
+    def of(self, name: Objective) -> Loss:
+        """Another objective with what both know of these fields; the rest is as usual."""
+        if name == self.name:
+            return self
+        both = set(OWN.get(self.name, ("weights",))) & set(OWN.get(name, ("weights",))) - {"weights"}
+        return Loss(name=name, **{field: getattr(self, field) for field in both})
+
     @property
     def shift(self) -> float:
         """What is added to the diagonal."""

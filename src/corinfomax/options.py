@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
 from corinfomax import recipes
-from corinfomax.knobs import Recipe
+from corinfomax.knobs import Objective, Recipe
 from corinfomax.recipes import RECIPES
 
 ABOUT = "Self-supervised pretraining of image backbones that tells you what it gave."
@@ -239,10 +239,14 @@ class Doctor:
 def parse(
     argv: list[str], base: Recipe | None = None
 ) -> Pretrain | Evaluate | Embed | Neighbors | Export | Report | Recipes | Bench | Doctor:
-    """The command that was typed; the knobs not typed are those of `base`, else of --recipe, else of cpu-small."""
+    """The command that was typed; the knobs not typed are those of `base`, else of --recipe, else of cpu-small, of
+    another objective's loss those that it knows as well."""
     if base is None:
         name = _typed(argv, "--recipe")
         base = recipes.named(name) if name is not None else RECIPES["cpu-small"].recipe
+    for objective in get_args(Objective):
+        if objective == _typed(argv, "--loss.name"):
+            base = replace(base, loss=base.loss.of(objective))
     subcommand = tyro.conf.subcommand
     commands = (
         Annotated[Pretrain, subcommand("pretrain", default=Pretrain(knobs=base))]
