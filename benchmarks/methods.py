@@ -196,7 +196,7 @@ CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
         "": {"batch": 256},
     },
 }
-"""What the search kept; its last part is not done yet for SimCLR and those after it."""
+"""What the search kept; its last part is not done yet for VICReg, Barlow Twins and SIGReg."""
 
 ABLATED: Changes = {"optim": {"lr": 1.2}}
 """What the search had kept for CorInfoMax before Muon was offered: SGD, D = 64, batch 128, two views."""
