@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.methods import START
+from benchmarks.methods import KERNEL, START
 from corinfomax import embed, images, probes
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe, View
@@ -98,6 +98,8 @@ def smaller(base: Recipe) -> Recipe:
 
 
 SMALL, DIGITS = smaller(START), smaller(RECIPES["mnist5k"].recipe)
+ALIKE = changed(smaller(KERNEL), projector={"widths": (512, 64)})
+ALIKE_DIGITS = changed(DIGITS, loss=KERNEL.loss, optim=ALIKE.optim, projector={"widths": (512, 64)})
 MUON = {"name": "muon", "lr": 0.06, "start_lr": 0.006, "weight_decay": 0.1}
 BRIEF = replace(SMALL, epochs=1)  # what is wrong with the data is seen at the first look
 PLAIN = {"batch_norm": False}
@@ -170,10 +172,44 @@ CASES: dict[str, Case] = {
     "clothing AdamW": Case("clothing-128", changed(SMALL, optim={"name": "adamw", "lr": 1e-3, "start_lr": 1e-4}), GOOD),
     "cifar10 Muon": Case("cifar10", changed(SMALL, optim=MUON), GOOD),
     "clothing Muon": Case("clothing-128", changed(SMALL, optim=MUON), GOOD),
-    "cifar10 Muon, alpha x100": Case(
-        "cifar10", changed(SMALL, optim=MUON, loss={"alpha": 12500.0}), INVARIANT | COLLAPSE
+    "cifar10 Muon, alpha x100": Case("cifar10", changed(SMALL, optim=MUON, loss={"alpha": 12500.0}), GOOD, True),
+    "cifar10 Muon, alpha x3000": Case(
+        "cifar10", changed(SMALL, optim=MUON, loss={"alpha": 375e3}), INVARIANT | COLLAPSE, True
+    ),
+    "cifar10 AdamW, alpha x100": Case(
+        "cifar10",
+        changed(SMALL, optim={"name": "adamw", "lr": 1e-3, "start_lr": 1e-4}, loss={"alpha": 12500.0}),
+        INVARIANT | COLLAPSE,
+        True,
     ),
     "tiny-imagenet Muon, lr 100": Case(
         "tiny-imagenet-64-100c", changed(SMALL, optim=MUON | {"lr": 100.0}), DIVERGING | COLLAPSE, recovers=True
+    ),
+    "cifar10 kernel": Case("cifar10", ALIKE, GOOD, True),
+    "cifar10 kernel, alpha x100": Case("cifar10", changed(ALIKE, loss={"alpha": 25e3}), GOOD, True),
+    "cifar10 kernel, alpha x1000": Case("cifar10", changed(ALIKE, loss={"alpha": 25e4}), INVARIANT | COLLAPSE, True),
+    "cifar10 kernel, SGD, alpha x100": Case(
+        "cifar10", changed(ALIKE, optim=START.optim, loss={"alpha": 25e3}), INVARIANT | COLLAPSE, True
+    ),
+    "cifar10 kernel, alpha /1000": Case("cifar10", changed(ALIKE, loss={"alpha": 0.25}), UNDER, True),
+    "cifar10 kernel, eps 100": Case("cifar10", changed(ALIKE, loss={"eps": 100.0}), COLLAPSE | INVARIANT, True),
+    "cifar10 kernel, temperature 0.005": Case("cifar10", changed(ALIKE, loss={"temperature": 0.005}), GOOD, True),
+    "cifar10 kernel, temperature 4": Case("cifar10", changed(ALIKE, loss={"temperature": 4.0}), GOOD, True),
+    "cifar10 kernel, lr 100": Case(
+        "cifar10", changed(ALIKE, optim={"lr": 100.0}), DIVERGING | COLLAPSE, True, recovers=True
+    ),
+    "cifar10 kernel, not normalised": Case("cifar10", changed(ALIKE, loss={"normalize": False}), DIVERGING, True),
+    "cifar10 kernel, alpha x4": Case("cifar10", changed(ALIKE, loss={"alpha": 1000.0}), GOOD),
+    "cifar10 kernel, SGD": Case("cifar10", changed(ALIKE, optim=START.optim, batch=64), GOOD),
+    "clothing kernel": Case("clothing-128", ALIKE, GOOD),
+    "tiny-imagenet kernel": Case("tiny-imagenet-64-100c", ALIKE, GOOD),
+    "mnist5k kernel": Case("mnist5k", ALIKE_DIGITS, GOOD),
+    "tiny-imagenet kernel, alpha x3000": Case(
+        "tiny-imagenet-64-100c", changed(ALIKE, loss={"alpha": 75e4}), INVARIANT | COLLAPSE
+    ),
+    "mnist5k kernel, eps 30": Case("mnist5k", changed(ALIKE_DIGITS, loss={"eps": 30.0}), COLLAPSE | INVARIANT),
+    "clothing kernel, alpha /300": Case("clothing-128", changed(ALIKE, loss={"alpha": 0.8}), UNDER),
+    "tiny-imagenet kernel, lr 1000": Case(
+        "tiny-imagenet-64-100c", changed(ALIKE, optim={"lr": 1000.0}), DIVERGING | COLLAPSE, recovers=True
     ),
 }

@@ -13,11 +13,11 @@ import torch
 from benchmarks.augmentation import pictures
 from benchmarks.clock import Effort, alternate
 from benchmarks.loss import ours_of, pull
+from benchmarks.methods import START
 from benchmarks.metrics import Metric, metric
 from benchmarks.sparse import million, tree
 from benchmarks.steps import as_images, body, whole
 from corinfomax import CorInfoMaxLoss, batches, images
-from corinfomax.recipes import RECIPES
 
 SETS = (1_000, 10_000, 100_000, 1_000_000)
 DIMENSIONS = (64, 128, 256, 512, 1024, 2048)
@@ -96,7 +96,7 @@ def _dimensions(effort: Effort) -> Iterator[Metric]:
 
 def _batches(effort: Effort) -> Iterator[Metric]:
     """A whole step of the compact network."""
-    small = RECIPES["cpu-small"].recipe
+    small = START
     recipe = whole(effort) if effort.quick else replace(small, optim=replace(small.optim, lr=0.0, start_lr=0.0))
     row_sizes = (4, 8) if effort.quick else BATCHES
     held = as_images(pictures(max(row_sizes), recipe.cache_side))

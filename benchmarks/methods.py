@@ -20,6 +20,7 @@ START: Recipe = replace(
     loss=Loss(),
     projector=Projector(widths=(512, 512, 64), batch_norm=True),
     optim=SGD,
+    epochs=12,
     batch=128,
 )
 """What `cpu-small` was before this search changed it."""
@@ -141,9 +142,7 @@ KERNEL = replace(
     START,
     loss=Loss(name="kernel"),
     projector=Projector(widths=(2048, 128), batch_norm=True),
-    optim=Optim(
-        name="muon", lr=0.06, start_lr=0.006, warmup_epochs=1, schedule="step", weight_decay=0.1, decay_norms=False
-    ),
+    optim=replace(SGD, name="muon", lr=0.06, start_lr=0.006, weight_decay=0.1),
     batch=256,
 )
 """Optimiser and batch as the search found them for the covariance, the rest as a few tries with another seed did."""
@@ -165,6 +164,7 @@ METHODS: dict[str, Method] = {
 }
 
 CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
+    "kernel": {"optim": {"lr": 0.12}},
     "corinfomax": {
         "projector": {"widths": (2048, 64)},
         "optim": {"name": "muon", "lr": 0.06, "start_lr": 0.006, "weight_decay": 0.1},
@@ -196,7 +196,7 @@ CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
         "": {"batch": 256},
     },
 }
-"""What the search kept; its last part is not done yet for VICReg, Barlow Twins and SIGReg."""
+"""What the search kept."""
 
 ABLATED: Changes = {"optim": {"lr": 1.2}}
 """What the search had kept for CorInfoMax before Muon was offered: SGD, D = 64, batch 128, two views."""

@@ -9,17 +9,17 @@ import torch
 
 from benchmarks.augmentation import pictures
 from benchmarks.clock import Effort, alternate
+from benchmarks.methods import START
 from benchmarks.metrics import Metric, metric
 from benchmarks.steps import CPU, as_images, body, whole
 from corinfomax import batches
 from corinfomax.knobs import Recipe
 from corinfomax.learner import build, update
-from corinfomax.recipes import RECIPES
 
 
 def run(effort: Effort) -> Iterator[Metric]:
     """1 is a network that never waits; at 32 px with ResNet-18, and with the compact network of two cores."""
-    small = RECIPES["cpu-small"].recipe
+    small = START
     small = replace(small, optim=replace(small.optim, lr=0.0, start_lr=0.0, min_lr=0.0))
     large = whole(effort)
     large = replace(large, batch=min(large.batch, 64))  # both sides grow with the batch; a step is seconds already

@@ -3,7 +3,8 @@
     python -m benchmarks.verdict --root data --out runs/verdict
 
 Runs that are in --out already are only judged. About a CPU minute a case on one thread; `--share 0 2` and `--share 1 2`
-beside it train half of them each, and `--judge` then makes the table of all.
+beside it train half of them each, and `--judge` then makes the table of all. `--only Muon kernel` takes those with one
+of these words in their names.
 """
 
 from __future__ import annotations
@@ -121,13 +122,16 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=None, help="folder of decoded images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th case from I")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="WORD", help="cases named with one of these")
     parser.add_argument("--judge", action="store_true", help="train nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as commands do
     outcomes = {}
     first, every = options.share
-    for name, case in list(CASES.items())[first::every]:
+    chosen = [name for name in CASES if any(word in name for word in options.only)]
+    for name in chosen[first::every]:
+        case = CASES[name]
         folder = options.out / name.replace("/", "over").replace(" ", "-")
         if not (folder / "done.json").exists():
             if options.judge:

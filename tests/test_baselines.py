@@ -144,14 +144,18 @@ def test_a_run(name, tmp_path):
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 2)
     with pytest.raises(ValueError, match="in one process"):
-        learner.build_criterion(dataclasses.replace(tiny.RECIPE, loss=Loss(name="simclr")))
+        build(Loss(name="simclr"))
+
+
+def build(loss, **changes):
+    return learner.build_criterion(dataclasses.replace(tiny.RECIPE, loss=loss, **changes))
 
 
 def test_knobs_of_another_objective_are_refused():
     with pytest.raises(ValueError, match="corinfomax knows nothing of weights"):
-        Loss(weights=(5.0,))
+        build(Loss(weights=(5.0,)))
     with pytest.raises(ValueError, match="vicreg knows nothing of alpha, eps"):
-        Loss(name="vicreg", alpha=99.0, eps=1e-3)
+        build(Loss(name="vicreg", alpha=99.0, eps=1e-3))
 
 
 def test_the_command_trains_and_shows_another_objective(tmp_path, capsys):
@@ -159,7 +163,7 @@ def test_the_command_trains_and_shows_another_objective(tmp_path, capsys):
     words = ["pretrain", data, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), *tiny.KNOBS]
     assert cli.main([*words, "--loss.name", "simclr", "--projector.batch-norm"]) == 0
     said = capsys.readouterr().out
-    assert "no verdict: what its measures should be is known of corinfomax, not of simclr" in said
+    assert "no verdict: what its measures should be is known of CorInfoMax, not of simclr" in said
     assert "best_checkpoint" in runs.read_json(tmp_path / "run" / "results.json") or "ldmi" not in said
     assert "SimCLR" in card.markdown(checkpoint.load_last(tmp_path / "run")[1], {}, plain=False)
     # Wrong weights are known before anything is decoded.
@@ -175,4 +179,4 @@ def test_the_command_trains_and_shows_another_objective(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["ldmi", "vicreg", "barlow-twins", "simclr"])
 def test_a_pair_is_a_pair(name):
     with pytest.raises(ValueError, match="compares two views"):
-        dataclasses.replace(tiny.RECIPE, loss=Loss(name=name), crops=4)
+        build(Loss(name=name), crops=4)

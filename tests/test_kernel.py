@@ -163,10 +163,14 @@ def test_a_run_and_its_resumption(tmp_path):
     assert tiny.equal_states(network.state_dict(), again.state_dict())
 
 
+def build(loss, **changes):
+    return learner.build_criterion(dataclasses.replace(tiny.RECIPE, loss=loss, **changes))
+
+
 def test_knobs_that_are_not_its_own_are_refused():
     with pytest.raises(ValueError, match=r"kernel knows nothing of cov_decay; it has --loss\.alpha, --loss\.temp"):
-        Loss(name="kernel", cov_decay=0.5)
+        build(Loss(name="kernel", cov_decay=0.5))
     with pytest.raises(ValueError, match="corinfomax knows nothing of temperature"):
-        Loss(temperature=0.1)
+        build(Loss(temperature=0.1))
     with pytest.raises(ValueError, match="kernel knows no teacher"):
-        dataclasses.replace(tiny.RECIPE, loss=Loss(name="kernel"), teacher=0.9)
+        build(Loss(name="kernel"), teacher=0.9)

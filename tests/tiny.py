@@ -10,7 +10,7 @@ from PIL import Image
 from corinfomax import images, train
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.images import Splits
-from corinfomax.knobs import Backbone, Optim, Projector, Recipe
+from corinfomax.knobs import Backbone, Loss, Optim, Projector, Recipe
 from corinfomax.networks import Network
 from corinfomax.recipes import RECIPES
 
@@ -23,6 +23,7 @@ RECIPE: Recipe = replace(
     cache_side=16,
     backbone=Backbone(small_stem=True, stem_stride=2, layers=(1, 1, 1, 1), channels=(8, 8, 8, 16)),
     projector=Projector(widths=(32, 8)),
+    loss=Loss(),
     optim=Optim(lr=0.05, warmup_epochs=0.5, schedule="step"),
     epochs=2,
     batch=8,

@@ -105,7 +105,7 @@ class Loss:
     """kernel is our own: the log det of a kernel's matrix over the images, with temperature, alpha, eps and normalize
     of the fields below. ldmi and those after it are there to compare with and know `weights` alone: ldmi is the mutual
     information itself, which corinfomax maximises to first order; the rest need the extra `baselines`. Only corinfomax
-    has a verdict."""
+    and kernel have a verdict."""
     weights: tuple[float, ...] = ()
     """Of ldmi its eps; of vicreg invariance, variance and covariance; of barlow-twins redundancy; of simclr the
     temperature; of sigreg the share of SIGReg. () is 0.001 and what their authors take: 25 25 1, 0.0051, 0.5, 0.05."""
@@ -135,13 +135,6 @@ class Loss:
     def shift(self) -> float:
         """What is added to the diagonal."""
         return (1e-3 if self.name == "kernel" else 1e-8) if self.eps is None else self.eps
-
-    def __post_init__(self) -> None:
-        usual = {field.name: field.default for field in dataclasses.fields(self) if field.name != "name"}
-        own = OWN.get(self.name, ("weights",))
-        if odd := sorted(name for name in usual if name not in own and getattr(self, name) != usual[name]):
-            has = ", ".join(f"--loss.{name.replace('_', '-')}" for name in own)
-            raise ValueError(f"{self.name} knows nothing of {', '.join(odd)}; it has {has}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,10 +245,6 @@ class Recipe:
             raise ValueError(f"crops is {self.crops}; agreement needs at least 2 views of an image")
         if self.teacher is not None and not 0 <= self.teacher < 1:
             raise ValueError(f"teacher is {self.teacher}; the weight of its past is from 0 to below 1")
-        if self.teacher is not None and self.loss.name != "corinfomax":
-            raise ValueError(f"{self.loss.name} knows no teacher; corinfomax does")
-        if self.crops != 2 and self.loss.name in PAIRED:
-            raise ValueError(f"crops is {self.crops}, and {self.loss.name} compares two views")
         if len(self.early_sizes) != len(self.early_shares) or min(self.early_sizes, default=1) < 1:
             raise ValueError(
                 f"early_sizes and early_shares are {self.early_sizes} and {self.early_shares}; each part needs a side, "
@@ -282,6 +271,23 @@ class Recipe:
     def test_side(self) -> int:
         """Side of the views once trained, in pixels."""
         return self.size if self.test_scale == 1 else max(1, round(self.test_scale * self.size / 4)) * 4
+
+
+def check_objective(recipe: Recipe) -> None:
+    """ValueError for knobs that the recipe's objective knows nothing of.
+
+    Not where a recipe is made: what is typed is read before the recipe that it changes is chosen.
+    """
+    loss = recipe.loss
+    usual = {field.name: field.default for field in dataclasses.fields(loss) if field.name != "name"}
+    own = OWN.get(loss.name, ("weights",))
+    if odd := sorted(name for name in usual if name not in own and getattr(loss, name) != usual[name]):
+        has = ", ".join(f"--loss.{name.replace('_', '-')}" for name in own)
+        raise ValueError(f"{loss.name} knows nothing of {', '.join(odd)}; it has {has}")
+    if recipe.teacher is not None and loss.name != "corinfomax":
+        raise ValueError(f"{loss.name} knows no teacher; corinfomax does")
+    if recipe.crops != 2 and loss.name in PAIRED:
+        raise ValueError(f"crops is {recipe.crops}, and {loss.name} compares two views")
 
 
 def sides(recipe: Recipe) -> str:

@@ -15,7 +15,7 @@ from corinfomax import checkpoint, distributed, micro, optim
 from corinfomax.baselines import Baseline
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.kernel import KernelLoss
-from corinfomax.knobs import OWN, Recipe
+from corinfomax.knobs import OWN, Recipe, check_objective
 from corinfomax.networks import Network, arithmetic, fixed_size, ready
 from corinfomax.objective import CorInfoMaxLoss, NotFiniteInputError, Terms
 from corinfomax.seeds import key
@@ -78,8 +78,9 @@ def build(recipe: Recipe, device: torch.device, *, compiled: bool = False) -> Le
 
 
 def build_criterion(recipe: Recipe) -> Criterion:
-    """The recipe's objective. ValueError for one to compare with in several processes, or with weights that are not its
-    own; ImportError where it needs lightly."""
+    """The recipe's objective. ValueError for one to compare with in several processes, or with knobs or weights that
+    are not its own; ImportError where it needs lightly."""
+    check_objective(recipe)
     dim = recipe.projector.widths[-1]
     own = {name: getattr(recipe.loss, name) for name in OWN.get(recipe.loss.name, ())} | {"eps": recipe.loss.shift}
     if recipe.loss.name == "corinfomax":

@@ -173,8 +173,7 @@ def check_parts(recipe: Recipe) -> slice:
     """This process's part of a batch; ValueError where processes or micro-batches cannot share it, or for an objective
     that cannot be."""
     here = distributed.share(recipe.batch)
-    if recipe.loss.name != "corinfomax":
-        build_criterion(recipe)  # what is wrong with it is known before the images are decoded
+    build_criterion(recipe)  # what is wrong with it is known before the images are decoded
     if recipe.micro_batch is not None and (here.stop - here.start) % recipe.micro_batch == 1:
         raise ValueError(
             f"{here.stop - here.start} images in parts of {recipe.micro_batch} leave a part of one, and BatchNorm "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from corinfomax.knobs import ALPHA_PER_DIM, Recipe
+from corinfomax.knobs import ALPHA_PER_DIM, OWN, Recipe
 
 Kind = Literal[
     "still warming up",
@@ -32,9 +32,12 @@ EQUAL_VIEWS = 0.02  # distance of two views of one image relative to that of two
 PAST_FLOOR = -0.5  # nats a dimension that the big bang is below its least value: impossible for unit rows
 RISE = 1.0  # nats a dimension by which the loss is above its lowest
 COLLAPSED = 0.6  # of the way from the big bang's least value to that of a zero covariance; 0.57 was seen and left again
+CROWDED = 0.8  # the same way for a kernel's matrix: 0.66 with a sound probe, 0.88 and more in runs that learnt little
 ONE_POINT = 1e-3  # 1 − |mean projection|²: what the projections of two images have not in common
 FEW_DIRECTIONS = 3.0  # nats a dimension: 0 for an even spectrum, 3 with half the directions at e^-4.4 of the others
-PULLED = 0.03  # as ONE_POINT, when training had time to spread them: 0.1 to 1 in sound runs
+PULLED = {"sgd": 0.03, "lars": 0.03, "adamw": 0.03, "muon": 2e-3}
+"""As ONE_POINT, when training had time to spread them: 0.1 to 1 in sound runs. Steps of Muon have one length whatever
+the loss's gradient: with 100 times the usual alpha it ends at 0.005 to 0.008 and learns all the same."""
 INVARIANT = 0.97  # share of the variance that is between images: nothing of a view is left
 UNRELATED = 0.15  # the same share: views hardly tell images apart; 0.3 to 0.9 in sound runs
 APART = 1.2  # squared distance of two views, 2 for unrelated ones: a cosine below 0.4
@@ -46,6 +49,8 @@ GROWING = 0.05  # relative gain of the best measure over the last third of the s
 STEADY = 0.01
 LOST = 0.1  # share of a run in trouble that is worth a word when it ended well
 ODD = 5.0  # times what is usual, from where on a knob is the first suspect
+HIDING = 1.0  # eps of a kernel's matrix, whose diagonal is 1, from where on it is the first suspect
+TEMPERATURES = (0.03, 3.0)  # of a kernel beyond which they are the first suspect; 0.125 to 0.5 learn alike
 USUAL_LR = {"sgd": 1.0, "adamw": 2e-3, "lars": 10.0, "muon": 0.05}
 BEST = "ldmi"  # ranks checkpoints as well as any (docs/verdict.md)
 
@@ -73,8 +78,8 @@ def judge(
 
     `ended` is a run that has all its steps; `error` is why it broke off. The first of these that holds is said: the
     data is at fault, the numbers are impossible, all images are at one point or in few directions, views make no
-    difference or more than images do, the loss rises; and only then how far the run has come. Of another objective
-    than CorInfoMax only the data and the error are judged: the thresholds are not known for it.
+    difference or more than images do, the loss rises; and only then how far the run has come. Of objectives to
+    compare with only the data and the error are judged: the thresholds are not known for them.
     """
     looks = [row for row in rows if "views_differ" in row]
     if error is not None:
@@ -83,7 +88,7 @@ def judge(
         )
     if not looks:
         return None
-    if recipe.loss.name != "corinfomax":
+    if recipe.loss.name not in OWN:
         return _data(looks[-1])
     share = rows[-1]["step"] / steps
     return (
@@ -159,9 +164,14 @@ def _rise(rows: Sequence[Row], recipe: Recipe) -> Verdict | None:
 def _bounds(recipe: Recipe, step: int) -> tuple[float, float]:
     """The least big bang of unit rows, with even spread, and that of rows all at one point, after `step` steps.
 
-    −2 ln of an eigenvalue plus ε: 1/D and 0, but for what is left of the identity at which the covariance began.
+    −2 ln of an eigenvalue plus ε: 1/D and 0, but for what is left of the identity at which the covariance began. Those
+    of a kernel's matrix are all 1 where no image is like another, and at one point one is the number of images, the
+    others 0.
     """
-    loss = recipe.loss
+    loss, n = recipe.loss, recipe.batch
+    if loss.name == "kernel":
+        point = math.log(n + loss.shift) + (n - 1) * math.log(loss.shift)
+        return -2 * math.log1p(loss.shift), -2 * point / n
     left = loss.cov_decay**step
     rest = left * loss.cov_init + loss.shift
     least, most = (-2 * math.log((1 - left) * each + rest) for each in (1 / _dim(recipe), 0))
@@ -176,14 +186,22 @@ def _collapse(last: Row, look: Row, recipe: Recipe) -> Verdict | None:
     least, most = _bounds(recipe, last["step"])
     way, uneven = (last["big_bang"] - least) / (most - least), unevenness(look)
     measures = {name: look[name] for name in ("spread", "spread_gap", "rank")}
-    measures |= {"big_bang": last["big_bang"], "uneven": uneven}
+    measures |= {"big_bang": last["big_bang"], "way": way, "uneven": uneven}
+    place = f"the big bang is at {last['big_bang']:.3g}, from {least:.3g} for even spread to {most:.3g} for none"
     if last["step"] > YOUNG and way > COLLAPSED and look["spread"] < ONE_POINT:
         evidence = (
-            f"The projections of different images are one point but for {look['spread']:.0e} of their length, and the "
-            f"big bang is at {last['big_bang']:.1f}, from {least:.1f} for even spread to {most:.1f} for none."
+            f"The projections of different images are one point but for {look['spread']:.0e} of their length, and "
+            f"{place}."
         )
         return Verdict("complete collapse", evidence, _cause(recipe), measures)
-    if last["step"] > LAGGING and uneven > FEW_DIRECTIONS:
+    if last["step"] <= LAGGING:
+        return None
+    if recipe.loss.name == "kernel":  # whose projections spread over few directions where images do
+        if way <= CROWDED:
+            return None
+        evidence = f"The projections of most images can be told from those of others: {place}."
+        return Verdict("dimensional collapse", evidence, _cause(recipe), measures)
+    if uneven > FEW_DIRECTIONS:
         evidence = (
             f"The projections hardly use most of their {_dim(recipe)} directions: the spectrum is "
             f"{uneven:.1f} nats a direction from an even one, and {look['spectrum'][0]:.0%} of the variance is in one."
@@ -200,7 +218,11 @@ def unevenness(look: Row) -> float:
 def _invariance(last: Row, look: Row, recipe: Recipe, share: float) -> Verdict | None:
     distance = _dim(recipe) * last["attraction"]
     measures = {"spread": look["spread"], "agreement": look["agreement"], "distance": distance}
-    if last["step"] > LAGGING and share >= SETTLED and (look["spread"] < PULLED or look["agreement"] > INVARIANT):
+    if (
+        last["step"] > LAGGING
+        and share >= SETTLED
+        and (look["spread"] < PULLED[recipe.optim.name] or look["agreement"] > INVARIANT)
+    ):
         evidence = (
             f"Projections of different images have all but {look['spread']:.1%} in common, and "
             f"{look['agreement']:.0%} of what is left tells images apart."
@@ -268,7 +290,7 @@ def _cause(recipe: Recipe) -> str:
     """The likeliest cause of a collapse or divergence: the first knob out of the ordinary, else the learning rate."""
     loss, optim = recipe.loss, recipe.optim
     usual, alpha = _alphas(recipe)
-    if loss.name != "corinfomax":  # whose other knobs say nothing
+    if loss.name not in OWN:  # whose other knobs say nothing
         return f"A learning rate of {optim.lr:g} is the likely cause: --optim.lr {optim.lr / 3:.2g}."
     if not loss.normalize:
         return "Without unit rows the projections grow instead of spreading: --loss.normalize."
@@ -277,7 +299,13 @@ def _cause(recipe: Recipe) -> str:
             f"An alpha of {alpha:g}, {alpha / usual:.0f} times the usual 3.906·D, pulls everything together: "
             f"--loss.alpha {usual:.0f}."
         )
-    if loss.shift > 0.01 / _dim(recipe):
+    if loss.name == "kernel":
+        if loss.shift > HIDING:
+            return f"An eps of {loss.shift:g} hides from the log det which images are alike: --loss.eps 0.001."
+        if not TEMPERATURES[0] <= loss.temperature <= TEMPERATURES[1]:
+            what = "all images as alike" if loss.temperature > 1 else "no images as alike"
+            return f"A temperature of {loss.temperature:g} counts {what}: --loss.temperature 0.25."
+    elif loss.shift > 0.01 / _dim(recipe):
         return f"An eps of {loss.shift:g} hides empty directions from the log det: --loss.eps 1e-8."
     if loss.cov_decay > 0.5:
         return (

@@ -307,8 +307,8 @@ def _conclude(run: Path, recipe: Recipe, images: int, *, error: str | None = Non
     if found is not None:
         print(f"\nverdict: {found.text}\n")
         results["verdict"] = found._asdict()
-    elif recipe.loss.name != "corinfomax":
-        print(f"\nno verdict: what its measures should be is known of corinfomax, not of {recipe.loss.name}\n")
+    elif recipe.loss.name not in knobs.OWN:
+        print(f"\nno verdict: what its measures should be is known of CorInfoMax, not of {recipe.loss.name}\n")
     kept = {runs.step_of(path): path for path in runs.checkpoints(run)}
     best = verdict.best_step(rows, kept)
     if best is not None:
