@@ -177,9 +177,9 @@ CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
         "": {"batch": 256},
     },
     "barlow-twins": {
-        "projector": {"widths": (512, 512, 128)},
+        "projector": {"widths": (2048, 64)},
         "loss": {"weights": (0.0102,)},
-        "optim": {"name": "muon", "lr": 0.04, "start_lr": 0.002, "weight_decay": 0.1},
+        "optim": {"name": "muon", "lr": 0.02, "start_lr": 0.002, "weight_decay": 0.1},
     },
     "simclr": {
         "loss": {"weights": (0.125,)},

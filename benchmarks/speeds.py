@@ -155,8 +155,9 @@ def measure(every: dict[str, Splits], rounds: int = 5) -> None:
         print(f"round {turn + 1} of {rounds}: {len(new)} kinds of steps", flush=True)
     for kind, samples in taken.items():
         spread = max(samples) / min(samples) - 1
-        known[_text(kind)] = {"seconds": round(statistics.median(samples), 5), "spread": round(spread, 3)}
-    SPEEDS.write_text(json.dumps({"steps": known, "machine": machine.machine("cpu")}, indent=1) + "\n")
+        seconds = {"seconds": round(statistics.median(samples), 5), "spread": round(spread, 3)}
+        known[_text(kind)] = {**seconds, "processor": machine.machine("cpu")["processor"]}
+    SPEEDS.write_text(json.dumps({"steps": known}, indent=1) + "\n")
 
 
 def searched(method: Method) -> Iterator[Changes]:
