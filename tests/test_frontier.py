@@ -29,7 +29,7 @@ def test_what_was_chosen_and_every_option_is_a_recipe(name):
     for data in methods.DATA:
         speeds.settings(name, data)
     best = changed(method.start, CHOSEN[name])
-    for options in (*method.options, *method.again):
+    for options in (*method.options, *method.late, *method.again):
         for change in options(best):
             assert isinstance(changed(best, change), knobs.Recipe)
             json.dumps(change)
