@@ -178,7 +178,7 @@ CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
     },
     "barlow-twins": {
         "projector": {"widths": (2048, 64)},
-        "loss": {"weights": (0.0102,)},
+        "loss": {"weights": (0.0204,)},
         "optim": {"name": "muon", "lr": 0.02, "start_lr": 0.002, "weight_decay": 0.1},
     },
     "simclr": {
