@@ -57,7 +57,11 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, "" outside of one."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """The commit of the checkout, with "-dirty" where its code was changed since; "" outside of one.
+
+    Results that were written since do not count.
+    """
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    done = subprocess.run([*git, "describe", "--always", "--exclude=*"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True, check=False)
+    return done.stdout.strip() + ("-dirty" if changed.returncode == 1 else "")
