@@ -63,5 +63,7 @@ def commit() -> str:
     """
     git = ["git", "-C", str(Path(__file__).parents[1])]
     done = subprocess.run([*git, "describe", "--always", "--exclude=*"], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return ""
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True, check=False)
     return done.stdout.strip() + ("-dirty" if changed.returncode == 1 else "")
