@@ -151,7 +151,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("paper", PAPER),
-        Method("kernel", KERNEL, again=(_rates, _weights)),
+        Method("kernel", KERNEL, (_rates, _weights, _starts), (), (_rates, _weights)),
         _method("corinfomax", (512, 512, 64), (2048, 2048, 64), (512, 512, 128), shallow=((2048, 64), (2048, 32))),
         _method("vicreg", (2048, 2048, 2048), (512, 512, 512), (512, 512, 128), shallow=((2048, 512), (2048, 256))),
         _method(
