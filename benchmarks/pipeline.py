@@ -25,7 +25,7 @@ def run(effort: Effort) -> Iterator[Metric]:
     large = replace(large, batch=min(large.batch, 64))  # both sides grow with the batch; a step is seconds already
     recipes: dict[str, Recipe] = {f"ResNet-18 with 3×3 stem, batch {large.batch}, {large.size} px": large}
     if not effort.quick:
-        recipes[f"compact ResNet of cpu-small, batch {small.batch}, {small.size} px"] = small
+        recipes[f"compact ResNet, SGD, batch {small.batch}, {small.size} px"] = small
     for name, recipe in recipes.items():
         images = as_images(pictures(8 * recipe.batch, recipe.cache_side))
         learner = build(recipe, CPU)

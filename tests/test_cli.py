@@ -1,5 +1,6 @@
 """The command line as a person meets it: help at once, one sentence for a mistake, the whole job in one command."""
 
+import ctypes
 import os
 import platform
 import resource
@@ -10,6 +11,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,6 +83,15 @@ def test_the_recipe_is_the_default_and_flags_override_it():
         (["pretrain", "DATA", "--test-split", "tset", *KNOBS], "no split 'tset'"),
         (["pretrain", "--resume", "nowhere"], "holds no checkpoint"),
         (["pretrain", "--resume", "nowhere", "--epochs", "3"], "a resumed run keeps its recipe and its splits"),
+        (["pretrain", "--resume", "nowhere", "--loss.name", "kernel"], "a resumed run keeps its recipe"),
+        (["pretrain", "--resume", "nowhere", "--no-from-files"], "a resumed run keeps its recipe"),
+        (["pretrain", "DATA", "--loss.cov-decay", "0.02"], "nothing of --loss.cov-decay; it has"),
+        (["pretrain", "DATA", "--teacher", "0.9"], "kernel, this recipe's objective, knows no --teacher"),
+        (["bench", "DATA", "--teacher", "0.9"], "knows no --teacher; --loss.name corinfomax does"),
+        (
+            ["pretrain", "x", "--recipe", "cifar10", "--loss.temperature", "0.3", "--sbatch", "1", "4"],
+            "--loss.name kernel knows it",
+        ),
         (["evaluate", "nowhere", "DATA"], "no weights at nowhere"),
         (["embed", "nowhere", "DATA", "--out", "x.csv"], "x.csv must end in"),
         (["recipes", "cifar"], "unknown recipe 'cifar'"),
@@ -437,8 +448,35 @@ def test_labels_for_half_of_the_images_are_a_sentence(tmp_path, capsys):
     assert "instead" not in capsys.readouterr().out
 
 
+TUNED = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1000000"}
+
+
+def test_what_an_objective_does_not_know_is_said_before_an_image_is_decoded(tmp_path, capsys, monkeypatch):
+    data, cache = tiny.folder(tmp_path / "data", {"train": 16}), tmp_path / "cache"
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ["pretrain", "--loss.weights", "3"],
+        ["pretrain", "--loss.cov-decay", "0.2"],
+        ["bench", "--teacher", "0.9"],
+    ):
+        assert cli.main([words[0], str(data), "--cache", str(cache), *words[1:]]) == 2
+        assert "this recipe's objective, knows" in capsys.readouterr().err
+        assert not cache.exists()
+
+
+def test_a_typed_word_is_for_the_chosen_recipe_and_not_for_the_one_it_is_read_over(tmp_path, capsys):
+    """mnist5k has the covariance, and cpu-small, over which words are read first, has the kernel."""
+    words = ["pretrain", "mnist5k", "--cache", str(tmp_path / "cache"), "--loss.cov-decay", "0.02", "--out"]
+    assert cli.main([*words, str(tmp_path / "run"), "--epochs", "0.0001"]) == 2
+    assert "are none: --epochs" in capsys.readouterr().err
+
+
+ALWAYS_HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is glibc's")
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.skipif(ALWAYS_HUGE.exists() and "[always]" in ALWAYS_HUGE.read_text(), reason="huge pages hide faults")
+@pytest.mark.parametrize("given", [{}, {"MALLOC_MMAP_THRESHOLD_": "1000000"}, TUNED])
 def test_a_command_keeps_the_memory_that_it_frees(given):
     """Ten times 128 MB that are freed and had again are 330,000 faults of pages, or 33,000."""
     code = """
@@ -453,10 +491,35 @@ def faults(argv):
 cli._run = faults
 cli.main()
 """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    environment |= {"MALLOC_MMAP_THRESHOLD_": "1000000"} if given else {}  # which comes first
+    ours = ("MALLOC_", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | given
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert (int(said.stdout) > 100_000) == given, said.stdout
+    assert (int(said.stdout) > 100_000) == bool(given), said.stdout  # what is given comes first
+
+
+@pytest.mark.parametrize(
+    ("most", "asked"),
+    [
+        (1 << 30, [(-3, 1 << 30), (-1, (1 << 31) - 1)]),
+        (1 << 25, [(-3, 1 << 30), (-3, 1 << 25), (-1, (1 << 31) - 1)]),
+        (0, [(-3, 1 << 30), (-3, 1 << 25)]),  # the second alone would make all slower
+    ],
+)
+def test_a_libc_that_refuses_is_left_as_it_is(monkeypatch, most, asked):
+    heard = []
+
+    def mallopt(what, value):
+        heard.append((what, value))
+        return int(what == -1 or value <= most)
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
+    cli._keep_memory()
+    assert heard == asked
+    assert cli.main(["recipes", "cifar10"]) == 0  # in another's process, which is left as it is
+    assert heard == asked
 
 
 def test_commands_compute_without_numbers_that_slow_a_processor_down():

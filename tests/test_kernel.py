@@ -10,6 +10,7 @@ from torch import nn
 
 import tiny
 from corinfomax import checkpoint, learner, micro, page, runs
+from corinfomax.commands import pretrain
 from corinfomax.kernel import KernelLoss
 from corinfomax.knobs import Loss
 from corinfomax.objective import NotFiniteInputError
@@ -168,9 +169,16 @@ def build(loss, **changes):
 
 
 def test_knobs_that_are_not_its_own_are_refused():
-    with pytest.raises(ValueError, match=r"kernel knows nothing of cov_decay; it has --loss\.alpha, --loss\.temp"):
+    with pytest.raises(ValueError, match=r"nothing of --loss\.cov-decay; it has --loss\.alpha, .*corinfomax knows it"):
         build(Loss(name="kernel", cov_decay=0.5))
-    with pytest.raises(ValueError, match="corinfomax knows nothing of temperature"):
+    with pytest.raises(ValueError, match=r"corinfomax.*nothing of --loss\.temperature;.*--loss\.name kernel knows it"):
         build(Loss(temperature=0.1))
-    with pytest.raises(ValueError, match="kernel knows no teacher"):
+    with pytest.raises(ValueError, match=r"kernel.* knows no --teacher; --loss\.name corinfomax does"):
         build(Loss(name="kernel"), teacher=0.9)
+
+
+def test_a_run_that_was_not_looked_at_is_not_told_that_its_objective_has_no_verdict(tmp_path, capsys):
+    runs.append_metrics(tmp_path, {"step": 10, "loss": 3.0})
+    for name, said in (("kernel", False), ("vicreg", True)):
+        pretrain._conclude(tmp_path, dataclasses.replace(tiny.RECIPE, loss=Loss(name=name)), 80)
+        assert ("no verdict" in capsys.readouterr().out) == said

@@ -139,7 +139,7 @@ def test_what_is_left_of_the_first_covariance_is_no_divergence():
 
 
 KERNELS = replace(RECIPE, loss=Loss(name="kernel"), batch=64)
-SOUND = {"loss": 2.0, "big_bang": 0.6, "spread_gap": 11.0}
+SOUND = {"loss": 2.0, "big_bang": 0.6, "spread_gap": 11.0, "spectrum": [1 / 16] * 16}
 """Of a good run with the kernel: far from even spread over directions, near to it over images."""
 
 
@@ -155,10 +155,12 @@ def test_a_kernels_big_bang_is_judged_by_bounds_of_its_own(temperature, eps):
         big_bang = least + way * (most - least)
         return judge(row(60, **SOUND), row(500, **SOUND | {"big_bang": big_bang} | changes), recipe=recipe)
 
-    assert at(0.0).kind == at(0.1).kind == at(0.75).kind == "improving"
-    assert at(0.85).kind == "dimensional collapse"
-    assert f"from {least:.3g} for even spread to {most:.3g} for none" in at(0.85).evidence
-    assert at(0.65, spread=1e-5).kind == "complete collapse"
+    assert at(0.0).kind == at(0.1).kind == at(0.79).kind == "improving"
+    assert at(0.81).kind == "dimensional collapse"
+    assert "can be foretold from those of others" in at(0.81).evidence
+    assert f"from {least:.3g} for even spread to {most:.3g} for none" in at(0.81).evidence
+    assert at(0.61, spread=1e-5).kind == "complete collapse"
+    assert at(0.59, spread=1e-5).kind == "over-invariant"
     assert at(0.1, big_bang=least - 0.6).kind == "diverging"
     assert at(0.1, spread_gap=25.0).kind == "improving"  # images need not lie evenly in all directions
     assert at(0.1, agreement=0.98).kind == "over-invariant" and at(0.1, agreement=0.1).kind == "under-invariant"
@@ -168,9 +170,12 @@ def test_a_kernels_big_bang_is_judged_by_bounds_of_its_own(temperature, eps):
     ("changes", "flag"),
     [
         ({"alpha": 3000.0}, "--loss.alpha 125"),
-        ({"eps": 50.0}, "--loss.eps 0.001"),
-        ({"temperature": 9.0}, "all images as alike: --loss.temperature 0.25"),
-        ({"temperature": 0.001}, "no images as alike: --loss.temperature 0.25"),
+        ({"eps": 1.1}, "--loss.eps 0.001"),
+        ({"eps": 0.9}, "--optim.lr"),
+        ({"temperature": 3.1}, "all images as alike: --loss.temperature 0.25"),
+        ({"temperature": 2.9}, "--optim.lr"),
+        ({"temperature": 0.029}, "no images as alike: --loss.temperature 0.25"),
+        ({"temperature": 0.031}, "--optim.lr"),
         ({"normalize": False}, "--loss.normalize"),
         ({}, "--optim.lr"),
     ],
@@ -182,6 +187,25 @@ def test_a_kernels_collapse_names_a_knob_of_its_own(changes, flag):
     found = judge(row(60, **SOUND), row(500, **SOUND | one_point), recipe=recipe)
     assert found.kind == "complete collapse"
     assert flag in found.advice and "cov-decay" not in found.advice
+
+
+@pytest.mark.parametrize(("used", "kind"), [(1, "dimensional collapse"), (3, "dimensional collapse"), (5, "improving")])
+def test_a_kernels_projections_in_few_directions_are_a_collapse(used, kind):
+    """256 images that lie apart on a circle are hardly foretold from one another."""
+    found = judge(row(60, **SOUND), row(500, **SOUND | {"spectrum": [1 / used] * used + [0.0] * 3}), recipe=KERNELS)
+    assert found.kind == kind
+    assert kind == "improving" or f"about {used:.1f} of their 32 directions" in found.evidence
+    narrow = replace(KERNELS, projector=Projector(widths=(64, 8)))
+    few = judge(row(60, **SOUND), row(500, **SOUND | {"spectrum": [1 / 3] * 3}), recipe=narrow)
+    assert few.kind == "improving"  # of 8 directions 3 are no few
+
+
+@pytest.mark.parametrize(("name", "eps"), [("kernel", 1e12), ("corinfomax", 1e20)])
+def test_an_eps_beyond_all_else_is_no_traceback(name, eps):
+    recipe = replace(KERNELS, loss=Loss(name=name, eps=eps))
+    big_bang = -2 * math.log(eps)
+    found = judge(row(60, **SOUND), row(500, **SOUND | {"big_bang": big_bang, "spread": 1e-6}), recipe=recipe)
+    assert found.kind not in verdict.GOOD and "--loss.eps" in found.advice
 
 
 @pytest.mark.parametrize(("name", "least"), [("sgd", 0.03), ("lars", 0.03), ("adamw", 0.03), ("muon", 0.002)])

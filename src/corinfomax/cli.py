@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from corinfomax import slurm
+from corinfomax import knobs, slurm
 from corinfomax.commands import errors
 from corinfomax.options import (
     Bench,
@@ -58,11 +58,12 @@ def _keep_memory() -> None:
     A step of `cpu-small` on two cores takes 0.18 s instead of 0.21, in a tenth more memory at most (docs/log.md).
     What the environment says of malloc comes first.
     """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+    said = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc's alone
+    if said or mallopt is None:
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, 1 << 30)
+    # Older ones take 32 MB at most. Without the first the second would leave it at 128 kB for good.
+    if mallopt(MMAP_THRESHOLD, 1 << 30) or mallopt(MMAP_THRESHOLD, 1 << 25):
         mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
 
 
@@ -87,7 +88,9 @@ def _told_to_stop() -> Iterator[None]:
 def _tiny_numbers_afterwards() -> Iterator[None]:
     """Commands flush numbers below 1e-38 to 0 (`inputs.device_of`); whoever called one has them again as they were."""
     torch = sys.modules.get("torch")
-    flushed = torch is not None and float(torch.tensor(1e-39) * 1) == 0  # there is no way to ask
+    flushed = (
+        torch is not None and float(torch.tensor(1e-39, dtype=torch.float32, device="cpu") * 1) == 0
+    )  # there is no way to ask
     try:
         yield
     finally:
@@ -99,6 +102,8 @@ def _run(argv: list[str]) -> int:
     # torch takes seconds to import; a command is imported when it is wanted, so that --help answers at once.
     match parse(argv):
         case Pretrain(sbatch=(nodes, gpus)) as command:
+            if command.recipe is not None:  # else it is chosen where the job runs
+                knobs.check_objective(command.knobs)
             words, run = slurm.without_flag(argv, "--sbatch", 2), command.resume or command.out
             print(slurm.script(words, nodes=nodes, gpus=gpus, run=run, device=command.where.device), end="")
             return 0

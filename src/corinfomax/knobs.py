@@ -1,4 +1,4 @@
-"""Every knob as frozen data, checked where it is made, and its way to JSON and back."""
+"""Every knob as frozen data, checked where it is made but for what objectives know, and its way to JSON and back."""
 
 from __future__ import annotations
 
@@ -282,10 +282,12 @@ def check_objective(recipe: Recipe) -> None:
     usual = {field.name: field.default for field in dataclasses.fields(loss) if field.name != "name"}
     own = OWN.get(loss.name, ("weights",))
     if odd := sorted(name for name in usual if name not in own and getattr(loss, name) != usual[name]):
-        has = ", ".join(f"--loss.{name.replace('_', '-')}" for name in own)
-        raise ValueError(f"{loss.name} knows nothing of {', '.join(odd)}; it has {has}")
+        has, wrong = (", ".join(f"--loss.{name.replace('_', '-')}" for name in names) for names in (own, odd))
+        others = [name for name, known in OWN.items() if set(odd) <= set(known)]
+        cure = f"; --loss.name {others[0]} knows it" if others else ""
+        raise ValueError(f"{loss.name}, this recipe's objective, knows nothing of {wrong}; it has {has}{cure}")
     if recipe.teacher is not None and loss.name != "corinfomax":
-        raise ValueError(f"{loss.name} knows no teacher; corinfomax does")
+        raise ValueError(f"{loss.name}, this recipe's objective, knows no --teacher; --loss.name corinfomax does")
     if recipe.crops != 2 and loss.name in PAIRED:
         raise ValueError(f"crops is {recipe.crops}, and {loss.name} compares two views")
 

@@ -33,6 +33,7 @@ PAST_FLOOR = -0.5  # nats a dimension that the big bang is below its least value
 RISE = 1.0  # nats a dimension by which the loss is above its lowest
 COLLAPSED = 0.6  # of the way from the big bang's least value to that of a zero covariance; 0.57 was seen and left again
 CROWDED = 0.8  # the same way for a kernel's matrix: 0.66 with a sound probe, 0.88 and more in runs that learnt little
+FEW = 4.0  # directions that a kernel's projections vary in, or a quarter of few: 13 and more in sound runs
 ONE_POINT = 1e-3  # 1 − |mean projection|²: what the projections of two images have not in common
 FEW_DIRECTIONS = 3.0  # nats a dimension: 0 for an even spectrum, 3 with half the directions at e^-4.4 of the others
 PULLED = {"sgd": 0.03, "lars": 0.03, "adamw": 0.03, "muon": 2e-3}
@@ -184,9 +185,10 @@ def _dim(recipe: Recipe) -> int:
 
 def _collapse(last: Row, look: Row, recipe: Recipe) -> Verdict | None:
     least, most = _bounds(recipe, last["step"])
-    way, uneven = (last["big_bang"] - least) / (most - least), unevenness(look)
+    way = (last["big_bang"] - least) / (most - least) if most > least else 0.0  # an eps beyond all else hides both
+    uneven, used = unevenness(look), directions(look)
     measures = {name: look[name] for name in ("spread", "spread_gap", "rank")}
-    measures |= {"big_bang": last["big_bang"], "way": way, "uneven": uneven}
+    measures |= {"big_bang": last["big_bang"], "way": way, "uneven": uneven, "directions": used}
     place = f"the big bang is at {last['big_bang']:.3g}, from {least:.3g} for even spread to {most:.3g} for none"
     if last["step"] > YOUNG and way > COLLAPSED and look["spread"] < ONE_POINT:
         evidence = (
@@ -197,9 +199,12 @@ def _collapse(last: Row, look: Row, recipe: Recipe) -> Verdict | None:
     if last["step"] <= LAGGING:
         return None
     if recipe.loss.name == "kernel":  # whose projections spread over few directions where images do
-        if way <= CROWDED:
+        if way > CROWDED:
+            evidence = f"The projections of most images can be foretold from those of others: {place}."
+        elif used < min(FEW, _dim(recipe) / 4):
+            evidence = f"The projections vary in about {used:.1f} of their {_dim(recipe)} directions."
+        else:
             return None
-        evidence = f"The projections of most images can be told from those of others: {place}."
         return Verdict("dimensional collapse", evidence, _cause(recipe), measures)
     if uneven > FEW_DIRECTIONS:
         evidence = (
@@ -208,6 +213,12 @@ def _collapse(last: Row, look: Row, recipe: Recipe) -> Verdict | None:
         )
         return Verdict("dimensional collapse", evidence, _cause(recipe), measures)
     return None
+
+
+def directions(look: Row) -> float:
+    """In how many directions the projections vary: exp of the entropy of the shares of their variance."""
+    shares = [share for share in look["spectrum"] if share > 0]
+    return math.exp(-sum(share * math.log(share) for share in shares))
 
 
 def unevenness(look: Row) -> float:

@@ -112,7 +112,7 @@ def _plan(command: Pretrain, argv: list[str], device: torch.device) -> Plan:
     resumed: Checkpoint | None = None
     data, where, recipe, name = command.data, command.where, command.knobs, command.recipe
     if command.resume is not None:
-        data, where, resumed = _resumed(command)
+        data, where, resumed = _resumed(command, argv)
         command = _as_it_ran(command, argv, resumed.facts)
         recipe, name = resumed.recipe, resumed.facts["recipe_name"]
     if data is None:
@@ -259,14 +259,14 @@ def _facts(plan: Plan, splits: Splits) -> dict[str, Any]:
     }
 
 
-def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:
+def _resumed(command: Pretrain, argv: list[str]) -> tuple[str, Where, Checkpoint]:
     """The data, where it lies, and the last checkpoint of the run to go on with."""
     run, where = command.resume, command.where
     assert run is not None
-    fresh = Pretrain()
-    kept = {name: getattr(fresh, name) for name in ("recipe", "out", "knobs")}
+    # By what was typed, not by what it made of a recipe, which it may leave as that is.
+    changing = {flag for flag, _ in knobs.flags(command.knobs)} | {"recipe", "out"}
     lying = replace(where, holdout=None, test_split=None, skip=None, download=False)
-    if command != replace(command, **kept, where=lying):
+    if where != lying or _typed_flags(argv) & changing:
         raise ValueError(
             "a resumed run keeps its recipe and its splits: beside --resume only how often it logs, where the images "
             "are now, and the device"
@@ -280,10 +280,15 @@ def _resumed(command: Pretrain) -> tuple[str, Where, Checkpoint]:
 
 def _as_it_ran(command: Pretrain, argv: list[str], facts: dict[str, Any]) -> Pretrain:
     """The options that the run had, but for those that are typed now: --resume RUN alone goes on as it was."""
-    flags = (word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--"))
-    typed = {flag.removeprefix("--").removeprefix("no-") for flag in flags}
+    typed = _typed_flags(argv)
     kept = facts.get("options", {})  # runs of older versions have none
     return replace(command, **{name: value for name, value in kept.items() if name.replace("_", "-") not in typed})
+
+
+def _typed_flags(argv: list[str]) -> set[str]:
+    """The flags, of a switch as it is when it is on."""
+    flags = (word.partition("=")[0].replace("_", "-").removeprefix("--") for word in argv if word.startswith("--"))
+    return {flag.replace(".no-", ".").removeprefix("no-") for flag in flags}
 
 
 def _finish(trained: Trained) -> None:
