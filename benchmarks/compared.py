@@ -26,8 +26,14 @@ NAMES = {
 
 
 def runs_of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """Rows of runs with these fields."""
-    return [row for row in rows if row["kind"] == "run" and all(row[name] == value for name, value in wanted.items())]
+    """Rows of runs with these fields, and the settings that are chosen now."""
+    runs = (row for row in rows if row["kind"] == "run" and row["changes"] == as_json(CHOSEN[row["method"]]))
+    return [row for row in runs if all(row[name] == value for name, value in wanted.items())]
+
+
+def as_json(changes: Changes) -> Any:
+    """Settings as a row has them once it is read."""
+    return json.loads(json.dumps(changes))
 
 
 def table(rows: Sequence[Row], data: str, minutes: float) -> list[str]:
@@ -85,7 +91,7 @@ def ablations(rows: Sequence[Row]) -> list[str]:
 
 
 def _of(rows: Iterable[Row], changes: Changes) -> list[Row]:
-    wanted = json.loads(json.dumps(changes))
+    wanted = as_json(changes)
     return [row for row in rows if row["kind"] == "ablation" and row["changes"] == wanted]
 
 

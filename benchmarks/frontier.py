@@ -32,7 +32,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compared, machine
-from benchmarks.methods import ABLATIONS, DATA, METHODS, SUPERVISED, Changes, Method, ablated, changed, merged
+from benchmarks.methods import ABLATIONS, CHOSEN, DATA, METHODS, SUPERVISED, Changes, Method, ablated, changed, merged
 from benchmarks.speeds import CPU, TRIAL_DATA, measure, seconds_a_step, settings, supervised
 from corinfomax import embed, images, probes, train
 from corinfomax.images import Splits
@@ -128,7 +128,7 @@ def trial(method: Method, changes: Changes, splits: Splits, seed: int, kind: str
     """The linear probe of one setting of a method on the slice; read where it was tried before, in as many steps."""
     recipe = replace(changed(method.start, changes), seed=seed)
     steps = round(60 * TRIAL_MINUTES / seconds_a_step(method.name, TRIAL_DATA, recipe))
-    mark = {"kind": kind, "method": method.name, "changes": json.loads(json.dumps(changes)), "seed": seed}
+    mark = {"kind": kind, "method": method.name, "changes": compared.as_json(changes), "seed": seed}
     for row in rows():
         if all(row.get(name) == value for name, value in mark.items()) and same(row["steps"], steps):
             return float(row["linear"])
@@ -177,7 +177,8 @@ def tune(method: Method, splits: Splits, seed: int = 0) -> Changes:
 
 def run(name: str, data: str, splits: Splits, minutes: float, seed: int) -> None:
     """One row of the table, unless it is there."""
-    mark = {"kind": "run", "method": name, "data": data, "minutes": minutes, "seed": seed}
+    mark = {"kind": "run", "method": name, "changes": compared.as_json(CHOSEN[name])}
+    mark |= {"data": data, "minutes": minutes, "seed": seed}
     recipe = replace(settings(name, data), seed=seed)
     if any(all(row.get(key) == value for key, value in mark.items()) for row in rows()):
         return

@@ -164,7 +164,7 @@ METHODS: dict[str, Method] = {
 }
 
 CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
-    "kernel": {"optim": {"lr": 0.12}},
+    "kernel": {"optim": {"lr": 0.12}, "loss": {"temperature": 0.5}},
     "corinfomax": {
         "projector": {"widths": (2048, 64)},
         "optim": {"name": "muon", "lr": 0.06, "start_lr": 0.006, "weight_decay": 0.1},
