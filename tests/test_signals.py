@@ -52,6 +52,15 @@ def test_each_process_has_the_gpu_of_its_own_place_and_touches_no_other(monkeypa
         distributed.own(torch.device("cuda"))
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as at a terminal; a shell starts what it leaves in the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_stops_at_once():
     with pytest.raises(KeyboardInterrupt), signals.stop_signals() as stop:
         signal.raise_signal(signal.SIGINT)
