@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from corinfomax import batches, networks, runs, train
+from corinfomax import batches, hardware, networks, runs, train
 from corinfomax.bottleneck import PARTS, Setting, Timings
 from corinfomax.decode import decode_all
 from corinfomax.files import Source
@@ -51,7 +51,6 @@ def made_up(recipe: Recipe) -> Images:
 
 def describe(recipe: Recipe, images: Images, device: torch.device, *, decode: float | None = None) -> Setting:
     """The setting in which `measure` runs."""
-    auto = replace(recipe, precision="auto")
     return Setting(
         batch=recipe.batch,
         size=recipe.size,
@@ -60,7 +59,7 @@ def describe(recipe: Recipe, images: Images, device: torch.device, *, decode: fl
         precision=networks.precision(recipe, device),
         threads=torch.get_num_threads(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        native_bfloat16=networks.precision(auto, device) == "bfloat16",
+        native_bfloat16=hardware.multiplies_bfloat16(device),
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
         decode=decode,
     )

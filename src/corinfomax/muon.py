@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from corinfomax import hardware
+
 # (a, b, c) of each step X ← aX + (bA + cA²)X with A = XXᵀ: Cesista's, which take all singular values above 0.002 of
 # the matrix's norm to between 0.85 and 1.15.
 NEWTON_SCHULZ = (
@@ -26,8 +28,7 @@ class Muon(torch.optim.Optimizer):
     convolutions flattened behind their first axis; others by AdamW. Decay is decoupled, lr · weight_decay.
 
     The factor 0.2 · √(longer side) makes a step about as long as AdamW's, whose rates then suit both (arXiv
-    2502.16982). Orthogonal factors are found in bfloat16 on CUDA and elsewhere in the parameter's own type, for a CPU
-    without bfloat16 hardware is slower in it.
+    2502.16982). Orthogonal factors of float32 are found in bfloat16 where the hardware is faster in it.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ def orthogonal(M: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
     those below 0.002 of M's norm. Zero stays zero."""
     X = M if M.shape[0] <= M.shape[1] else M.T
     X = X / torch.linalg.vector_norm(X).clamp_min(1e-12)
-    X = X.bfloat16() if X.is_cuda and X.dtype != torch.float64 else X
+    X = X.bfloat16() if X.dtype == torch.float32 and hardware.multiplies_bfloat16(X.device) else X
     for a, b, c in NEWTON_SCHULZ:
         A = X @ X.T
         X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from corinfomax import hardware
 from corinfomax.knobs import Backbone, Projector, Recipe
 
 
@@ -108,16 +109,10 @@ def build_projector(features: int, projector: Projector) -> nn.Sequential:
 
 
 def precision(recipe: Recipe, device: torch.device) -> Literal["float32", "bfloat16", "float16", "float64"]:
-    """The network's arithmetic: the recipe's, or for "auto" bfloat16 where the hardware multiplies it natively."""
+    """The network's arithmetic: the recipe's, or for "auto" bfloat16 where the hardware is faster in it."""
     if recipe.precision != "auto":
         return recipe.precision
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        # AVX-512's bfloat16 alone is no faster than float32 in training (docs/log.md); AMX is, about three times.
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older versions
-        native = device.type == "cpu" and bool(capabilities.get("amx_bf16"))
-    return "bfloat16" if native else "float32"
+    return "bfloat16" if hardware.multiplies_bfloat16(device) else "float32"
 
 
 def ready(x: Float[Tensor, "n 3 h w"], model: nn.Module) -> Float[Tensor, "n 3 h w"]:

@@ -1,0 +1,49 @@
+"""Which processors multiply bfloat16 faster than float32; and that this one does, where it is said to."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from corinfomax import hardware
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("known", "faster"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"cpu_name": "Intel(R) Xeon(R) Processor", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"cpu_name": "Intel(R) Xeon(R) Processor", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({}, False),
+    ],
+)
+def test_processors_are_told_apart(monkeypatch, known, faster):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert hardware.multiplies_bfloat16.__wrapped__(CPU) is faster
+
+
+def test_an_older_torch_and_other_devices_have_float32(monkeypatch):
+    assert hardware.multiplies_bfloat16(torch.device("mps")) is False
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert hardware.multiplies_bfloat16.__wrapped__(CPU) is False
+
+
+@pytest.mark.skipif(not hardware.multiplies_bfloat16(CPU), reason="this processor is not said to be faster in bfloat16")
+def test_where_bfloat16_is_said_to_be_faster_it_is():
+    kinds = (torch.float32, torch.bfloat16)
+    x, weight = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3)
+    ready = {kind: [t.to(kind, memory_format=torch.channels_last) for t in (x, weight)] for kind in kinds}
+    taken: dict[torch.dtype, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(7):
+        for kind in kinds:
+            began = time.process_time()
+            torch.conv2d(*ready[kind], padding=1)
+            taken[kind].append(time.process_time() - began)
+    ratio = statistics.median(taken[torch.float32]) / statistics.median(taken[torch.bfloat16])
+    assert ratio > 1.2, f"bfloat16 is {ratio:.2f} times as fast"  # 2.0 where it was measured
