@@ -15,8 +15,8 @@ Row = dict[str, Any]
 SCORES = ("kNN", "linear", "10 a class")
 NAMES = {
     "paper": "CorInfoMax, the paper's settings",
-    "kernel": "**CorInfoMax with a kernel, ours**",
-    "corinfomax": "CorInfoMax, settings searched",
+    "kernel": "CorInfoMax with a kernel",
+    "corinfomax": "**CorInfoMax, ours**",
     "vicreg": "VICReg",
     "barlow-twins": "Barlow Twins",
     "simclr": "SimCLR",
@@ -130,7 +130,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                     points.append((values[0][what], statistics.fmean(linear), max(linear) - min(linear)))
                 if points:
                     x, y, spread = zip(*points, strict=True)
-                    style = {"lw": 2.5, "zorder": 3} if name == "kernel" else {"lw": 1.2}
+                    style = {"lw": 2.5, "zorder": 3} if name == "corinfomax" else {"lw": 1.2}
                     axis.errorbar(
                         x,
                         y,

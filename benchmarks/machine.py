@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from corinfomax import hardware
+
 PACKAGES = ("torch", "torchvision", "pillow", "timm", "kornia", "lightly")
 
 
@@ -23,6 +25,7 @@ def machine(clock: str) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "clock": "processor seconds" if clock == "cpu" else "seconds",
+        "arithmetic": "bfloat16" if hardware.multiplies_bfloat16(torch.device("cpu")) else "float32",
         "load": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
     }
@@ -52,7 +55,8 @@ def processor() -> str:
     fields = dict(line.split(":", 1) for line in info.split("\n\n")[0].splitlines() if ":" in line)
     named = {key.strip(): value.strip() for key, value in fields.items()}
     flags = named.get("flags", "").split()
-    special = [said for flag, said in (("avx512f", "AVX-512"), ("amx_bf16", "AMX")) if flag in flags]
+    known = {"avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX"}
+    special = [said for flag, said in known.items() if flag in flags]
     return ", ".join([named.get("model name", platform.machine()), *special, *["no AMX"] * ("AMX" not in special)])
 
 

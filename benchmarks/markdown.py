@@ -45,10 +45,15 @@ def notes(machine: dict[str, str]) -> list[str]:
             "The machine was shared, so costs are processor seconds of the process and its workers: idle cores are not "
             "counted, for or against anyone.\n"
         )
-    if "no AMX" in machine.get("processor", ""):
+    if machine.get("arithmetic") == "float32":
         said.append(
-            "Without AMX this processor does not multiply bfloat16 faster than float32, so all networks ran in "
-            "float32: what bfloat16 gives elsewhere is not in these figures.\n"
+            "This processor does not multiply bfloat16 faster than float32, so all networks ran in float32: what "
+            "bfloat16 gives elsewhere is not in these figures.\n"
+        )
+    elif "arithmetic" in machine:
+        said.append(
+            "Our networks ran in bfloat16, which is `--precision auto` on this processor; those of the plain baseline "
+            "and of lightly in float32, as they are written.\n"
         )
     return said
 

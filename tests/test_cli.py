@@ -20,6 +20,7 @@ import torch
 import tiny
 from corinfomax import batches, checkpoint, cli, knobs, named, runs, sources
 from corinfomax.commands import inputs, pretrain
+from corinfomax.knobs import Loss
 from corinfomax.options import Where, parse
 from corinfomax.recipes import RECIPES
 
@@ -464,9 +465,11 @@ def test_what_an_objective_does_not_know_is_said_before_an_image_is_decoded(tmp_
         assert not cache.exists()
 
 
-def test_a_typed_word_is_for_the_chosen_recipe_and_not_for_the_one_it_is_read_over(tmp_path, capsys):
-    """mnist5k has the covariance, and cpu-small, over which words are read first, has the kernel."""
-    words = ["pretrain", "mnist5k", "--cache", str(tmp_path / "cache"), "--loss.cov-decay", "0.02", "--out"]
+def test_a_typed_word_is_for_the_chosen_recipe_and_not_for_the_one_it_is_read_over(monkeypatch, tmp_path, capsys):
+    """Words are read over cpu-small first, which has the covariance and no temperature."""
+    entry = RECIPES["mnist5k"]
+    monkeypatch.setitem(RECIPES, "mnist5k", entry._replace(recipe=replace(entry.recipe, loss=Loss(name="kernel"))))
+    words = ["pretrain", "mnist5k", "--cache", str(tmp_path / "cache"), "--loss.temperature", "0.5", "--out"]
     assert cli.main([*words, str(tmp_path / "run"), "--epochs", "0.0001"]) == 2
     assert "are none: --epochs" in capsys.readouterr().err
 
