@@ -96,8 +96,8 @@ def _dimensions(effort: Effort) -> Iterator[Metric]:
 
 def _batches(effort: Effort) -> Iterator[Metric]:
     """A whole step of the compact network."""
-    small = START
-    recipe = whole(effort) if effort.quick else replace(small, optim=replace(small.optim, lr=0.0, start_lr=0.0))
+    small = replace(START, precision="auto", optim=replace(START.optim, lr=0.0, start_lr=0.0))
+    recipe = whole(effort) if effort.quick else small
     row_sizes = (4, 8) if effort.quick else BATCHES
     held = as_images(pictures(max(row_sizes), recipe.cache_side))
     row = {batch: body(replace(recipe, batch=batch), held) for batch in row_sizes}

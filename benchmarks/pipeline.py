@@ -19,8 +19,7 @@ from corinfomax.learner import build, update
 
 def run(effort: Effort) -> Iterator[Metric]:
     """1 is a network that never waits; at 32 px with ResNet-18, and with the compact network of two cores."""
-    small = START
-    small = replace(small, optim=replace(small.optim, lr=0.0, start_lr=0.0, min_lr=0.0))
+    small = replace(START, precision="auto", optim=replace(START.optim, lr=0.0, start_lr=0.0, min_lr=0.0))
     large = whole(effort)
     large = replace(large, batch=min(large.batch, 64))  # both sides grow with the batch; a step is seconds already
     recipes: dict[str, Recipe] = {f"ResNet-18 with 3×3 stem, batch {large.batch}, {large.size} px": large}
