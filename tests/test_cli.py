@@ -25,6 +25,7 @@ from corinfomax.options import Where, parse
 from corinfomax.recipes import RECIPES
 
 KNOBS = tiny.KNOBS
+KERNEL = ["--loss.name", "kernel"]
 
 
 def test_help_answers_in_a_second():
@@ -86,9 +87,9 @@ def test_the_recipe_is_the_default_and_flags_override_it():
         (["pretrain", "--resume", "nowhere", "--epochs", "3"], "a resumed run keeps its recipe and its splits"),
         (["pretrain", "--resume", "nowhere", "--loss.name", "kernel"], "a resumed run keeps its recipe"),
         (["pretrain", "--resume", "nowhere", "--no-from-files"], "a resumed run keeps its recipe"),
-        (["pretrain", "DATA", "--loss.cov-decay", "0.02"], "nothing of --loss.cov-decay; it has"),
-        (["pretrain", "DATA", "--teacher", "0.9"], "kernel, this recipe's objective, knows no --teacher"),
-        (["bench", "DATA", "--teacher", "0.9"], "knows no --teacher; --loss.name corinfomax does"),
+        (["pretrain", "DATA", "--loss.temperature", "0.2"], "nothing of --loss.temperature; it has"),
+        (["pretrain", "DATA", *KERNEL, "--teacher", "0.9"], "kernel, this recipe's objective, knows no --teacher"),
+        (["bench", "DATA", *KERNEL, "--teacher", "0.9"], "knows no --teacher; --loss.name corinfomax does"),
         (
             ["pretrain", "x", "--recipe", "cifar10", "--loss.temperature", "0.3", "--sbatch", "1", "4"],
             "--loss.name kernel knows it",
@@ -457,8 +458,8 @@ def test_what_an_objective_does_not_know_is_said_before_an_image_is_decoded(tmp_
     monkeypatch.chdir(tmp_path)
     for words in (
         ["pretrain", "--loss.weights", "3"],
-        ["pretrain", "--loss.cov-decay", "0.2"],
-        ["bench", "--teacher", "0.9"],
+        ["pretrain", "--loss.temperature", "0.2"],
+        ["bench", *KERNEL, "--teacher", "0.9"],
     ):
         assert cli.main([words[0], str(data), "--cache", str(cache), *words[1:]]) == 2
         assert "this recipe's objective, knows" in capsys.readouterr().err

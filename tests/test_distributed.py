@@ -133,4 +133,5 @@ def test_long_waits_are_waited_for_and_processes_that_differ_say_in_what(tmp_pat
         assert (
             error.count(f"the processes of this run differ in their {what}; every machine needs the same images") == 2
         )
-    assert not list(tmp_path.glob("*/checkpoints/*"))
+    assert {path.parts[-3] for path in tmp_path.glob("*/checkpoints/*")} == {"mixed"}
+    assert checkpoint.load(checkpoint.last(tmp_path / "mixed")).recipe.precision == "float32"

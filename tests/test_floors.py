@@ -11,7 +11,7 @@ HOUSE = Path(__file__).parents[1] / "src" / "corinfomax"
 FLOORS = (
     ("__init__",),  # names only: it imports when asked
     ("knobs", "runs", "bottleneck", "track", "slurm"),
-    ("recipes", "verdict"),
+    ("recipes", "verdict", "hardware"),
     ("seeds", "distributed", "fused", "muon"),
     ("objective", "views", "files", "networks", "optim", "probes", "scores", "similar", "maps", "signals"),
     ("named", "decode", "archives"),

@@ -8,7 +8,7 @@ import torch
 from timm.optim.muon import Muon as Timms
 from torch import nn
 
-from corinfomax import hardware, muon, optim
+from corinfomax import muon, optim
 from corinfomax.knobs import Optim
 
 PAPER = Optim(lr=0.5, start_lr=3e-3, min_lr=1e-6, warmup_epochs=10)
@@ -95,21 +95,23 @@ def test_muon_steps_are_orthogonal_and_of_the_length_of_adamws():
 
 @pytest.mark.parametrize("shape", [(5, 40), (40, 5), (16, 16), (1, 7)])
 @pytest.mark.parametrize(
-    ("dtype", "lower", "mixed"),
-    [(torch.float32, False, 1e-4), (torch.float32, True, 0.03), (torch.float64, True, 1e-4)],
-    ids=["float32", "bfloat16 inside", "float64"],
+    ("dtype", "arithmetic", "mixed"),
+    [
+        (torch.float32, None, 1e-4),
+        (torch.float32, torch.bfloat16, 0.03),  # eight bits, five steps
+        (torch.float64, None, 1e-4),
+    ],
 )
-def test_the_orthogonal_factor_is_that_of_the_singular_values(monkeypatch, shape, dtype, lower, mixed):
-    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda device: lower)
+def test_the_orthogonal_factor_is_that_of_the_singular_values(shape, dtype, arithmetic, mixed):
     rng = torch.Generator().manual_seed(0)
     U, S, V = torch.linalg.svd(torch.randn(*shape, dtype=dtype, generator=rng), full_matrices=False)
     S = torch.logspace(0, -2, len(S), dtype=dtype)  # from the largest to a hundredth of it
-    got = muon.orthogonal(7.0 * U @ torch.diag(S) @ V)
-    assert got.dtype == dtype
+    got = muon.orthogonal(7.0 * U @ torch.diag(S) @ V, arithmetic)
+    assert got.dtype == dtype and got.equal(got.to(arithmetic or dtype).to(dtype))
     inner = U.T @ got @ V.T  # what it made of each singular value
     assert (inner - torch.diag(inner.diagonal())).abs().max() < mixed
     assert ((inner.diagonal() - 1).abs() < 0.15 + mixed).all()
-    assert not muon.orthogonal(torch.zeros(shape, dtype=dtype)).any()
+    assert not muon.orthogonal(torch.zeros(shape, dtype=dtype), arithmetic).any()
 
 
 def test_muon_is_timms_but_for_its_bfloat16():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tiny
-from corinfomax import batches, checkpoint, diagnosis, images, networks, runs, train
+from corinfomax import batches, bench, checkpoint, diagnosis, hardware, images, learner, networks, runs, train
 from corinfomax.knobs import Backbone, Loss, View
 from corinfomax.networks import Network
 from corinfomax.objective import CorInfoMaxLoss
@@ -253,7 +253,16 @@ def test_training_raises_the_spread_of_the_features(splits, tmp_path):
 def test_precision_is_the_recipes():
     assert networks.precision(replace(tiny.RECIPE, precision="bfloat16"), CPU) == "bfloat16"
     assert networks.precision(replace(tiny.RECIPE, precision="float32"), CPU) == "float32"
-    assert networks.precision(replace(tiny.RECIPE, precision="auto"), CPU) in ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_is_what_the_hardware_is_faster_in(monkeypatch, faster):
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda device: faster)
+    recipe = replace(tiny.RECIPE, precision="auto", optim=replace(tiny.RECIPE.optim, name="muon"))
+    assert networks.precision(recipe, CPU) == ("bfloat16" if faster else "float32")
+    assert bench.describe(recipe, bench.made_up(recipe), CPU).native_bfloat16 is faster
+    assert learner.build(recipe, CPU).optimizer.arithmetic == (torch.bfloat16 if faster else None)
+    assert learner.build(replace(recipe, precision="float32"), CPU).optimizer.arithmetic is None
 
 
 def test_bfloat16_trains_too(splits, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import tiny
-from corinfomax import cli, distributed, images, learner, runs, train
+from corinfomax import cli, distributed, hardware, images, learner, runs, train
 from corinfomax.kernel import KernelLoss
 from corinfomax.knobs import Loss
 from corinfomax.objective import CorInfoMaxLoss, Moments, corinfomax_loss
@@ -139,7 +139,7 @@ def hang(out: Path) -> None:
 
 def differ(out: Path) -> None:
     """The first process takes longer than an answer may, which is known and waited for; then the command, whose images
-    or recipe differ by process."""
+    or recipe differ by process, and of whose processors one is faster in bfloat16."""
     if distributed.rank() == 0:
         time.sleep(6)
     distributed.wait()
@@ -148,6 +148,8 @@ def differ(out: Path) -> None:
     cli.main([*shared, str(here), "--out", str(out.parent / "run"), *tiny.KNOBS])
     seed = str(distributed.rank())
     cli.main([*shared, str(out.parent / "images-0"), "--out", str(out.parent / "again"), *tiny.KNOBS, "--seed", seed])
+    hardware.multiplies_bfloat16 = lambda device: distributed.rank() == 0
+    cli.main([*shared, str(out.parent / "images-0"), "--out", str(out.parent / "mixed"), *tiny.KNOBS])
 
 
 def work(job: str, out: Path) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 
 
-@cache
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether it multiplies bfloat16 faster than float32: on CUDA from compute capability 8.0; of CPUs those with AMX,
-    about three times as fast, and AMD's with AVX-512's bfloat16, twice. Intel's with that alone gain nothing."""
+    """Whether it multiplies bfloat16 faster than float32.
+
+    On CUDA from compute capability 8.0. Of CPUs those with AMX, and AMD's with AVX-512's bfloat16, which take half as
+    long in it; a Xeon with that alone gained nothing (docs/log.md has both).
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":

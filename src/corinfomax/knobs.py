@@ -228,9 +228,9 @@ class Recipe:
     """Images of a view whose activations are held at once, for less memory; None is the whole batch. The gradient stays
     the whole batch's; BatchNorm sees parts."""
     precision: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Arithmetic of the network: auto is bfloat16 where the hardware is faster in it, else float32; float16 (CUDA
-    alone, the gradient scaled) is for GPUs without bfloat16; float64 is for comparing runs, as rounding grows with the
-    steps. The loss is always float64."""
+    """Arithmetic of the network and of Muon's iterations: auto is bfloat16 where the hardware is faster in it, else
+    float32; float16 (CUDA alone, the network's gradient scaled) is for GPUs without bfloat16; float64 is for comparing
+    runs, as rounding grows with the steps. The loss is always float64."""
     seed: int = 0
     """Every random number follows from it."""
 

@@ -16,7 +16,7 @@ from corinfomax.baselines import Baseline
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.kernel import KernelLoss
 from corinfomax.knobs import OWN, Recipe, check_objective
-from corinfomax.networks import Network, arithmetic, fixed_size, ready
+from corinfomax.networks import Network, arithmetic, fixed_size, precision, ready
 from corinfomax.objective import CorInfoMaxLoss, NotFiniteInputError, Terms
 from corinfomax.seeds import key
 
@@ -74,7 +74,8 @@ def build(recipe: Recipe, device: torch.device, *, compiled: bool = False) -> Le
             model.compile(dynamic=False)
     criterion = build_criterion(recipe).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
-    return Learner(network, criterion, optim.build(network, recipe.optim), scaler, teacher)
+    lower = torch.bfloat16 if precision(recipe, device) == "bfloat16" else None
+    return Learner(network, criterion, optim.build(network, recipe.optim, lower), scaler, teacher)
 
 
 def build_criterion(recipe: Recipe) -> Criterion:

@@ -9,8 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from corinfomax import hardware
-
 # (a, b, c) of each step X ← aX + (bA + cA²)X with A = XXᵀ: Cesista's, which take all singular values above 0.002 of
 # the matrix's norm to between 0.85 and 1.15.
 NEWTON_SCHULZ = (
@@ -28,7 +26,7 @@ class Muon(torch.optim.Optimizer):
     convolutions flattened behind their first axis; others by AdamW. Decay is decoupled, lr · weight_decay.
 
     The factor 0.2 · √(longer side) makes a step about as long as AdamW's, whose rates then suit both (arXiv
-    2502.16982). Orthogonal factors of float32 are found in bfloat16 where the hardware is faster in it.
+    2502.16982). Orthogonal factors are found in `arithmetic`, None for the parameter's own type.
     """
 
     def __init__(
@@ -38,8 +36,10 @@ class Muon(torch.optim.Optimizer):
         lr: float = 0.02,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
+        arithmetic: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.arithmetic = arithmetic
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -52,15 +52,18 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    (_matrix if p.ndim > 1 else _vector)(p, self.state[p], group["lr"], group["momentum"])
+                    if p.ndim > 1:
+                        _matrix(p, self.state[p], group["lr"], group["momentum"], self.arithmetic)
+                    else:
+                        _vector(p, self.state[p], group["lr"], group["momentum"])
         return loss
 
 
-def _matrix(p: Tensor, state: dict[str, Any], lr: float, momentum: float) -> None:
+def _matrix(p: Tensor, state: dict[str, Any], lr: float, momentum: float, arithmetic: torch.dtype | None) -> None:
     if not state:
         state["momentum_buffer"] = torch.zeros_like(p)
     moved = state["momentum_buffer"].lerp_(p.grad, 1 - momentum).flatten(1)
-    p.add_(orthogonal(moved).view(p.shape), alpha=-lr * 0.2 * max(moved.shape) ** 0.5)
+    p.add_(orthogonal(moved, arithmetic).view(p.shape), alpha=-lr * 0.2 * max(moved.shape) ** 0.5)
 
 
 def _vector(p: Tensor, state: dict[str, Any], lr: float, momentum: float) -> None:
@@ -74,12 +77,12 @@ def _vector(p: Tensor, state: dict[str, Any], lr: float, momentum: float) -> Non
     p.addcdiv_(mean, square.sqrt_().add_(EPS), value=-lr)
 
 
-def orthogonal(M: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    """About UVᵀ of M = USVᵀ, by Newton and Schulz's iteration: singular values come to within 0.15 of 1, but for
-    those below 0.002 of M's norm. Zero stays zero."""
+def orthogonal(M: Float[Tensor, "m n"], arithmetic: torch.dtype | None = None) -> Float[Tensor, "m n"]:
+    """About UVᵀ of M = USVᵀ, by Newton and Schulz's iteration in `arithmetic` or else M's own type: singular values
+    come to within 0.15 of 1, but for those below 0.002 of M's norm. Zero stays zero."""
     X = M if M.shape[0] <= M.shape[1] else M.T
     X = X / torch.linalg.vector_norm(X).clamp_min(1e-12)
-    X = X.bfloat16() if X.dtype == torch.float32 and hardware.multiplies_bfloat16(X.device) else X
+    X = X.to(arithmetic or M.dtype)
     for a, b, c in NEWTON_SCHULZ:
         A = X @ X.T
         X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)

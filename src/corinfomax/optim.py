@@ -14,11 +14,11 @@ from corinfomax.knobs import Optim
 from corinfomax.muon import Muon
 
 
-def build(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+def build(model: nn.Module, optim: Optim, arithmetic: torch.dtype | None = None) -> torch.optim.Optimizer:
     """The optimiser over the model's parameters; norms and biases (one-dimensional) in a group of their own.
 
     LARS (timm's) scales each matrix's step to its norm, and what does not decay not at all; Muon makes each matrix's
-    step orthogonal, vectors get AdamW.
+    step orthogonal, in `arithmetic` or else the parameters' own, vectors get AdamW.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for _, p in named if p.ndim > 1]
@@ -32,7 +32,7 @@ def build(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     if optim.name == "lars":
         return Lars(groups, lr=optim.lr, momentum=optim.momentum)
     if optim.name == "muon":
-        return Muon(groups, lr=optim.lr, momentum=optim.momentum)
+        return Muon(groups, lr=optim.lr, momentum=optim.momentum, arithmetic=arithmetic)
     return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
 
 

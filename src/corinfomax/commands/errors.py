@@ -17,10 +17,13 @@ def sentence(error: Exception) -> str | None:
     return None
 
 
+TOO_LARGE = ("can't allocate memory", "integer multiplication overflow")  # the second for more bytes than numbers count
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether that is what torch means, on a GPU or a CPU."""
     known = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
-    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    return known or (isinstance(error, RuntimeError) and any(said in str(error) for said in TOO_LARGE))
 
 
 def _telling_line(error: Exception) -> str:

@@ -179,7 +179,11 @@ def _train_in(run: Path, plan: Plan, argv: list[str], device: torch.device) -> T
             raise ValueError(
                 f"--epochs {recipe.epochs:g} of {per_epoch} steps each are none: --epochs {1 / per_epoch:.2g} is one"
             )
-        recipe = replace(recipe, precision=networks.precision(recipe, device))  # kept when resumed on other hardware
+        precision = networks.precision(recipe, device)
+        (mixed,) = distributed.largest(float(precision != "bfloat16"))  # a process may have another kind of processor
+        if mixed and recipe.precision == "auto":
+            precision = "float32"
+        recipe = replace(recipe, precision=precision)  # kept when resumed on other hardware
         if recipe.optim.warmup_epochs >= recipe.epochs > 1:
             print(f"the warm-up, {recipe.optim.warmup_epochs:g} epochs, is as long as the run: --optim.warmup-epochs 1")
         facts = _facts(plan, splits)
