@@ -55,8 +55,8 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 def _keep_memory() -> None:
     """What is freed stays with the process, where glibc would give it back and fetch it anew, page by page, every step.
 
-    A float32 step of `cpu-small` on two cores took 0.18 s instead of 0.21, in a tenth more memory at most (docs/log.md).
-    What the environment says of malloc comes first.
+    A float32 step of `cpu-small` on two cores took 0.18 s instead of 0.21, in a tenth more memory at most
+    (docs/log.md). What the environment says of malloc comes first.
     """
     said = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc's alone
