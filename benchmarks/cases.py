@@ -97,7 +97,7 @@ def smaller(base: Recipe) -> Recipe:
     return changed(base, size=16, batch=64, epochs=13, projector={"widths": (512, 512, 32)}, optim={"warmup_epochs": 1})
 
 
-SMALL, DIGITS = smaller(START), smaller(replace(RECIPES["mnist5k"].recipe, precision="float32"))
+SMALL, DIGITS = smaller(START), smaller(RECIPES["mnist5k"].recipe)
 ALIKE = changed(smaller(KERNEL), projector={"widths": (512, 64)})
 ALIKE_DIGITS = changed(DIGITS, loss=KERNEL.loss, optim=ALIKE.optim, projector={"widths": (512, 64)})
 MUON = {"name": "muon", "lr": 0.06, "start_lr": 0.006, "weight_decay": 0.1}
