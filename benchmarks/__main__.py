@@ -54,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("nothing is worse than the baseline")
     if options.write:
         ran = {m.suite for m in found}
-        found = in_order([*(m for m in old if m.suite not in ran), *found])
+        kept = [m for m in old if m.suite not in ran]
+        if kept and of_old.get("processor") != here["processor"]:
+            print(f"! not written: the other figures are of {of_old.get('processor')}, and a page is of one machine")
+            return 1
+        found = in_order([*kept, *found])
         metrics.write(options.baseline, found, here)
         options.page.write_text(markdown.page(found, here), "utf-8")
         print(f"written: {options.baseline}, {options.page}")

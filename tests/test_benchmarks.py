@@ -166,6 +166,10 @@ def test_every_suite_runs_and_what_is_worse_is_told(tmp_path, capsys):
         assert command.main(["loss", *words]) == 1
         assert "% worse" in capsys.readouterr().out
         assert metrics.read(baseline)[0] == better  # only --write writes
+        metrics.write(baseline, better, machine | {"processor": "another"})
+        assert command.main(["loss", *words, "--write"]) == 1
+        assert "the other figures are of another, and a page is of one machine" in capsys.readouterr().out
+        assert metrics.read(baseline)[0] == better
     finally:
         torch.set_num_threads(threads)
 

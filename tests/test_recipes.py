@@ -144,6 +144,10 @@ def test_the_automatic_choice_fits_size_count_and_hardware(side, count, cuda, na
     assert more.epochs < recipe.epochs or recipe.epochs == 1 or more.epochs == recipe.epochs == 1000
 
 
+def test_cifar_s_images_get_the_recipe_that_was_measured_on_them():
+    assert recipes.choose("./somewhere", 50_000, 32, cuda=False)[1] == RECIPES["cpu-small"].recipe
+
+
 def test_a_named_set_gets_its_own_recipe_where_the_hardware_can():
     assert recipes.choose("mnist5k", 4000, 28, cuda=False)[:2] == ("mnist5k", RECIPES["mnist5k"].recipe)
     assert recipes.choose("cifar100", 50_000, 32, cuda=True)[0] == "cifar100"

@@ -166,9 +166,12 @@ def test_labels_never_reach_training(splits, tmp_path):
     assert not any("knn" in row for row in runs.read_metrics(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "muon"])
-def test_a_resumed_run_ends_as_if_it_had_never_stopped(splits, tmp_path, monkeypatch, name):
-    recipe = replace(tiny.RECIPE, optim=replace(tiny.RECIPE.optim, name=name))
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("sgd", "float32"), ("adamw", "float32"), ("lars", "float32"), ("muon", "float32"), ("muon", "bfloat16")],
+)
+def test_a_resumed_run_ends_as_if_it_had_never_stopped(splits, tmp_path, monkeypatch, name, precision):
+    recipe = replace(tiny.RECIPE, precision=precision, optim=replace(tiny.RECIPE.optim, name=name))
     whole = run_tiny(splits, tmp_path / "whole", recipe)
     stopped = tmp_path / "stopped"
     real = batches.make_views
