@@ -208,6 +208,14 @@ def test_the_card_tells_data_recipe_verdict_and_scores(tmp_path, in_process):
     assert "/home/someone" not in text
     start = text.index("```json") + 7
     assert json.loads(text[start : text.index("```", start)])["size"] == 32
+    assert "bfloat16" not in text
+
+
+def test_the_card_of_a_run_in_bfloat16_says_what_its_scores_are_of(tmp_path, in_process):
+    model, saved = trained(PLAIN, 32)
+    saved = saved._replace(recipe=replace(saved.recipe, precision="bfloat16"))
+    assert export.export(model, saved, tmp_path / "out", "timm", results=RESULTS).difference <= 1e-6  # in float32
+    assert "of features in bfloat16; float32's, as above," in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,9 @@ model = runpy.run_path("THIS_FOLDER/load.py")["backbone"]()"""
 Its first convolution is 3×3 and it has no max-pool, which timm's arguments cannot say: `load.py` builds it, with timm
 alone and every tensor in its place. `timm.create_model` on this folder stops with an error rather than load it wrongly.
 """
+    lower = ""
+    if recipe.precision in ("bfloat16", "float16"):
+        lower = f" Scores here are of features in {recipe.precision}; float32's, as above, differ by its rounding."
     return f"""```python
 {load}
 transform = timm.data.create_transform(
@@ -87,7 +90,7 @@ transform = timm.data.create_transform(
 features = model(transform(image.convert("RGB"))[None])  # image is one of Pillow's
 ```
 {why}
-In training, images whose short side is above {recipe.cache_side} px were first reduced to that."""
+In training, images whose short side is above {recipe.cache_side} px were first reduced to that.{lower}"""
 
 
 def _verdict(results: dict[str, Any]) -> list[str]:
