@@ -115,6 +115,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     plt.rcParams |= {"svg.hashsalt": "corinfomax", "svg.fonttype": "none", "font.family": "sans-serif"}
     sets = list(dict.fromkeys(row["data"] for row in runs_of(rows)))
@@ -142,7 +143,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                         **style,
                     )
             axis.set(xscale="log", xlabel=label, ylabel="linear probe, top-1 %", title=data)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 7)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=8)
+    if sets:
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
