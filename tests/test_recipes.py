@@ -148,6 +148,14 @@ def test_cifar_s_images_get_the_recipe_that_was_measured_on_them():
     assert recipes.choose("./somewhere", 50_000, 32, cuda=False)[1] == RECIPES["cpu-small"].recipe
 
 
+def test_the_fast_recipe_is_the_paper_s_network_with_what_was_measured_on_two_cores():
+    fast, paper, small = (RECIPES[name].recipe for name in ("cifar10-fast", "cifar10", "cpu-small"))
+    assert (fast.backbone, fast.size, fast.batch, fast.mean) == (paper.backbone, paper.size, paper.batch, paper.mean)
+    assert (fast.projector, fast.optim, fast.views, fast.loss) == (small.projector, small.optim, small.views, small.loss)
+    assert 4 * fast.epochs <= paper.epochs
+    assert recipes.choose("cifar10", 50_000, 32, cuda=True)[0] == "cifar10"  # until the fast one has been run
+
+
 def test_a_named_set_gets_its_own_recipe_where_the_hardware_can():
     assert recipes.choose("mnist5k", 4000, 28, cuda=False)[:2] == ("mnist5k", RECIPES["mnist5k"].recipe)
     assert recipes.choose("cifar100", 50_000, 32, cuda=True)[0] == "cifar100"

@@ -56,6 +56,8 @@ _DIGIT = View(
 _MILD = View(crop_area=(0.25, 1.0))
 _COMPACT = Backbone(small_stem=True, stem_stride=2, layers=(1, 1, 1, 0), channels=(32, 64, 128, 128))
 _COMPACT_OPTIM = Optim(lr=0.6, warmup_epochs=1, schedule="step", weight_decay=5e-4, decay_norms=False)
+_MUON = replace(_COMPACT_OPTIM, name="muon", lr=0.06, start_lr=0.006, weight_decay=0.1)
+_SHALLOW = Projector(widths=(2048, 64), batch_norm=True)
 
 RECIPES: dict[str, Entry] = {
     "cifar10": Entry(
@@ -126,6 +128,19 @@ RECIPES: dict[str, Entry] = {
         data="imagenet1k",
         paper=69.08,
     ),
+    "cifar10-fast": Entry(
+        Recipe(
+            mean=CIFAR10_STATS[0],
+            std=CIFAR10_STATS[1],
+            views=(_MILD, _MILD),
+            backbone=_R18_SMALL,
+            projector=_SHALLOW,
+            optim=_MUON,
+            epochs=240,
+        ),
+        "the paper's network on CIFAR-10 in a quarter of its epochs, with what won on two cores",
+        data="cifar10",
+    ),
     "mnist5k": Entry(
         Recipe(
             size=16,
@@ -152,8 +167,8 @@ RECIPES: dict[str, Entry] = {
             test_scale=5 / 3,
             views=(_MILD, _MILD),
             backbone=_COMPACT,
-            projector=Projector(widths=(2048, 64), batch_norm=True),
-            optim=replace(_COMPACT_OPTIM, name="muon", lr=0.06, start_lr=0.006, weight_decay=0.1),
+            projector=_SHALLOW,
+            optim=_MUON,
             epochs=18,
             batch=256,
         ),
