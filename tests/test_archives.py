@@ -63,15 +63,33 @@ def test_an_archive_is_the_folder(tmp_path, form, splits, labelled):
             assert ours.fingerprint == theirs.fingerprint
             assert torch.equal(ours.pixels, theirs.pixels)
             assert theirs.labels is None if ours.labels is None else torch.equal(ours.labels, theirs.labels)
-        assert len(list((tmp_path / "b").glob("tar-*.npz"))) == ("tar" in form), again
+        assert len(list((tmp_path / "b").glob("index-*.npz"))) == 1, again
+        archives._splits.cache_clear()
     assert sources.survey(str(out), cache=tmp_path / "b").short_side == 16
 
 
-def test_the_index_of_a_tar_is_read_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", FORMS)
+def test_an_archive_without_images_says_so(tmp_path, form):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").write_text("no image")
+    out = FORMS[form](tmp_path / "data", tmp_path / f"data{'.tar' if 'tar' in form else '.zip'}")
+    for _ in range(2):  # no index of it is kept
+        with pytest.raises(MissingDataError, match="no image found in"):
+            sources.find(out, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_archive_s_index_is_read_once(tmp_path, monkeypatch, form):
     folder = tiny.folder(tmp_path / "data", {"": 5})
-    out = tarred(folder, tmp_path / "data.tar")
+    out = FORMS[form](folder, tmp_path / f"data{'.tar' if 'tar' in form else '.zip'}")
+    archives._splits.cache_clear()
     first = sources.find(out, cache=tmp_path / "cache")["train"]
-    monkeypatch.setattr(tarfile, "open", lambda *a, **k: pytest.fail("read again"))
+    for reader in ("_tar", "_zip"):
+        monkeypatch.setattr(archives, reader, lambda *a, **k: pytest.fail("read again"))
+    with monkeypatch.context() as within_a_command:
+        within_a_command.setattr(archives, "_kept", lambda *a, **k: pytest.fail("its index read again"))
+        assert sources.find(out, cache=tmp_path / "cache")["train"].paths == first.paths
+    archives._splits.cache_clear()  # the next command
     again = sources.find(out, cache=tmp_path / "cache")["train"]
     assert again.paths == first.paths and np.array_equal(again.stored.places, first.stored.places)
     os.utime(out, (1, 1))  # changed, for all that is known

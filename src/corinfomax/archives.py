@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
@@ -59,12 +60,26 @@ def from_archives(root: Path, archives: Sequence[Path], cache: Path | None = Non
     Of one archive paths are as in the folder that it would unpack to, and mean what they do there; a folder that holds
     all else is left out of them. Of several the split is the word of SPLIT_NAMES in a name (set-train-0001.tar), and
     paths begin with the archive's name. Where images have a text of their name ending in .cls, that is their class.
-    DataError for an archive that cannot be read, or where it is not clear what is meant. The index of a tar is kept in
-    `cache`, if it can be.
+    DataError for an archive that cannot be read, or where it is not clear what is meant. An archive's index is kept in
+    `cache`, if it can be, and the splits of the last call in memory, for as long as no archive changes.
     """
+    stamps = []
+    for path in archives:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"cannot read the archive {path}: {error.strerror}") from error
+        stamps.append((status.st_size, status.st_mtime_ns))
+    return dict(_splits(root, tuple(archives), tuple(stamps), cache or default_cache()))
+
+
+@functools.lru_cache(maxsize=1)  # a command asks several times, and a million images are ten seconds
+def _splits(
+    root: Path, archives: tuple[Path, ...], stamps: tuple[tuple[int, int], ...], cache: Path
+) -> dict[str, Source]:
     splits: dict[str, list[_Placed]] = {}
     for place, archive in enumerate(archives):
-        members = _members(archive, cache or default_cache())
+        members = _members(archive, stamps[place], cache)
         if len(archives) == 1:
             found = _as_a_folder(archive, members)
         else:
@@ -78,7 +93,6 @@ def from_archives(root: Path, archives: Sequence[Path], cache: Path | None = Non
         )
     if "train" not in splits:  # no split is named, or not the one to train on
         splits = {"train": [row for rows in splits.values() for row in rows]}
-    stamps = [(status.st_size, status.st_mtime_ns) for status in (path.stat() for path in archives)]
     names = tuple(str(archive) for archive in archives)
     whole = names[0] if len(archives) == 1 else str(root)
     return {split: _source(whole, names, stamps, sorted(rows)) for split, rows in splits.items()}
@@ -93,7 +107,7 @@ class _Placed(NamedTuple):
     member: Member
 
 
-def _source(root: str, archives: tuple[str, ...], stamps: list[tuple[int, int]], rows: list[_Placed]) -> Source:
+def _source(root: str, archives: tuple[str, ...], stamps: Sequence[tuple[int, int]], rows: list[_Placed]) -> Source:
     texts = [row.member.label for row in rows]
     if any(texts) and not all(texts):
         bare = next(row for row in rows if not row.member.label)
@@ -144,20 +158,15 @@ def _split_of(archive: Path) -> str:
     return next(iter(words), "train")
 
 
-def _members(archive: Path, cache: Path) -> list[Member]:
+def _members(archive: Path, stamp: tuple[int, int], cache: Path) -> list[Member]:
     """The images of an archive; of a path that is there twice the last, which is the one that unpacking leaves."""
-    kept = None
+    known = f"{FORMAT} {archive.absolute()} {stamp[0]} {stamp[1]}"
+    digest = hashlib.blake2b(known.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    kept = cache / f"index-{digest}.npz"
+    if (read := _kept(kept)) is not None:
+        return read
     try:
-        if archive.suffix.lower() == ".zip":
-            found = _zip(archive)
-        else:
-            status = archive.stat()
-            known = f"{FORMAT} {archive.absolute()} {status.st_size} {status.st_mtime_ns}"
-            digest = hashlib.blake2b(known.encode(errors="surrogateescape"), digest_size=16).hexdigest()
-            kept = cache / f"tar-{digest}.npz"
-            if (read := _kept(kept)) is not None:
-                return read
-            found = _tar(archive)
+        found = _zip(archive) if archive.suffix.lower() == ".zip" else _tar(archive)
     except DataError:
         raise
     except OSError as error:
@@ -167,7 +176,7 @@ def _members(archive: Path, cache: Path) -> list[Member]:
     except (EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"the archive {archive} cannot be read: {error}; it is damaged, or no such archive") from error
     members = list({member.path: member for member in found}.values())
-    if kept is not None:
+    if members:
         _keep(kept, members)
     return members
 
