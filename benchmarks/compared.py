@@ -23,6 +23,7 @@ NAMES = {
     "sigreg": "SIGReg (LeJEPA)",
     "supervised": "supervised",
 }
+TITLES = {"cifar10": "CIFAR-10 (JPEG copy)", "tiny-imagenet-64-100c": "Tiny ImageNet, 100 classes at 64 px"}
 
 
 def runs_of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -49,6 +50,25 @@ def table(rows: Sequence[Row], data: str, minutes: float) -> list[str]:
         size = [str(len(found)), f"{one['steps']:,}", f"{one['crops'] / 1e3:,.0f} k", f"{one['tflops']:,.0f}"]
         lines.append([NAMES[name], *cells, *size])
     return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def by_minutes(rows: Sequence[Row], data: str) -> list[str]:
+    """A line a method: its linear probe after each of the budgets; no line where there is one budget."""
+    budgets = sorted({row["minutes"] for row in runs_of(rows, data=data)})
+    if len(budgets) < 2:
+        return []
+    lines = [
+        "| linear, %, after processor minutes | " + " | ".join(f"{minutes:g}" for minutes in budgets) + " |",
+        "|---|" + "---:|" * len(budgets),
+    ]
+    for name in METHODS:
+        cells = []
+        for minutes in budgets:
+            found = runs_of(rows, method=name, data=data, minutes=minutes)
+            cells.append(_spread([row["linear"] for row in found]) if found else "–")
+        if any(cell != "–" for cell in cells):
+            lines.append("| " + " | ".join([NAMES[name], *cells]) + " |")
+    return lines
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -142,7 +162,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                         label=NAMES[name].strip("*"),
                         **style,
                     )
-            axis.set(xscale="log", xlabel=label, ylabel="linear probe, top-1 %", title=data)
+            axis.set(xscale="log", xlabel=label, ylabel="linear probe, top-1 %", title=TITLES[data])
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 7)))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_locator(NullLocator())

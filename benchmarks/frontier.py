@@ -211,7 +211,10 @@ def write(page: Path, picture: Path) -> None:
         minutes = max(
             {row["minutes"] for row in compared.runs_of(found, data=data)}, key=lambda m: _runs(found, data, m)
         )
-        parts += [f"### {data}, {minutes:g} processor minutes", "", *compared.table(found, data, minutes), ""]
+        title = f"### {compared.TITLES[data]}, {minutes:g} processor minutes"
+        parts += [title, "", *compared.table(found, data, minutes), ""]
+        if others := compared.by_minutes(found, data):
+            parts += [*others, ""]
     if parts:
         compared.plot(found, picture)
         parts += [f"![Accuracy over compute]({picture.name})", ""]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import compared, frontier, methods, speeds
-from benchmarks.methods import ABLATIONS, CHOSEN, METHODS, Method, ablated, changed, merged
+from benchmarks.methods import ABLATIONS, CHOSEN, DATA, METHODS, Method, ablated, changed, merged
 from corinfomax import knobs
 
 START = METHODS["corinfomax"].start
@@ -114,6 +114,10 @@ def test_a_trial_is_read_back_where_it_had_as_many_steps(monkeypatch, tmp_path):
         frontier.trial(METHODS["corinfomax"], {}, None, 0)
 
 
+def test_every_set_of_images_has_a_title():
+    assert set(compared.TITLES) == set(DATA)
+
+
 def test_the_tables_say_what_the_rows_say():
     def scored(linear):
         return {"linear": linear, "kNN": linear - 5, "10 a class": linear - 20}
@@ -138,6 +142,14 @@ def test_the_tables_say_what_the_rows_say():
     ]
     assert compared.table(rows, "cifar10", 10.0)[2:] == [
         "| SimCLR | 56.0 ± 1.0 | 61.0 ± 1.0 | 41.0 ± 1.0 | 3 | 3,000 | 768 k | 33 |"
+    ]
+    assert compared.by_minutes(rows, "cifar10") == []
+    sooner = {**rows[0], "minutes": 2.5, "linear": 51.0}
+    assert compared.by_minutes([*rows, sooner, {**sooner, "method": "paper", "changes": {}}], "cifar10") == [
+        "| linear, %, after processor minutes | 2.5 | 10 |",
+        "|---|---:|---:|",
+        "| CorInfoMax, the paper's settings | 51.0 | – |",
+        "| SimCLR | 51.0 | 61.0 ± 1.0 |",
     ]
     none, one = compared.ablations(rows)[2:]
     assert none == "| none | 600 | 51.5 ± 0.7 | 46.5 ± 0.7 | 31.5 ± 0.7 | – | 2 |"
