@@ -151,7 +151,8 @@ def test_cifar_s_images_get_the_recipe_that_was_measured_on_them():
 def test_the_fast_recipe_is_the_paper_s_network_with_what_was_measured_on_two_cores():
     fast, paper, small = (RECIPES[name].recipe for name in ("cifar10-fast", "cifar10", "cpu-small"))
     assert (fast.backbone, fast.size, fast.batch, fast.mean) == (paper.backbone, paper.size, paper.batch, paper.mean)
-    assert (fast.projector, fast.optim, fast.views, fast.loss) == (small.projector, small.optim, small.views, small.loss)
+    assert (fast.projector, fast.optim) == (small.projector, small.optim)
+    assert (fast.views, fast.loss) == (small.views, small.loss)
     assert 4 * fast.epochs <= paper.epochs
     assert recipes.choose("cifar10", 50_000, 32, cuda=True)[0] == "cifar10"  # until the fast one has been run
 
