@@ -58,14 +58,14 @@ def by_minutes(rows: Sequence[Row], data: str) -> list[str]:
     if len(budgets) < 2:
         return []
     lines = [
-        "| linear, %, after processor minutes | " + " | ".join(f"{minutes:g}" for minutes in budgets) + " |",
+        "| linear, % (seeds), after processor minutes | " + " | ".join(f"{minutes:g}" for minutes in budgets) + " |",
         "|---|" + "---:|" * len(budgets),
     ]
     for name in METHODS:
         cells = []
         for minutes in budgets:
             found = runs_of(rows, method=name, data=data, minutes=minutes)
-            cells.append(_spread([row["linear"] for row in found]) if found else "–")
+            cells.append(f"{_spread([row['linear'] for row in found])} ({len(found)})" if found else "–")
         if any(cell != "–" for cell in cells):
             lines.append("| " + " | ".join([NAMES[name], *cells]) + " |")
     return lines

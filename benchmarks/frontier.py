@@ -208,9 +208,8 @@ def write(page: Path, picture: Path) -> None:
     found = rows()
     parts = []
     for data in dict.fromkeys(row["data"] for row in compared.runs_of(found)):
-        minutes = max(
-            {row["minutes"] for row in compared.runs_of(found, data=data)}, key=lambda m: _runs(found, data, m)
-        )
+        budgets = {row["minutes"] for row in compared.runs_of(found, data=data)}
+        minutes = max(budgets, key=lambda m: (_runs(found, data, m), m))
         title = f"### {compared.TITLES[data]}, {minutes:g} processor minutes"
         parts += [title, "", *compared.table(found, data, minutes), ""]
         if others := compared.by_minutes(found, data):

@@ -76,6 +76,24 @@ def test_an_archive_without_images_says_so(tmp_path, form):
     for _ in range(2):  # no index of it is kept
         with pytest.raises(MissingDataError, match="no image found in"):
             sources.find(out, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("index-*"))
+
+
+def test_another_archive_of_the_same_size_and_time_is_another(tmp_path):
+    for name, classes in (("one", ("blue", "rose")), ("two", ("tall", "wide"))):
+        for label, picture in zip(classes, tiny.pictures(2), strict=True):
+            (tmp_path / name / label).mkdir(parents=True)
+            Image.fromarray(picture).save(tmp_path / name / label / "a.png")
+    out, labels = tmp_path / "data.zip", []
+    for name in ("one", "two"):
+        out.unlink(missing_ok=True)
+        zipped(tmp_path / name, out)
+        os.utime(out, (1, 1))
+        size = out.stat().st_size
+        archives._splits.cache_clear()
+        labels.append(sources.find(out, cache=tmp_path / "cache")["train"].labels)
+    assert zipped(tmp_path / "one", tmp_path / "again.zip").stat().st_size == size
+    assert labels == [("blue", "rose"), ("tall", "wide")]
 
 
 @pytest.mark.parametrize("form", FORMS)

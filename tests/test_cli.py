@@ -28,6 +28,13 @@ KNOBS = tiny.KNOBS
 KERNEL = ["--loss.name", "kernel"]
 
 
+def test_an_objective_whose_library_is_not_here_is_a_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    folder = tiny.folder(tmp_path / "data", {"": 4})
+    assert cli.main(["pretrain", str(folder), "--loss.name", "vicreg", "--out", str(tmp_path / "run")]) == 2
+    assert "needs lightly, the extra baselines: uv run --extra baselines" in capsys.readouterr().err
+
+
 def test_help_answers_in_a_second():
     for words, expected in ((["--help"], "pretrain"), (["pretrain", "--help"], "--optim.lr"), (["recipes"], "93.18")):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

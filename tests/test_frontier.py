@@ -146,10 +146,10 @@ def test_the_tables_say_what_the_rows_say():
     assert compared.by_minutes(rows, "cifar10") == []
     sooner = {**rows[0], "minutes": 2.5, "linear": 51.0}
     assert compared.by_minutes([*rows, sooner, {**sooner, "method": "paper", "changes": {}}], "cifar10") == [
-        "| linear, %, after processor minutes | 2.5 | 10 |",
+        "| linear, % (seeds), after processor minutes | 2.5 | 10 |",
         "|---|---:|---:|",
-        "| CorInfoMax, the paper's settings | 51.0 | – |",
-        "| SimCLR | 51.0 | 61.0 ± 1.0 |",
+        "| CorInfoMax, the paper's settings | 51.0 (1) | – |",
+        "| SimCLR | 51.0 (1) | 61.0 ± 1.0 (3) |",
     ]
     none, one = compared.ablations(rows)[2:]
     assert none == "| none | 600 | 51.5 ± 0.7 | 46.5 ± 0.7 | 31.5 ± 0.7 | – | 2 |"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corinfomax import CorInfoMaxLoss, Moments, corinfomax_loss, ldmi
-from corinfomax.objective import moment_dtype
+from corinfomax.objective import check_views, moment_dtype
 
 
 def unit(n: int, d: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -297,6 +297,15 @@ def test_non_finite_input_is_an_error_that_says_where(poison):
     assert criterion.R[1].equal(torch.eye(8, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 6e4), (torch.float32, 3e38), (torch.float64, 1e308)])
+def test_finite_numbers_whose_sum_is_not_are_no_error(dtype, most):
+    z = torch.full((16, 8), most, dtype=dtype)
+    check_views((z, z))
+    z[2, 1], z[5, 6] = math.inf, -math.inf
+    with pytest.raises(ValueError, match="z1 has nan or infinity in 2 of its 16 rows"):
+        check_views((z, z))
+
+
 @pytest.mark.gpu
 def test_non_finite_input_on_cuda_is_no_silent_nan_and_leaves_the_moments():
     z1, z2 = unit(16, 8, 0).cuda(), unit(16, 8, 1).cuda()
@@ -402,6 +411,12 @@ def test_ldmi_is_the_papers_formula():
     Re21 = R2 - R12.T @ torch.linalg.inv(R1 + one) @ R12
     want = (torch.logdet(R1 + one) + torch.logdet(R2 + one) - torch.logdet(Re12 + one) - torch.logdet(Re21 + one)) / 6
     assert float(ldmi(z1, z2, eps=eps)) == pytest.approx(float(want), rel=1e-10)
+
+
+def test_ldmi_can_be_maximised():
+    """Another caller of the Cholesky factor than the loss, and one that leaves its gradient to autograd."""
+    z1, z2 = (unit(12, 3, v).requires_grad_() for v in (0, 1))
+    assert torch.autograd.gradcheck(lambda *z: ldmi(*z, eps=1e-2), (z1, z2))
 
 
 def test_ldmi_is_the_canonical_correlations():

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import re
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -33,7 +34,8 @@ from corinfomax.files import (
 
 SUFFIXES = (".zip", ".tar")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar")
-FORMAT = 1  # of the kept indices
+FORMAT = 2  # of the kept indices
+ANY_NAME = ("utf-8", "surrogateescape")
 METHODS = {zipfile.ZIP_STORED: ZIPPED, zipfile.ZIP_DEFLATED: DEFLATED}
 
 
@@ -69,13 +71,13 @@ def from_archives(root: Path, archives: Sequence[Path], cache: Path | None = Non
             status = path.stat()
         except OSError as error:
             raise DataError(f"cannot read the archive {path}: {error.strerror}") from error
-        stamps.append((status.st_size, status.st_mtime_ns))
+        stamps.append((status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     return dict(_splits(root, tuple(archives), tuple(stamps), cache or default_cache()))
 
 
 @functools.lru_cache(maxsize=1)  # a command asks several times, and a million images are ten seconds
 def _splits(
-    root: Path, archives: tuple[Path, ...], stamps: tuple[tuple[int, int], ...], cache: Path
+    root: Path, archives: tuple[Path, ...], stamps: tuple[tuple[int, ...], ...], cache: Path
 ) -> dict[str, Source]:
     splits: dict[str, list[_Placed]] = {}
     for place, archive in enumerate(archives):
@@ -107,7 +109,7 @@ class _Placed(NamedTuple):
     member: Member
 
 
-def _source(root: str, archives: tuple[str, ...], stamps: Sequence[tuple[int, int]], rows: list[_Placed]) -> Source:
+def _source(root: str, archives: tuple[str, ...], stamps: Sequence[tuple[int, ...]], rows: list[_Placed]) -> Source:
     texts = [row.member.label for row in rows]
     if any(texts) and not all(texts):
         bare = next(row for row in rows if not row.member.label)
@@ -115,13 +117,13 @@ def _source(root: str, archives: tuple[str, ...], stamps: Sequence[tuple[int, in
             f"{sum(map(bool, texts)):,} of the {len(rows):,} images in {root} have a class in a .cls beside them, and "
             f"{bare.path} has none: label all of a split or none"
         )
-    folders = [row.inner.partition("/")[0] for row in rows if "/" in row.inner]
+    folders = [sys.intern(row.inner.partition("/")[0]) for row in rows if "/" in row.inner]
     labels = next((tuple(each) for each in (texts, folders) if len(each) == len(rows) and len(set(each)) > 1), None)
     places = [(row.place, row.member.start, row.member.size, row.member.method) for row in rows]
     return Source(
         root,
         tuple(row.path for row in rows),
-        np.array([stamps[row.place] for row in rows], np.int64),
+        np.array([stamps[row.place][:2] for row in rows], np.int64),
         labels,
         stored=Stored(archives, np.array(places, np.int64)),
     )
@@ -158,10 +160,10 @@ def _split_of(archive: Path) -> str:
     return next(iter(words), "train")
 
 
-def _members(archive: Path, stamp: tuple[int, int], cache: Path) -> list[Member]:
+def _members(archive: Path, stamp: tuple[int, ...], cache: Path) -> list[Member]:
     """The images of an archive; of a path that is there twice the last, which is the one that unpacking leaves."""
-    known = f"{FORMAT} {archive.absolute()} {stamp[0]} {stamp[1]}"
-    digest = hashlib.blake2b(known.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    known = f"{FORMAT} {archive.absolute()} {stamp}"  # times of writing alone can be set back, and are by some copies
+    digest = hashlib.blake2b(known.encode(*ANY_NAME), digest_size=16).hexdigest()
     kept = cache / f"index-{digest}.npz"
     if (read := _kept(kept)) is not None:
         return read
@@ -185,7 +187,7 @@ def _kept(path: Path) -> list[Member] | None:
     """The index that `_keep` wrote, if it is there."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            texts = [os.fsdecode(arrays[name].tobytes()).split("\0") for name in ("paths", "labels")]
+            texts = [arrays[name].tobytes().decode(*ANY_NAME).split("\0") for name in ("paths", "labels")]
             numbers = arrays["numbers"].tolist()
         return [
             Member(image, start, size, method, label)
@@ -199,7 +201,7 @@ def _keep(path: Path, members: Sequence[Member]) -> None:
     """Write an index, whole or not at all; where that cannot be, the archive is read again the next time."""
     part = path.with_name(f"{path.stem}.{uuid4().hex}.part.npz")  # several processes may do so at once
     texts = [
-        np.frombuffer(os.fsencode("\0".join(column)), np.uint8) for column in list(zip(*members, strict=True))[::4]
+        np.frombuffer("\0".join(column).encode(*ANY_NAME), np.uint8) for column in list(zip(*members, strict=True))[::4]
     ]
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

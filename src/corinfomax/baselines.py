@@ -39,7 +39,7 @@ class Baseline(nn.Module):
     `terms.attraction` is CorInfoMax's, the mean square distance of the unit rows over D, as a meter that all objectives
     share; there is no big bang (0, without a floor). float32 (ldmi float64), and no state. One process alone.
 
-    ImportError without lightly where it is needed, ValueError for a wrong number of weights.
+    ValueError for a wrong number of weights.
     """
 
     floor = None
@@ -67,11 +67,9 @@ def _build(name: Objective, weights: Sequence[float]) -> Callable[[Float[Tensor,
     if name == "ldmi":
         (eps,) = weights
         return lambda z: -ldmi(*F.normalize(z, dim=-1), eps=eps)
-    try:
-        from lightly import loss as lightly
-        from lightly.loss.lejepa_loss import lejepa_invariance_loss
-    except ImportError as error:
-        raise ImportError(f"objective {name} needs the extra baselines: uv sync --extra baselines") from error
+    from lightly import loss as lightly
+    from lightly.loss.lejepa_loss import lejepa_invariance_loss
+
     if name == "sigreg":
         (share,) = weights
         sigreg = lightly.SIGReg(num_vectors=SLICES)

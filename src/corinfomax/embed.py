@@ -104,7 +104,7 @@ def check_ending(path: Path) -> None:
     if path.suffix not in ENDINGS:
         raise ValueError(f"{path.name} must end in {' or '.join(ENDINGS)}")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError("Parquet needs pyarrow: pip install 'corinfomax[parquet]'")
+        raise ValueError("Parquet needs pyarrow, the extra parquet: uv run --extra parquet corinfomax …")
 
 
 def write(path: Path, vectors: Mapping[str, Float[Tensor, "_ f"]], parts: Mapping[str, Images]) -> None:

