@@ -276,12 +276,13 @@ def test_autocast_leaves_the_loss_in_float64():
     assert float(inside) == float(CorInfoMaxLoss(16)(z1, z2).loss)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("scale", [1e10, 1e150])
-def test_a_covariance_beyond_float64_is_not_a_number_and_no_error(scale):
+def test_a_covariance_beyond_float64_is_not_a_number_and_no_error(scale, device):
     """Rows on one line, so long that eps is lost in rounding: the factor has a zero on its diagonal."""
     torch.manual_seed(0)
-    z = (torch.randn(64, 1, dtype=torch.float64) * torch.ones(1, 32) * scale).requires_grad_()
-    terms = CorInfoMaxLoss(32, normalize=False)(z, z * 1.0)
+    z = (torch.randn(64, 1, dtype=torch.float64) * torch.ones(1, 32) * scale).to(device).requires_grad_()
+    terms = CorInfoMaxLoss(32, normalize=False).to(device)(z, z * 1.0)
     assert terms.loss.isnan()
     terms.loss.backward()
     assert not z.grad.isfinite().any()
