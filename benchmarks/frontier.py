@@ -47,8 +47,8 @@ TRIAL_MINUTES = 2.0
 MARGIN = 0.5  # points by which the search's later parts want to be better: about the sd of a trial
 HELD_OUT = 5000
 ABOUT_ABLATIONS = (
-    "Of CorInfoMax as it was before Muon (SGD, D = 64, batches of 128), in two processor minutes, scored on the slice of\n"
-    "the training images that settings are chosen on."
+    "Of CorInfoMax as it was before Muon (SGD, D = 64, batches of 128), in two processor minutes, scored on the slice\n"
+    "of the training images that settings are chosen on."
 )
 
 
