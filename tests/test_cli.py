@@ -29,7 +29,7 @@ KERNEL = ["--loss.name", "kernel"]
 
 
 def test_an_objective_whose_library_is_not_here_is_a_sentence(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "lightly", None)
     folder = tiny.folder(tmp_path / "data", {"": 4})
     assert cli.main(["pretrain", str(folder), "--loss.name", "vicreg", "--out", str(tmp_path / "run")]) == 2
     assert "needs lightly, the extra baselines: uv run --extra baselines" in capsys.readouterr().err

@@ -39,7 +39,7 @@ class Baseline(nn.Module):
     `terms.attraction` is CorInfoMax's, the mean square distance of the unit rows over D, as a meter that all objectives
     share; there is no big bang (0, without a floor). float32 (ldmi float64), and no state. One process alone.
 
-    ValueError for a wrong number of weights.
+    ValueError without lightly where it is needed, and for a wrong number of weights.
     """
 
     floor = None
@@ -67,9 +67,12 @@ def _build(name: Objective, weights: Sequence[float]) -> Callable[[Float[Tensor,
     if name == "ldmi":
         (eps,) = weights
         return lambda z: -ldmi(*F.normalize(z, dim=-1), eps=eps)
-    from lightly import loss as lightly
-    from lightly.loss.lejepa_loss import lejepa_invariance_loss
-
+    try:
+        from lightly import loss as lightly
+        from lightly.loss.lejepa_loss import lejepa_invariance_loss
+    except ImportError as error:
+        cure = "uv run --extra baselines corinfomax …"
+        raise ValueError(f"--loss.name {name} needs lightly, the extra baselines: {cure} ({error})") from None
     if name == "sigreg":
         (share,) = weights
         sigreg = lightly.SIGReg(num_vectors=SLICES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from dataclasses import dataclass, field
 from math import inf, isfinite
 from types import NoneType, UnionType
@@ -89,8 +88,6 @@ class Projector:
 Objective = Literal["corinfomax", "kernel", "ldmi", "vicreg", "barlow-twins", "simclr", "sigreg"]
 PAIRED: tuple[Objective, ...] = ("ldmi", "vicreg", "barlow-twins", "simclr")
 """Objectives of two views, no more."""
-BORROWED: tuple[Objective, ...] = ("vicreg", "barlow-twins", "simclr", "sigreg")
-"""Objectives that are lightly's."""
 
 
 OWN: dict[Objective, tuple[str, ...]] = {
@@ -277,7 +274,7 @@ class Recipe:
 
 
 def check_objective(recipe: Recipe) -> None:
-    """ValueError for knobs that the recipe's objective knows nothing of, and for one whose library is not here.
+    """ValueError for knobs that the recipe's objective knows nothing of.
 
     Not where a recipe is made: what is typed is read before the recipe that it changes is chosen.
     """
@@ -293,10 +290,6 @@ def check_objective(recipe: Recipe) -> None:
         raise ValueError(f"{loss.name}, this recipe's objective, knows no --teacher; --loss.name corinfomax does")
     if recipe.crops != 2 and loss.name in PAIRED:
         raise ValueError(f"crops is {recipe.crops}, and {loss.name} compares two views")
-    if loss.name in BORROWED and importlib.util.find_spec("lightly") is None:
-        raise ValueError(
-            f"--loss.name {loss.name} needs lightly, the extra baselines: uv run --extra baselines corinfomax …"
-        )
 
 
 def sides(recipe: Recipe) -> str:
