@@ -303,6 +303,15 @@ def test_a_collapsed_network_has_a_page_too(flat, tmp_path, capsys):
     assert "effective rank 1.0 of" in out.read_text()
 
 
+def test_equal_features_have_no_map_of_neighbours(monkeypatch):
+    monkeypatch.setattr(report.maps, "neighbour_maps", lambda: ["PaCMAP"])
+    monkeypatch.setattr(report.maps, "neighbour_map", lambda name, x, seed: x[:, :2])
+    features = torch.full((40, 4), 0.5)
+    assert [layout["name"] for layout in report._layouts(features, tiny.RECIPE)] == ["PCA"]
+    features[7] = 0.25
+    assert [layout["name"] for layout in report._layouts(features, tiny.RECIPE)] == ["PCA", "PaCMAP"]
+
+
 def test_a_run_that_was_stopped_has_a_page_without_a_verdict(flat, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(flat, run)

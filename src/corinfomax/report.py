@@ -182,7 +182,8 @@ def _layouts(features: Float[Tensor, "n f"], recipe: Recipe) -> list[dict[str, A
     rows = torch.randperm(len(features), generator=generator(recipe.seed, "map"))[:MAPPED].sort().values
     whole = len(rows) == len(features)
     for name in maps.neighbour_maps():
-        if len(features) > 3 * CROWD:  # they need some neighbours that are not all there is
+        # They need some neighbours that are not all there is, and a distance that is not 0.
+        if len(features) > 3 * CROWD and bool((features != features[0]).any()):
             plane = maps.neighbour_map(name, features[rows], seed=key(recipe.seed, "map"))
             about = "near images stay near" + ("" if whole else f"; {len(rows):,} of {len(features):,} images")
             layouts.append({"name": name, "about": about, "xy": _fitted(plane), "rows": None if whole else rows})

@@ -1,0 +1,88 @@
+"""The code's way on a GPU, on machines that have none."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import absent
+import tiny
+from corinfomax import batches, cli
+from corinfomax.knobs import Loss, Optim, Recipe, View
+from corinfomax.learner import build, update
+from corinfomax.recipes import RECIPES
+
+pytestmark = [
+    pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch that knows CUDA"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
+]
+CUDA = torch.device("cuda")
+VARIANTS: dict[str, Recipe] = {
+    name: replace(entry.recipe, size=min(32, entry.recipe.size)) for name, entry in RECIPES.items()
+} | {
+    "sgd": tiny.RECIPE,
+    "lars": replace(tiny.RECIPE, optim=Optim(name="lars", clip=1.0)),
+    "adamw": replace(tiny.RECIPE, optim=Optim(name="adamw", clip=1.0)),
+    "parts": replace(tiny.RECIPE, micro_batch=4),
+    "three views": replace(tiny.RECIPE, crops=3),
+    "teacher": replace(tiny.RECIPE, teacher=0.9),
+    "ldmi": replace(tiny.RECIPE, loss=Loss(name="ldmi")),
+    "kernel": replace(tiny.RECIPE, loss=Loss(name="kernel")),
+    "every view": replace(tiny.RECIPE, views=(View(rotate=20, blur=1.0, solarize=0.5), View(blur=0.5, grey=1.0))),
+    "bfloat16": replace(tiny.RECIPE, precision="bfloat16"),
+    "float64": replace(tiny.RECIPE, precision="float64"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_step_on_a_gpu_mixes_no_devices_and_never_waits(monkeypatch, name):
+    recipe = replace(VARIANTS[name], batch=8)
+    with absent.gpu(monkeypatch):
+        learner = build(recipe, CUDA)
+        for step in range(2):
+            sizes = torch.tensor([[40, 36], [36, 40]] * 4)
+            pixels = torch.zeros((8, 3, 40, 40), dtype=torch.uint8, device=CUDA)
+            crops = batches.make_views(recipe, pixels, sizes, step, CUDA)
+            numbers = update(recipe, learner, crops, step, CUDA)
+        assert {crop.device.type for crop in crops} == {numbers.device.type} == {"cuda"}
+        assert [tuple(crop.shape) for crop in crops] == [(8, 3, recipe.size, recipe.size)] * recipe.crops
+        for parameter in learner.network.parameters():
+            assert parameter.grad is not None and parameter.grad.shape == parameter.shape
+
+
+def test_commands_run_on_a_gpu(monkeypatch, tmp_path, capsys):
+    data, run = tiny.folder(tmp_path / "data", {"train": 16, "test": 8}), tmp_path / "run"
+    with absent.gpu(monkeypatch, answers=True):
+        words = ["--device", "cuda", *tiny.KNOBS, "--recipe", "cpu-small", "--epochs", "1"]
+        assert cli.main(["pretrain", str(data), "--out", str(run), *words]) == 0, capsys.readouterr().err
+        assert cli.main(["embed", str(run), str(data), "--device", "cuda", "--out", str(tmp_path / "x.npz")]) == 0
+    assert (run / "report.html").stat().st_size > 10_000 and (tmp_path / "x.npz").exists()
+    assert json.loads((run / "results.json").read_text())
+
+
+def test_what_would_stop_a_gpu_is_seen(monkeypatch):
+    with absent.gpu(monkeypatch):
+        x = torch.zeros(4, 3, device=CUDA)
+        with pytest.raises(RuntimeError, match="same device"):
+            _ = x + torch.ones(3)
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.randn(3, generator=torch.Generator(), device=CUDA)
+        with pytest.raises(RuntimeError, match="indexed"):
+            _ = torch.ones(3)[torch.zeros(2, dtype=torch.int64, device=CUDA)]
+        for wait in (x.cpu, x.tolist, lambda: bool((x > 0).any()), lambda: x[x > 0], lambda: torch.ones(4, 3).copy_(x)):
+            with pytest.raises(absent.WaitsError):
+                wait()
+
+
+def test_gradients_node_by_node_are_those_of_torch():
+    recipe = replace(tiny.RECIPE, precision="float64")
+    x = torch.randn(2, 8, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def gradients(way):
+        learner = build(recipe, torch.device("cpu"))
+        way(learner.criterion(*map(learner.network, x)).loss)
+        return [parameter.grad for parameter in learner.network.parameters()]
+
+    for a, b in zip(gradients(absent.backward), gradients(torch.Tensor.backward), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
