@@ -23,7 +23,11 @@ NAMES = {
     "sigreg": "SIGReg (LeJEPA)",
     "supervised": "supervised",
 }
-TITLES = {"cifar10": "CIFAR-10 (JPEG copy)", "tiny-imagenet-64-100c": "Tiny ImageNet, 100 classes at 64 px"}
+TITLES = {
+    "cifar10": "CIFAR-10 (JPEG copy)",
+    "tiny-imagenet-64-100c": "Tiny ImageNet, 100 classes at 64 px",
+    "cifar10-resnet18": "CIFAR-10 (JPEG copy), ResNet-18 with a stem of stride 2",
+}
 
 
 def runs_of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -130,7 +134,7 @@ def trials(rows: Iterable[Row]) -> list[str]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Linear top-1 over compute, a panel a set of images, by processor minutes and by floating-point operations."""
+    """Linear top-1 over compute, a row of panels a set of images with several budgets: minutes and operations."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -138,7 +142,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     plt.rcParams |= {"svg.hashsalt": "corinfomax", "svg.fonttype": "none", "font.family": "sans-serif"}
-    sets = list(dict.fromkeys(row["data"] for row in runs_of(rows)))
+    sets = [data for data in TITLES if len({row["minutes"] for row in runs_of(rows, data=data)}) > 1]
     figure, panels = plt.subplots(len(sets), 2, figsize=(10, 4 * len(sets)), squeeze=False, layout="constrained")
     for data, pair in zip(sets, panels, strict=True):
         for axis, (what, label) in zip(pair, (("minutes", "processor minutes"), ("tflops", "TFLOP")), strict=True):

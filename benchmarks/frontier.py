@@ -4,6 +4,7 @@
     python -m benchmarks.frontier tune --root data
     python -m benchmarks.frontier ablate --root data --seeds 1
     python -m benchmarks.frontier train --root data --minutes 10 --seeds 0 1 2
+    python -m benchmarks.frontier train --root data --minutes 20 --seeds 0 --data cifar10-resnet18
     python -m benchmarks.frontier write
 
 `measure`, on a quiet machine, takes the processor seconds of every kind of step that is tried or run and not known yet,
@@ -12,7 +13,7 @@ it. `tune` chooses each method's settings on a slice of CIFAR-10's training imag
 kernel, which begins with what that search found for the covariance; what it found stands in `benchmarks.methods`.
 `ablate` then changes one thing each of what was found for CorInfoMax before Muon, with seeds that the search has not
 seen. `train` trains and scores. What is in the file of results already is left out, so several can work side by side
-with other `--seeds` or `--methods`. `write` draws the tables and the plot of docs/results.md.
+with other `--seeds` or `--methods`; `--data cifar10-resnet18` is the second network. `write` draws the tables and the plot of docs/results.md.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ ABOUT_ABLATIONS = (
 
 def load(data: str, root: Path, cache: Path | None) -> Splits:
     """The images of a set, decoded at the side its runs want."""
-    loaded = images.load(root / data, side=DATA[data].cache_side, cache=cache)
+    loaded = images.load(root / DATA[data].folder, side=DATA[data].cache_side, cache=cache)
     assert loaded.test is not None
     return loaded
 
@@ -240,7 +241,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--cache", type=Path, default=None, help="folder of decoded images")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--data", nargs="*", default=list(DATA), choices=list(DATA))
+    parser.add_argument("--data", nargs="*", default=list(DATA)[:2], choices=list(DATA))
     parser.add_argument("--minutes", type=float, nargs="*", default=[10.0], help="processor minutes of training")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     options = parser.parse_args()
@@ -249,7 +250,7 @@ def main() -> None:
     doing: dict[str, Callable[[], None]] = {
         "tune": lambda: _tune(options),
         "ablate": lambda: _ablate(options),
-        "measure": lambda: measure({data: load(data, options.root, options.cache) for data in DATA}),
+        "measure": lambda: measure(_every(options), options.methods),
         "train": lambda: _train(options),
         "write": lambda: write(DOCS / "results.md", DOCS / "frontier.svg"),
     }
@@ -269,8 +270,12 @@ def _ablate(options: argparse.Namespace) -> None:
             trial(METHODS["corinfomax"], ablated(change), splits, seed, kind="ablation")
 
 
+def _every(options: argparse.Namespace) -> dict[str, Splits]:
+    return {data: load(data, options.root, options.cache) for data in options.data}
+
+
 def _train(options: argparse.Namespace) -> None:
-    every = {data: load(data, options.root, options.cache) for data in options.data}
+    every = _every(options)
     for minutes in options.minutes:
         for seed in options.seeds:
             for data, splits in every.items():

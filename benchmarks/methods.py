@@ -27,19 +27,39 @@ START: Recipe = replace(
 """What `cpu-small` was before this search changed it; its arithmetic is the same on all machines."""
 
 
-class Data(NamedTuple):
-    """How a set of images is seen."""
+def changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with these fields replaced."""
+    for part, fields in changes.items():
+        if part == "":
+            recipe = replace(recipe, **fields)
+        elif part == "views":
+            first, second = (replace(view, **fields) for view in recipe.views)
+            recipe = replace(recipe, views=(first, second))
+        else:
+            recipe = replace(recipe, **{part: replace(getattr(recipe, part), **fields)})
+    return recipe
 
+
+class Data(NamedTuple):
+    """A set of images, how it is seen, and what else is another than usual, as the network."""
+
+    folder: str
     size: int
     cache_side: int
+    also: Changes
 
     def fit(self, recipe: Recipe) -> Recipe:
         """A recipe for 32 px, or for the 24 px of crops of them, at the same share of these images' side."""
         size = round(recipe.size * self.size / 24)
-        return replace(recipe, size=size, cache_side=self.cache_side)
+        return changed(replace(recipe, size=size, cache_side=self.cache_side), self.also)
 
 
-DATA = {"cifar10": Data(24, 32), "tiny-imagenet-64-100c": Data(36, 64)}
+RESNET18: Changes = {"backbone": {"small_stem": True, "stem_stride": 2, "layers": None, "channels": None}}
+DATA = {
+    "cifar10": Data("cifar10", 24, 32, {}),
+    "tiny-imagenet-64-100c": Data("tiny-imagenet-64-100c", 36, 64, {}),
+    "cifar10-resnet18": Data("cifar10", 24, 32, RESNET18 | {"": {"precision": "bfloat16"}}),
+}
 
 
 class Method(NamedTuple):
@@ -52,19 +72,6 @@ class Method(NamedTuple):
     """Tried after those: what they cost is measured with what was chosen so far."""
     again: Sequence[Callable[[Recipe], list[Changes]]] = ()
     """Tried in the end, and for as long as they help."""
-
-
-def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with these fields replaced."""
-    for part, fields in changes.items():
-        if part == "":
-            recipe = replace(recipe, **fields)
-        elif part == "views":
-            first, second = (replace(view, **fields) for view in recipe.views)
-            recipe = replace(recipe, views=(first, second))
-        else:
-            recipe = replace(recipe, **{part: replace(getattr(recipe, part), **fields)})
-    return recipe
 
 
 def merged(changes: Changes, more: Changes) -> Changes:

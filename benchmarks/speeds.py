@@ -6,7 +6,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from corinfomax import batches, optim, views
 from corinfomax.images import Splits
 from corinfomax.knobs import Projector, Recipe
 from corinfomax.learner import build, update
-from corinfomax.networks import Network
+from corinfomax.networks import Network, arithmetic, precision
 from corinfomax.seeds import generator, key
 
 CPU = torch.device("cpu")
@@ -63,7 +63,8 @@ def supervised(recipe: Recipe, splits: Splits) -> Iterator[Network]:
     torch.manual_seed(key(recipe.seed, "weights"))
     network = Network(recipe.backbone, Projector(widths=(len(splits.train.classes),)), size=recipe.size)
     network = network.to(memory_format=torch.channels_last)
-    optimizer = optim.build(network, recipe.optim)
+    lower = torch.bfloat16 if precision(recipe, CPU) == "bfloat16" else None
+    optimizer = optim.build(network, recipe.optim, lower)
     step = 0
     while True:
         indices = batches.indices(recipe, step, len(splits.train))
@@ -73,7 +74,9 @@ def supervised(recipe: Recipe, splits: Splits) -> Iterator[Network]:
         lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=per_epoch, epochs=recipe.epochs)
         optim.set_learning_rate(optimizer, lr)
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(network(x), labels[indices]).backward()
+        with arithmetic(recipe, CPU):
+            logits = network(x)
+        F.cross_entropy(logits.float(), labels[indices]).backward()
         optimizer.step()
         step += 1
         yield network
@@ -126,8 +129,8 @@ def speeds() -> dict[str, Any]:
     return json.loads(SPEEDS.read_text())["steps"] if SPEEDS.exists() else {}
 
 
-def measure(every: dict[str, Splits], rounds: int = 5) -> None:
-    """Processor seconds of a step of each kind that is not known yet, by turns."""
+def measure(every: dict[str, Splits], names: Sequence[str], rounds: int = 5) -> None:
+    """Processor seconds of a step of each kind of these methods that is not known yet, by turns."""
     wanted: dict[Kind, Recipe] = {}
 
     def add_kinds(name: str, data: str, recipe: Recipe) -> None:
@@ -135,14 +138,16 @@ def measure(every: dict[str, Splits], rounds: int = 5) -> None:
             at_size = replace(recipe, size=kind.size, early_sizes=(), early_shares=(), seed=0)
             wanted.setdefault(kind, at_size)
 
-    for name, method in METHODS.items():
+    for name, method in ((name, METHODS[name]) for name in names):
         for data in every:
             add_kinds(name, data, settings(name, data))
+        if TRIAL_DATA not in every:
+            continue
         chosen = changed(method.start, CHOSEN[name])
         late = (merged(CHOSEN[name], change) for options in method.late for change in options(chosen))
         for changes in (*searched(method), *late):
             add_kinds(name, TRIAL_DATA, changed(method.start, changes))
-    for change in ABLATIONS:
+    for change in ABLATIONS if TRIAL_DATA in every else ():
         add_kinds("corinfomax", TRIAL_DATA, changed(METHODS["corinfomax"].start, ablated(change)))
     known = speeds()
     new = {kind: recipe for kind, recipe in wanted.items() if _text(kind) not in known}
