@@ -13,7 +13,8 @@ it. `tune` chooses each method's settings on a slice of CIFAR-10's training imag
 kernel, which begins with what that search found for the covariance; what it found stands in `benchmarks.methods`.
 `ablate` then changes one thing each of what was found for CorInfoMax before Muon, with seeds that the search has not
 seen. `train` trains and scores. What is in the file of results already is left out, so several can work side by side
-with other `--seeds` or `--methods`; `--data cifar10-resnet18` is the second network. `write` draws the tables and the plot of docs/results.md.
+with other `--seeds` or `--methods`; `--data cifar10-resnet18` is the second network. `write` draws the tables and the
+plot of docs/results.md.
 """
 
 from __future__ import annotations
