@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -141,5 +142,5 @@ def _view(
     return views.apply(pixels.to(device), sizes, drawn, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
 
 
-def _bar(what: str, steps: int, progress: bool) -> tqdm[int]:
+def _bar(what: str, steps: int, progress: bool) -> Iterable[int]:
     return tqdm(range(steps), desc=what, unit="step", leave=False, disable=None if progress else True)
