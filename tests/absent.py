@@ -185,6 +185,7 @@ def gpu(patch: pytest.MonkeyPatch, *, answers: bool = False) -> Iterator[Gpu]:
         "get_device_name": "none",
         "get_device_capability": (9, 0),
         "is_bf16_supported": True,
+        "is_current_stream_capturing": False,
         "mem_get_info": (80 * GIB, 80 * GIB),
         "max_memory_allocated": GIB,
         "synchronize": None,
