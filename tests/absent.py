@@ -37,6 +37,8 @@ class Gpu(TorchDispatchMode):
         super().__init__()
         self.answers = answers
         self.busy = False
+        self.launched = 0
+        """Operations so far; those that only look at a tensor otherwise count too."""
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,9 +60,13 @@ class Gpu(TorchDispatchMode):
             return args[0]
         if func in (aten.index.Tensor, aten.index_put_.default):
             args = (args[0], self._places(func, *args[:2]), *args[2:])
-        if func is aten._to_copy.default and not absent:  # else FakeTensorMode computes with a known number itself
+        if func is aten._to_copy.default and not absent:
+            if not kwargs.get("non_blocking"):
+                self._wait(func)  # for what the GPU is at before the copy
+            # FakeTensorMode would compute with a known number itself
             known = {"dtype": kwargs.get("dtype") or args[0].dtype, "device": kwargs["device"]}
             func, args, kwargs = aten.empty.memory_format, (list(args[0].shape),), known
+        self.launched += 1
         self.busy = True
         try:
             with self.fake:
@@ -163,12 +169,12 @@ def _move(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                moved = parameter.detach().to(device or parameter.device, dtype or parameter.dtype)
+                moved = parameter.detach().to(device or parameter.device, dtype or parameter.dtype, non_blocking=True)
                 part._parameters[name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 own = dtype if dtype is not None and buffer.is_floating_point() else buffer.dtype
-                part._buffers[name] = buffer.to(device or buffer.device, own)
+                part._buffers[name] = buffer.to(device or buffer.device, own, non_blocking=True)
     return module
 
 

@@ -51,6 +51,29 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_never_waits(monkeypatch, name):
             assert parameter.grad is not None and parameter.grad.shape == parameter.shape
 
 
+def test_batches_of_images_on_a_gpu_are_made_without_waiting(monkeypatch, tmp_path):
+    images = tiny.splits(tmp_path).train
+    with absent.gpu(monkeypatch):
+        there = replace(images, pixels=images.pixels.to(CUDA, non_blocking=True))
+        pixels, sizes = there.batch(torch.tensor([3, 1, 2]))
+        assert (pixels.device.type, tuple(pixels.shape), sizes.device.type) == ("cuda", (3, 3, 16, 16), "cpu")
+
+
+@pytest.mark.parametrize("side", [32, 256])
+def test_how_many_launches_views_take_does_not_grow_with_the_images(monkeypatch, side):
+    recipe = RECIPES["imagenet100-r18"].recipe
+
+    def launches(count):
+        with absent.gpu(monkeypatch) as there:
+            sizes = torch.full((count, 2), side)
+            before = there.launched
+            pixels = torch.zeros((count, 3, side, side), dtype=torch.uint8, device=CUDA)
+            batches.make_views(recipe, pixels, sizes, 0, CUDA)
+            return there.launched - before
+
+    assert launches(256) < 1.5 * launches(64)
+
+
 def test_commands_run_on_a_gpu(monkeypatch, tmp_path, capsys):
     data, run = tiny.folder(tmp_path / "data", {"train": 16, "test": 8}), tmp_path / "run"
     with absent.gpu(monkeypatch, answers=True):
@@ -70,7 +93,14 @@ def test_what_would_stop_a_gpu_is_seen(monkeypatch):
             torch.randn(3, generator=torch.Generator(), device=CUDA)
         with pytest.raises(RuntimeError, match="indexed"):
             _ = torch.ones(3)[torch.zeros(2, dtype=torch.int64, device=CUDA)]
-        for wait in (x.cpu, x.tolist, lambda: bool((x > 0).any()), lambda: x[x > 0], lambda: torch.ones(4, 3).copy_(x)):
+        for wait in (
+            x.cpu,
+            x.tolist,
+            lambda: torch.ones(3).to(CUDA),
+            lambda: bool((x > 0).any()),
+            lambda: x[x > 0],
+            lambda: torch.ones(4, 3).copy_(x),
+        ):
             with pytest.raises(absent.WaitsError):
                 wait()
 

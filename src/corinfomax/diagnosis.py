@@ -143,7 +143,7 @@ def _forward(
     network: Network, images: Images, recipe: Recipe, view: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     features, projections = [], []
-    size = max(recipe.batch, LEAST_IMAGES)
+    size = recipe.micro_batch or max(recipe.batch, LEAST_IMAGES)
     for start in range(0, len(images), size):
         rows = torch.arange(start, min(start + size, len(images)))
         x = ready(_view(images, recipe, view, rows, device), network)

@@ -48,9 +48,17 @@ def group(device: torch.device) -> Iterator[torch.device]:
         _patient.append(dist.new_group(backend="gloo", timeout=PATIENCE))
     try:
         yield device
-    finally:
-        _patient.clear()
-        dist.destroy_process_group()
+    except BaseException:
+        if device.type == "cuda":
+            raise  # NCCL's end is a collective too, and the others do not come to it
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    _patient.clear()
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -124,7 +124,7 @@ class Images:
             grid, rows = self._grid
             if grid.device.type == "cpu":  # NumPy, as below
                 return torch.from_numpy(grid.numpy().take(rows[indices].numpy(), 0)), sizes
-            return grid.index_select(0, rows[indices].to(grid.device)), sizes
+            return grid.index_select(0, rows[indices].to(grid.device, non_blocking=True)), sizes
         height, width = sizes.amax(0).tolist() if len(sizes) else (0, 0)
         out = self.pixels.new_zeros(len(sizes), 3, height, width)
         # On the CPU through NumPy: torch would start its threads, ruinous where the cores are busy.

@@ -19,7 +19,8 @@ from torch import Tensor
 from corinfomax import fused
 from corinfomax.knobs import View
 
-CHUNK = 2**21  # pixel values resampled at once: 8 MiB of float32
+CHUNK = 2**21  # pixel values resampled at once on a CPU: 8 MiB of float32
+ON_GPU = 2**27  # and elsewhere, where each chunk is a hundred launches: 512 MiB
 CROP_TRIES = 10  # torchvision's: draw a box up to ten times, then fall back to a centre crop
 BLUR_RADIUS = 6  # three times the largest published sigma, 2 px; 0.3 % of that kernel's weight lies beyond
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -211,7 +212,7 @@ def _resample(
     Arguments are (n, 2): vertical, horizontal. Cubic resampling is separable: two batched matrix products.
     """
     n, _, h, w = x.shape
-    most = max(1, CHUNK // (3 * h * w))
+    most = max(1, (CHUNK if x.device.type == "cpu" else ON_GPU) // (3 * h * w))
     if n > most:  # large images: float copies of the whole batch would go through memory, again and again
         parts = (tensor.split(most) for tensor in (x, start, extent, low, high, flip))
         return torch.cat([_resample(*some, size=size) for some in zip(*parts, strict=True)])
@@ -330,12 +331,13 @@ def blur(x: Float[Tensor, "n 3 s s"], sigma: Float[Tensor, " n"]) -> Float[Tenso
     """
     n, _, size, _ = x.shape
     kernel = blur_kernel(sigma, size).to(x.device, non_blocking=True)
-    taps = torch.arange(kernel.shape[1]) - kernel.shape[1] // 2
+    taps = torch.arange(kernel.shape[1], device=x.device) - kernel.shape[1] // 2
     # One linear map a line with the border folded in: pixel i takes its tap k from pixel reflect(i + k).
-    source = (torch.arange(size)[:, None] + taps).abs()
+    pixels = torch.arange(size, device=x.device)
+    source = (pixels + taps[:, None]).abs()
     source = torch.where(source >= size, 2 * (size - 1) - source, source)
-    spread = F.one_hot(source, size).transpose(0, 1).reshape(len(taps), size * size).float()
-    lines = (kernel @ spread.to(x.device, non_blocking=True)).reshape(n, size, size)
+    spread = (source[:, :, None] == pixels).float().reshape(len(taps), size * size)
+    lines = (kernel @ spread).reshape(n, size, size)
     rows = torch.bmm(x.transpose(1, 2).reshape(n, size * 3, size), lines.mT).reshape(n, size, 3 * size)
     return torch.bmm(lines, rows).reshape(n, size, 3, size).transpose(1, 2).contiguous()
 

@@ -13,11 +13,16 @@ def sentence(error: Exception) -> str | None:
         return f"torch.compile failed; go on without --compile ({_telling_line(error)})"
     if out_of_memory(error):
         first = str(error).partition("\n")[0] or type(error).__name__
-        return f"out of memory; a smaller --batch or --size, or a smaller network, needs less ({first})"
+        return f"out of memory; a smaller --batch or --size, a --micro-batch or a smaller network needs less ({first})"
     return None
 
 
-TOO_LARGE = ("can't allocate memory", "integer multiplication overflow")  # the second for more bytes than numbers count
+TOO_LARGE = (
+    "can't allocate memory",
+    "integer multiplication overflow",  # more bytes than numbers count
+    "CUDA error: out of memory",
+    "_STATUS_ALLOC_FAILED",
+)
 
 
 def out_of_memory(error: Exception) -> bool:

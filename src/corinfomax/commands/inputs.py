@@ -26,14 +26,16 @@ def device_of(name: str) -> torch.device:
     """Where a command computes; and how: numbers below 1e-38 are 0 from here on, in threads that start later too.
 
     The momentum of a unit that died shrinks down to there, where a processor is many times slower: steps of Muon took
-    up to five times as long.
+    up to five times as long. And float32 is float32: cuDNN's convolutions would round to TF32's 10 bits.
     """
     torch.set_flush_denormal(True)
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = distributed.own(torch.device(name))
-        torch.empty(1, device=device)
+        # A kernel has to run: a driver may know a GPU that torch is not made for.
+        torch.ones(1, device=device).add(1).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot compute on device {name!r}: {reason}") from error
