@@ -46,7 +46,8 @@ def linear_probe(
     head: nn.Linear | None = None
     for step in _bar("linear probe", probe.epochs * per_epoch, progress):
         epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(len(train), generator=generator(recipe.seed, "probe order", epoch))
+        if place == 0:
+            order = torch.randperm(len(train), generator=generator(recipe.seed, "probe order", epoch))
         indices = order[place * batch : (place + 1) * batch]
         x = _view(train, indices, crop, recipe, generator(recipe.seed, "probe view", step), device)
         with torch.no_grad(), arithmetic(recipe, device):
@@ -61,7 +62,7 @@ def linear_probe(
             lr = probe.lr * 0.1 ** (epoch // probe.decay_epochs)
         optim.set_learning_rate(optimizer, lr)
         optimizer.zero_grad()
-        F.cross_entropy(head(features), train.labels[indices].to(device)).backward()
+        F.cross_entropy(head(features), train.labels[indices].to(device, non_blocking=True)).backward()
         optimizer.step()
     assert head is not None
     if not all(bool(p.isfinite().all()) for p in head.parameters()):
@@ -117,7 +118,7 @@ def fine_tune(
         optim.set_learning_rate(optimizers[1], BACKBONE_LR * 0.2**quarter)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        F.cross_entropy(logits, train.labels[indices].to(device)).backward()
+        F.cross_entropy(logits, train.labels[indices].to(device, non_blocking=True)).backward()
         for optimizer in optimizers:
             optimizer.step()
     if not all(bool(p.isfinite().all()) for p in (*head.parameters(), *model.parameters())):
@@ -139,7 +140,8 @@ def _view(
 ) -> Tensor:
     pixels, sizes = images.batch(indices)
     drawn = views.draw(view, sizes, rng)
-    return views.apply(pixels.to(device), sizes, drawn, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
+    pixels = pixels.to(device, non_blocking=True)
+    return views.apply(pixels, sizes, drawn, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
 
 
 def _bar(what: str, steps: int, progress: bool) -> Iterable[int]:
