@@ -172,6 +172,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3)
     if sets:
-        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+        named: dict[str, Any] = {}
+        for axis in panels[:, 0]:
+            handles, labels = axis.get_legend_handles_labels()
+            named |= dict(zip(labels, handles, strict=True))
+        figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
