@@ -237,12 +237,13 @@ def _runs(found: list[dict[str, Any]], data: str, minutes: float) -> int:
 
 
 def main() -> None:
+    one_network = [name for name, data in DATA.items() if not data.also]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "ablate", "measure", "train", "write"))
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--cache", type=Path, default=None, help="folder of decoded images")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--data", nargs="*", default=list(DATA)[:2], choices=list(DATA))
+    parser.add_argument("--data", nargs="*", default=one_network, choices=list(DATA))
     parser.add_argument("--minutes", type=float, nargs="*", default=[10.0], help="processor minutes of training")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     options = parser.parse_args()

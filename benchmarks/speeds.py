@@ -147,7 +147,7 @@ def measure(every: dict[str, Splits], names: Sequence[str], rounds: int = 5) -> 
         late = (merged(CHOSEN[name], change) for options in method.late for change in options(chosen))
         for changes in (*searched(method), *late):
             add_kinds(name, TRIAL_DATA, changed(method.start, changes))
-    for change in ABLATIONS if TRIAL_DATA in every else ():
+    for change in ABLATIONS if TRIAL_DATA in every and "corinfomax" in names else ():
         add_kinds("corinfomax", TRIAL_DATA, changed(METHODS["corinfomax"].start, ablated(change)))
     known = speeds()
     new = {kind: recipe for kind, recipe in wanted.items() if _text(kind) not in known}

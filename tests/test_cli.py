@@ -19,7 +19,7 @@ import torch
 
 import tiny
 from corinfomax import batches, checkpoint, cli, knobs, named, runs, sources
-from corinfomax.commands import inputs, pretrain
+from corinfomax.commands import errors, inputs, pretrain
 from corinfomax.knobs import Loss
 from corinfomax.options import Where, parse
 from corinfomax.recipes import RECIPES
@@ -303,6 +303,25 @@ def test_too_little_memory_is_a_sentence(tmp_path, capsys):
     words = ["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS, "--projector.widths", "1000000000000"]
     assert cli.main(words) == 2
     assert "out of memory; a smaller --batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+)
+def test_each_of_torchs_ways_to_say_so_is_too_little_memory(error):
+    assert (errors.sentence(error) or "").startswith("out of memory; a smaller --batch")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access"), KeyError("memory")])
+def test_our_own_mistakes_are_no_lack_of_memory(error):
+    assert errors.sentence(error) is None
 
 
 def test_a_test_split_without_labels_is_said_before_training(tmp_path, capsys):
