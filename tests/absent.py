@@ -38,7 +38,7 @@ class Gpu(TorchDispatchMode):
         self.answers = answers
         self.busy = False
         self.launched = 0
-        """Operations so far; those that only look at a tensor otherwise count too."""
+        """Operations so far, but for those that only look at a tensor otherwise."""
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,7 +66,7 @@ class Gpu(TorchDispatchMode):
             # FakeTensorMode would compute with a known number itself
             known = {"dtype": kwargs.get("dtype") or args[0].dtype, "device": kwargs["device"]}
             func, args, kwargs = aten.empty.memory_format, (list(args[0].shape),), known
-        self.launched += 1
+        self.launched += not (func.namespace == "prim" or func.is_view)
         self.busy = True
         try:
             with self.fake:

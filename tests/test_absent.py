@@ -11,6 +11,7 @@ import tiny
 from corinfomax import batches, cli
 from corinfomax.knobs import Loss, Optim, Recipe, View
 from corinfomax.learner import build, update
+from corinfomax.muon import Muon
 from corinfomax.recipes import RECIPES
 
 pytestmark = [
@@ -72,6 +73,21 @@ def test_how_many_launches_views_take_does_not_grow_with_the_images(monkeypatch,
             return there.launched - before
 
     assert launches(256) < 1.5 * launches(64)
+
+
+def test_how_many_launches_muon_takes_does_not_grow_with_matrices_of_one_shape(monkeypatch):
+    def launches(layers):
+        with absent.gpu(monkeypatch) as there:
+            params = [p for _ in range(layers) for p in (torch.zeros(6, 4, device=CUDA), torch.zeros(6, device=CUDA))]
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer = Muon(params)
+            optimizer.step()  # makes its buffers
+            before = there.launched
+            optimizer.step()
+            return there.launched - before
+
+    assert launches(30) == launches(1)
 
 
 def test_commands_run_on_a_gpu(monkeypatch, tmp_path, capsys):

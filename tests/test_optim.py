@@ -102,16 +102,22 @@ def test_muon_steps_are_orthogonal_and_of_the_length_of_adamws():
         (torch.float64, None, 1e-4),
     ],
 )
-def test_the_orthogonal_factor_is_that_of_the_singular_values(shape, dtype, arithmetic, mixed):
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_orthogonal_factor_is_that_of_the_singular_values(shape, dtype, arithmetic, mixed, stacked):
     rng = torch.Generator().manual_seed(0)
     U, S, V = torch.linalg.svd(torch.randn(*shape, dtype=dtype, generator=rng), full_matrices=False)
     S = torch.logspace(0, -2, len(S), dtype=dtype)  # from the largest to a hundredth of it
-    got = muon.orthogonal(7.0 * U @ torch.diag(S) @ V, arithmetic)
+    M = 7.0 * U @ torch.diag(S) @ V
+    zero = torch.zeros_like(M)
+    if stacked:
+        got, zero = muon.orthogonal(torch.stack([M, zero]), arithmetic)
+    else:
+        got, zero = muon.orthogonal(M, arithmetic), muon.orthogonal(zero, arithmetic)
     assert got.dtype == dtype and got.equal(got.to(arithmetic or dtype).to(dtype))
     inner = U.T @ got @ V.T  # what it made of each singular value
     assert (inner - torch.diag(inner.diagonal())).abs().max() < mixed
     assert ((inner.diagonal() - 1).abs() < 0.15 + mixed).all()
-    assert not muon.orthogonal(torch.zeros(shape, dtype=dtype), arithmetic).any()
+    assert not zero.any()
 
 
 def test_muon_is_timms_but_for_its_bfloat16():
@@ -130,6 +136,26 @@ def test_muon_is_timms_but_for_its_bfloat16():
     for p, q, before in zip(ours.parameters(), theirs.parameters(), begun, strict=True):
         apart, moved = (p - q).norm(), (q - before).norm()
         assert apart <= (0.03 if p.ndim > 1 else 1e-5) * moved
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_muon_moves_every_parameter_as_if_it_were_alone(monkeypatch, together):
+    """Also where matrices of one shape go together, as on a GPU."""
+    monkeypatch.setattr(muon, "ONE_BY_ONE", () if together else ("cpu",))
+    torch.manual_seed(0)
+    shapes = [(4, 3, 3, 3), (5, 7), (4, 3, 3, 3), (7, 5), (5, 7), (6,), (6,), (4, 27)]
+    every, alone = (
+        [nn.Parameter(value.clone()) for value in values] for values in [[torch.randn(s) for s in shapes]] * 2
+    )
+    one = muon.Muon(every, lr=0.1, weight_decay=0.1)
+    others = [muon.Muon([p], lr=0.1, weight_decay=0.1) for p in alone]
+    for _ in range(3):
+        for p, q in zip(every, alone, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in (one, *others):
+            optimizer.step()
+    torch.testing.assert_close(every, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_muon_gives_the_loss_of_its_closure_and_leaves_what_has_no_gradient():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ NEWTON_SCHULZ = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
+ONE_BY_ONE = ("cpu",)  # where a matrix at a time is faster; a GPU waits longer for an operation than small ones take
 SECOND_BETA, EPS = 0.95, 1e-8  # of AdamW; its first beta is the momentum
 
 
@@ -49,41 +50,71 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    if p.ndim > 1:
-                        _matrix(p, self.state[p], group["lr"], group["momentum"], self.arithmetic)
-                    else:
-                        _vector(p, self.state[p], group["lr"], group["momentum"])
+            moving = [p for p in group["params"] if p.grad is not None]
+            if moving:
+                torch._foreach_mul_(moving, 1 - group["lr"] * group["weight_decay"])
+            alike: dict[tuple[int, ...], list[Tensor]] = {}
+            for p in moving:
+                alike.setdefault(tuple(p.shape) if p.ndim > 1 else (), []).append(p)
+            for shape, params in alike.items():
+                states = [self.state[p] for p in params]
+                if shape:
+                    _matrices(params, states, group["lr"], group["momentum"], self.arithmetic)
+                else:
+                    _vectors(params, states, group["lr"], group["momentum"])
         return loss
 
 
-def _matrix(p: Tensor, state: dict[str, Any], lr: float, momentum: float, arithmetic: torch.dtype | None) -> None:
-    if not state:
-        state["momentum_buffer"] = torch.zeros_like(p)
-    moved = state["momentum_buffer"].lerp_(p.grad, 1 - momentum).flatten(1)
-    p.add_(orthogonal(moved, arithmetic).view(p.shape), alpha=-lr * 0.2 * max(moved.shape) ** 0.5)
+def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
 
 
-def _vector(p: Tensor, state: dict[str, Any], lr: float, momentum: float) -> None:
-    assert p.grad is not None
-    if not state:
-        state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    state["step"] += 1
-    count = int(state["step"])  # on the CPU: no device waits
-    mean = state["exp_avg"].lerp_(p.grad, 1 - momentum) / (1 - momentum**count)
-    square = state["exp_avg_sq"].lerp_(p.grad.square(), 1 - SECOND_BETA) / (1 - SECOND_BETA**count)
-    p.addcdiv_(mean, square.sqrt_().add_(EPS), value=-lr)
+def _matrices(
+    params: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    lr: float,
+    momentum: float,
+    arithmetic: torch.dtype | None,
+) -> None:
+    """Parameters of one shape."""
+    for p, state in zip(params, states, strict=True):
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+    moments = [state["momentum_buffer"] for state in states]
+    torch._foreach_lerp_(moments, _gradients(params), 1 - momentum)
+    moved = [moment.flatten(1) for moment in moments]
+    alone = moved[0].device.type in ONE_BY_ONE
+    steps = [orthogonal(M, arithmetic) for M in moved] if alone else orthogonal(torch.stack(moved), arithmetic).unbind()
+    steps = [step.view(params[0].shape) for step in steps]
+    torch._foreach_add_(list(params), steps, alpha=-lr * 0.2 * max(moved[0].shape) ** 0.5)
 
 
-def orthogonal(M: Float[Tensor, "m n"], arithmetic: torch.dtype | None = None) -> Float[Tensor, "m n"]:
-    """About UVᵀ of M = USVᵀ, by Newton and Schulz's iteration in `arithmetic` or else M's own type: singular values
-    come to within 0.15 of 1, but for those below 0.002 of M's norm. Zero stays zero."""
-    X = M if M.shape[0] <= M.shape[1] else M.T
-    X = X / torch.linalg.vector_norm(X).clamp_min(1e-12)
+def _vectors(params: Sequence[Tensor], states: Sequence[dict[str, Any]], lr: float, momentum: float) -> None:
+    for p, state in zip(params, states, strict=True):
+        if not state:
+            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        state["step"] += 1
+    counts = [int(state["step"]) for state in states]  # on the CPU: no device waits
+    means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+    gradients = _gradients(params)
+    torch._foreach_lerp_(means, gradients, 1 - momentum)
+    torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - SECOND_BETA)
+    mean = torch._foreach_div(means, [1 - momentum**count for count in counts])
+    square = torch._foreach_div(squares, [1 - SECOND_BETA**count for count in counts])
+    torch._foreach_sqrt_(square)
+    torch._foreach_add_(square, EPS)
+    torch._foreach_addcdiv_(list(params), mean, square, value=-lr)
+
+
+def orthogonal(M: Float[Tensor, "*k m n"], arithmetic: torch.dtype | None = None) -> Float[Tensor, "*k m n"]:
+    """About UVᵀ of M = USVᵀ, or of each of a stack of them, by Newton and Schulz's iteration in `arithmetic` or else
+    M's own type: singular values come to within 0.15 of 1, but for those below 0.002 of M's norm. Zero stays zero."""
+    tall = M.shape[-2] > M.shape[-1]
+    X = M.mT if tall else M
+    X = X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(1e-12)
     X = X.to(arithmetic or M.dtype)
+    product_and_sum = torch.addmm if X.ndim == 2 else torch.baddbmm
     for a, b, c in NEWTON_SCHULZ:
-        A = X @ X.T
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return (X if M.shape[0] <= M.shape[1] else X.T).to(M.dtype)
+        A = X @ X.mT
+        X = product_and_sum(X, product_and_sum(A, A, A, beta=b, alpha=c), X, beta=a)
+    return (X.mT if tall else X).to(M.dtype)
