@@ -58,6 +58,12 @@ class Gpu(TorchDispatchMode):
         if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
             self._wait(func)
             return args[0]
+        if func in (aten._unique2.default, aten.bincount.default):  # as many as there are elements, for nobody knows
+            self._wait(func)
+            found = torch.zeros(args[0].numel(), dtype=torch.int64, device="cuda")
+            return (
+                found if func is aten.bincount.default else (found.to(args[0].dtype), torch.zeros_like(args[0]), found)
+            )
         if func in (aten.index.Tensor, aten.index_put_.default):
             args = (args[0], self._places(func, *args[:2]), *args[2:])
         if func is aten._to_copy.default and not absent:

@@ -214,3 +214,28 @@ def test_scores_need_labels_and_say_so(splits):
         evaluate.check_labels(images.Splits(unlabelled, splits.test))
     with pytest.raises(ValueError, match="no images to test on"):
         evaluate.check_labels(images.Splits(splits.train, None))
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "has"), [("cuda", 100, True), ("cuda", 99, False), ("cpu", 100, False), ("mps", 100, False)]
+)
+def test_probes_go_to_a_gpu_that_has_room_for_them(monkeypatch, device, free, has):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
+    assert evaluate.has_room(torch.device(device), 100) == has
+
+
+@pytest.mark.gpu
+def test_probes_on_a_gpu_say_what_they_say_on_a_cpu(splits):
+    assert splits.test is not None
+    rng = torch.Generator().manual_seed(0)
+    means = 2 * torch.randn(len(splits.train.classes), 32, generator=rng)
+    train, test = (
+        means[part.labels] + torch.randn(len(part), 32, generator=rng) for part in (splits.train, splits.test)
+    )
+    here, there = (
+        evaluate.probe_features(train, test, splits, seed=0, device=torch.device(name)) for name in ("cpu", "cuda")
+    )
+    assert here.keys() == there.keys()
+    for name, outcomes in here.items():
+        assert there[name].device.type == "cpu" and there[name].shape == outcomes.shape
+        assert (there[name] - outcomes).abs().mean() <= 0.02, name

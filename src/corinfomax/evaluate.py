@@ -20,6 +20,8 @@ from corinfomax.seeds import generator, key
 
 FEW = (10, 1)  # labels a class
 BASELINES = ("untrained", "raw pixels")
+CPU = torch.device("cpu")
+ROOM = 5  # times the features, which a logistic regression holds four times
 DECIDING = "linear"  # the probe that says whether pretraining helped
 
 Table = dict[str, dict[str, Score]]
@@ -106,7 +108,7 @@ def _outcomes(
         )
         for split in (train, test)
     )
-    found = probe_features(next(vectors), next(vectors), contender.splits, seed=recipe.seed)
+    found = probe_features(next(vectors), next(vectors), contender.splits, seed=recipe.seed, device=device)
     if crops:  # the others train networks or layers of their own, on crops anyway
         return found
     if published_probe:
@@ -119,10 +121,18 @@ def _outcomes(
     return found
 
 
-def probe_features(train: Float[Tensor, "n d"], test: Float[Tensor, "m d"], splits: Splits, *, seed: int) -> Outcomes:
-    """What each probe makes of one kind of features, rows as in `splits`."""
+def probe_features(
+    train: Float[Tensor, "n d"],
+    test: Float[Tensor, "m d"],
+    splits: Splits,
+    *,
+    seed: int,
+    device: torch.device = CPU,
+) -> Outcomes:
+    """What each probe makes of one kind of features, rows as in `splits`; on the device, if it has room for them."""
     assert splits.test is not None and splits.train.labels is not None and splits.test.labels is not None
-    labels, truth = splits.train.labels, splits.test.labels
+    device = device if has_room(device, ROOM * (train.nbytes + test.nbytes)) else CPU
+    train, labels, test, truth = (x.to(device) for x in (train, splits.train.labels, test, splits.test.labels))
     found = {
         "kNN": _right(probes.knn(train, labels, test), truth),
         "ridge": _right(probes.ridge(train, labels, test).predicted, truth),
@@ -130,14 +140,22 @@ def probe_features(train: Float[Tensor, "n d"], test: Float[Tensor, "m d"], spli
     }
     for count in FEW:
         found[f"{count} a class"] = _right(probes.few_label(train, labels, test, per_class=count, seed=seed), truth)
-    precision = scores.average_precision(test, truth)
+    precision = scores.average_precision(test, truth).cpu()
     if not precision.isnan().all():
         found["mAP"] = precision[None]
     return found
 
 
+def has_room(device: torch.device, size: int) -> bool:
+    """Whether a GPU has so many bytes free; only CUDA's says so."""
+    if device.type != "cuda":
+        return False
+    torch.cuda.empty_cache()  # what training had is free
+    return torch.cuda.mem_get_info(device)[0] >= size
+
+
 def _right(predicted: Tensor, truth: Tensor) -> Float[Tensor, "draws m"]:
-    return (predicted == truth).float().reshape(-1, len(truth))
+    return (predicted == truth).float().reshape(-1, len(truth)).cpu()
 
 
 def tabulate(outcomes: dict[str, Outcomes], *, seed: int) -> Table:
