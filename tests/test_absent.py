@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import absent
 import tiny
-from corinfomax import batches, cli, probes
+from corinfomax import batches, cli, images, probes
+from corinfomax.feed import feed
 from corinfomax.knobs import Loss, Optim, Recipe, View
 from corinfomax.learner import build, update
 from corinfomax.muon import Muon
@@ -53,11 +55,33 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_never_waits(monkeypatch, name):
 
 
 def test_batches_of_images_on_a_gpu_are_made_without_waiting(monkeypatch, tmp_path):
-    images = tiny.splits(tmp_path).train
+    train = tiny.splits(tmp_path).train
     with absent.gpu(monkeypatch):
-        there = replace(images, pixels=images.pixels.to(CUDA, non_blocking=True))
+        there = replace(train, pixels=train.pixels.to(CUDA, non_blocking=True))
         pixels, sizes = there.batch(torch.tensor([3, 1, 2]))
         assert (pixels.device.type, tuple(pixels.shape), sizes.device.type) == ("cuda", (3, 3, 16, 16), "cpu")
+
+
+def test_unequal_images_are_cut_and_sent_without_waiting(monkeypatch, tmp_path):
+    for i in range(16):
+        side = Image.fromarray(tiny.pictures(1, 60, i)[0]).crop((0, 0, 60, 16) if i % 2 else (0, 0, 16, 50))
+        side.save(tmp_path / f"{i}.png")
+    train, recipe = images.load(tmp_path, side=16, holdout=0, progress=False).train, tiny.RECIPE
+    with (
+        absent.gpu(monkeypatch),
+        feed(
+            train,
+            lambda step: batches.indices(recipe, step, len(train)),
+            lambda step: batches.boxes(recipe, train, step, slice(None)),
+            2,
+            CUDA,
+        ) as ahead,
+    ):
+        for step in range(2):
+            given, sizes = ahead.take(step), train.sizes[batches.indices(recipe, step, len(train))]
+            crops = batches.views_of(recipe, given, sizes, step, CUDA)
+            assert [tuple(crop.shape) for crop in crops] == [(8, 3, 16, 16)] * 2
+            assert {crop.device.type for crop in crops} == {"cuda"} and given[0].boxes is not None
 
 
 @pytest.mark.parametrize("side", [32, 256])

@@ -217,3 +217,45 @@ def test_signals_are_for_the_parent(folder, tmp_path):
         running.kill()
     assert "to go on: corinfomax pretrain --resume" in said
     assert checkpoint.load_last(tmp_path / "run")[1].step > 20
+
+
+def unequal(root, sizes):
+    """Copies of pictures of these heights and widths, eight of each."""
+    root.mkdir()
+    for i, (height, width) in enumerate(8 * sizes):
+        smooth(height, width, seed=i).save(root / f"{i:02}.png")
+    return images.load(root, side=16, holdout=0, progress=False).train
+
+
+CUDA = torch.device("cuda")  # where copies are cut on the CPU, whether there is one or not
+
+
+@pytest.mark.parametrize("apply", [views.apply, views.compose])
+@pytest.mark.parametrize("here", [slice(None), slice(2, 5)])
+def test_views_of_copies_cut_for_a_gpu_are_those_of_the_whole(tmp_path, monkeypatch, apply, here):
+    monkeypatch.setattr(views, "apply", apply)
+    train = unequal(tmp_path / "data", [(16, 90), (70, 16), (16, 20)])
+    recipe = replace(tiny.RECIPE, crops=3)
+    for step in range(2):
+        sizes = train.sizes[batches.indices(recipe, step, len(train))]
+        (whole,) = batches.read(recipe, train, step, CPU, here)
+        given = batches.read(recipe, train, step, CUDA, here)
+        assert whole.boxes is None and len(given) == 3
+        if here == slice(None):
+            assert sum(cut.pixels.nbytes for cut in given) < whole.pixels.nbytes / 2
+        for cut in given:
+            assert len(cut.pixels) == len(range(8)[here])
+            for image, (height, width) in zip(cut.pixels, cut.sizes.tolist(), strict=True):
+                image[:, height:], image[:, :, width:] = 255, 255  # what lies there is not said
+        want, got = (batches.views_of(recipe, read, sizes, step, CPU, here) for read in ([whole], given))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_copies_go_to_a_gpu_whole_where_that_takes_no_more_room_or_they_are_turned(tmp_path):
+    wide, alike = unequal(tmp_path / "wide", [(16, 90), (70, 16)]), unequal(tmp_path / "alike", [(16, 18), (18, 16)])
+    turned = replace(tiny.RECIPE, views=tuple(replace(view, rotate=5.0) for view in tiny.RECIPE.views))
+    for recipe, given, cut in ((tiny.RECIPE, wide, True), (turned, wide, False), (tiny.RECIPE, alike, False)):
+        read = batches.read(recipe, given, 0, CUDA)
+        assert [each.boxes is not None for each in read] == ([True, True] if cut else [False])
+        if not cut:
+            assert read[0].pixels.equal(given.batch(batches.indices(recipe, 0, len(given)))[0])

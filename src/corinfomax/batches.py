@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from corinfomax import views
-from corinfomax.feed import Batch, of_files
+from corinfomax.feed import Batch, reader
 from corinfomax.images import Images
 from corinfomax.knobs import Recipe, View
 from corinfomax.seeds import generator
@@ -87,28 +87,51 @@ def cut_views(
     return made
 
 
-def boxes(recipe: Recipe, images: Images, step: int, here: slice) -> tuple[Int[Tensor, "n v 4"], int]:
-    """The boxes that one step's crops of the images `here` of its batch are cut out by, and the side of the views."""
+def views_of(
+    recipe: Recipe,
+    given: Sequence[Batch],
+    sizes: Int[Tensor, "b 2"],
+    step: int,
+    device: torch.device,
+    here: slice = slice(None),
+) -> list[Float[Tensor, "n 3 s s"]]:
+    """The views of what was read of the images `here`, whole or cut; `sizes` are those of all the batch's images."""
+    if given[0].boxes is None:
+        return make_views(recipe, given[0].pixels, sizes, step, device, here)
+    return cut_views(recipe, given, sizes, step, device, here)
+
+
+def boxes(recipe: Recipe, images: Images, step: int, here: slice) -> tuple[Int[Tensor, "n v 4"], int] | None:
+    """The boxes that one step's crops of the images `here` of its batch are cut out by, and the side of the views.
+
+    None where images that there are copies of go whole: those that are turned first, and those that padded to the
+    largest height and width of the batch take no more room than their crops do.
+    """
     sizes = images.sizes[indices(recipe, step, len(images))]
-    return torch.stack([drawn.box[here] for drawn in draw_views(recipe, sizes, step)], 1), recipe.size
+    drawn = torch.stack([drawn.box for drawn in draw_views(recipe, sizes, step)], 1)
+    if images.files is None:
+        turned = any(view.rotate for view in recipe.views)
+        if turned or sizes.amax(0).prod() <= drawn[:, :, 2:].amax(0).prod(1).sum():
+            return None
+    return drawn[here], recipe.size
 
 
 def step_views(
     recipe: Recipe, images: Images, step: int, device: torch.device, here: slice = slice(None)
 ) -> list[Float[Tensor, "n 3 s s"]]:
     """The views of the images `here` of one step's batch, read for this once."""
-    chosen = indices(recipe, step, len(images))
-    sizes = images.sizes[chosen]
-    if images.files is None:
-        return make_views(recipe, images.batch(chosen[here])[0], sizes, step, device, here)
-    return cut_views(recipe, read_cuts(recipe, images, step, here), sizes, step, device, here)
+    sizes = images.sizes[indices(recipe, step, len(images))]
+    return views_of(recipe, read(recipe, images, step, device, here), sizes, step, device, here)
 
 
-def read_cuts(recipe: Recipe, images: Images, step: int, here: slice = slice(None)) -> list[Batch]:
-    """What one step's crops are made of, read from the files for this once."""
+def read(recipe: Recipe, images: Images, step: int, device: torch.device, here: slice = slice(None)) -> list[Batch]:
+    """What one step's crops are made of, read for this once."""
     with contextlib.ExitStack() as stack:
-        chosen = indices(recipe, step, len(images))[here]
-        return of_files(images, stack)(chosen, *boxes(recipe, images, step, here))
+
+        def chosen(step: int) -> Int[Tensor, " n"]:
+            return indices(recipe, step, len(images))[here]
+
+        return reader(images, chosen, lambda step: boxes(recipe, images, step, here), device, stack)(step)
 
 
 def draw_views(recipe: Recipe, sizes: Int[Tensor, "b 2"], step: int) -> list[views.Parameters]:

@@ -147,8 +147,7 @@ def measure(recipe: Recipe, images: Images, device: torch.device, *, seconds: fl
     parts: dict[str, list[float]] = {part: [] for part in PARTS}
     operations: dict[str, list[float]] = {name: [] for name in _operations(recipe)}
     ready, loop = [], []
-    pixels, sizes = images.batch(batches.indices(recipe, 0, len(images)))
-    crops = batches.make_views(recipe, pixels, sizes, 0, device)
+    crops = batches.step_views(recipe, images, 0, device)
     for _ in range(rounds):
         laps = [apart() for _ in range(steps)]
         for part in PARTS:
@@ -177,11 +176,11 @@ def _step_apart(recipe: Recipe, learner: Learner, images: Images, step: int, dev
         last = now
 
     # What an epoch's order costs stays in the loop's own time, where it is paid as often as it is there.
-    batch = batches.indices(recipe, step, len(images))
+    sizes = images.sizes[batches.indices(recipe, step, len(images))]
     last = time.perf_counter()
-    pixels, sizes = images.batch(batch)
+    given = batches.read(recipe, images, step, device)
     lap("read")
-    crops = batches.make_views(recipe, pixels, sizes, step, device)
+    crops = batches.views_of(recipe, given, sizes, step, device)
     lap("views")
     update(recipe, learner, crops, step, device, lap)
     # The backward pass of the loss is inside "backward": time it alone, on rows of the same shape, and move it over.
@@ -226,13 +225,13 @@ def _operations(recipe: Recipe) -> dict[str, Recipe]:
 
 def _difference(recipe: Recipe, less: Recipe, images: Images, device: torch.device, steps: int) -> float:
     """Seconds a step that the views of `less` take less than those of `recipe`, by turns."""
-    pixels, sizes = images.batch(batches.indices(recipe, 0, len(images)))
+    given, sizes = batches.read(recipe, images, 0, device), images.sizes[batches.indices(recipe, 0, len(images))]
     saved = []
     for step in range(steps):
         took = []
         for which in (recipe, less):
             with _stopwatch(device) as watch:
-                batches.make_views(which, pixels, sizes, step, device)
+                batches.views_of(which, given, sizes, step, device)
             took.append(watch())
         saved.append(took[0] - took[1])
     return statistics.median(saved)

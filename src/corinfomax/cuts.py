@@ -1,4 +1,5 @@
-"""Crops cut from the image files themselves, at full resolution, by processes that decode beside the training."""
+"""Crops cut out before they are made views: from the image files themselves, at full resolution, by processes that
+decode beside the training, or from copies."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ Boxes = Int[np.ndarray, "n v 4"]
 
 
 class Cut(NamedTuple):
-    """One crop of each image of a batch, at the top left of the largest height and width of them, zeros elsewhere."""
+    """One crop of each image of a batch, at the top left of the largest height and width of them; elsewhere there are
+    zeros, or anything where they are cut from copies."""
 
     pixels: UInt8[np.ndarray, "n 3 h w"]
     sizes: Int[np.ndarray, "n 2"]
@@ -118,9 +120,20 @@ def cutter(source: Source, workers: int) -> Iterator[Cutter]:
         yield crops
 
 
-def _padded(parts: Sequence[Part]) -> Cut:
+def cut_copies(images: Sequence[UInt8[np.ndarray, "3 _ _"]], boxes: Boxes) -> list[Cut]:
+    """These parts of decoded images."""
+    crops: list[Cut] = []
+    for of_crop in boxes.transpose(1, 0, 2).tolist():
+        parts: list[Part] = []
+        for image, (top, left, height, width) in zip(images, of_crop, strict=True):
+            parts.append((image[:, top : top + height, left : left + width], (0, 0, height, width)))
+        crops.append(_padded(parts, np.empty))  # zeros would take twice the time of all the rest
+    return crops
+
+
+def _padded(parts: Sequence[Part], new: Callable[..., np.ndarray] = np.zeros) -> Cut:
     sizes = np.array([image.shape[1:] for image, _ in parts])
-    pixels = np.zeros((len(parts), 3, *sizes.max(0)), np.uint8)
+    pixels = new((len(parts), 3, *sizes.max(0)), np.uint8)
     for slot, (image, _), (height, width) in zip(pixels, parts, sizes.tolist(), strict=True):
         slot[:, :height, :width] = image
     return Cut(pixels, sizes, np.array([box for _, box in parts]))

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from corinfomax.cuts import cutter
+from corinfomax.cuts import cut_copies, cutter
 from corinfomax.decode import cores
 from corinfomax.images import Images
 
@@ -32,8 +32,8 @@ class Batch(NamedTuple):
     """Of crops, where in these pixels each one is, on the CPU."""
 
 
-Boxes = Callable[[int], tuple[Int[Tensor, "n v 4"], int]]
-"""The boxes of the crops of a step's images, and the side of the views made of them."""
+Boxes = Callable[[int], tuple[Int[Tensor, "n v 4"], int] | None]
+"""The boxes of the crops of a step's images, and the side of the views made of them; None where images go whole."""
 
 
 class Feed:
@@ -69,7 +69,7 @@ class Feed:
 def feed(
     images: Images, indices: Callable[[int], Int[Tensor, " n"]], boxes: Boxes, steps: int, device: torch.device
 ) -> Iterator[Feed]:
-    """Batches of `images` at `indices(step)`, for steps below `steps`; of images without copies the crops in `boxes`.
+    """Batches of `images` at `indices(step)`, for steps below `steps`, as `reader` reads them.
 
     Equal images that fit into ROOM of a GPU's free memory are copied there once; all else is read by a thread, at most
     AHEAD batches before its step, crops of files by processes.
@@ -81,10 +81,10 @@ def feed(
             yield Feed(lambda step: [Batch(*images.batch(indices(step)))], steps, device, None)
             return
     with contextlib.ExitStack() as stack:
-        read = of_files(images, stack) if images.files is not None else None
+        read = reader(images, indices, boxes, device, stack)
 
         def ready(step: int) -> list[Batch]:
-            found = [Batch(*images.batch(indices(step)))] if read is None else read(indices(step), *boxes(step))
+            found = read(step)
             if device.type != "cuda":
                 return found
             # From pinned memory a copy to the GPU goes on beside the step before; torch keeps it until it is done.
@@ -93,6 +93,40 @@ def feed(
         pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="feed"))
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         yield Feed(ready, steps, device, pool)
+
+
+def reader(
+    images: Images,
+    indices: Callable[[int], Int[Tensor, " n"]],
+    boxes: Boxes,
+    device: torch.device,
+    stack: contextlib.ExitStack,
+) -> Callable[[int], list[Batch]]:
+    """What reads the images of a step: whole, or the crops in `boxes` of images without copies and for a GPU.
+
+    To a GPU all pixels of a batch go, padded to its largest height and width; a CPU reads what the crops cover.
+    """
+    if images.files is not None:
+        cut = of_files(images, stack)
+    elif device.type == "cuda" and not images.equal:
+        cut = of_copies(images)
+    else:
+        return lambda step: [Batch(*images.batch(indices(step)))]
+
+    def read(step: int) -> list[Batch]:
+        asked = boxes(step)
+        return [Batch(*images.batch(indices(step)))] if asked is None else cut(indices(step), *asked)
+
+    return read
+
+
+def of_copies(images: Images) -> Callable[[Int[Tensor, " n"], Int[Tensor, "n v 4"], int], list[Batch]]:
+    """What cuts the crops of the images at some indices from their copies; boxes as of `of_files`."""
+
+    def read(indices: Int[Tensor, " n"], boxes: Int[Tensor, "n v 4"], side: int) -> list[Batch]:
+        return [Batch(*map(torch.from_numpy, cut)) for cut in cut_copies(images.each(indices), boxes.numpy())]
+
+    return read
 
 
 def of_files(

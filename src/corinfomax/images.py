@@ -111,6 +111,14 @@ class Images:
         rows = len(self.pixels) // stride
         return self.pixels[: rows * stride].view(rows, 3, height, width), self.offsets // stride
 
+    def each(self, indices: Int[Tensor, " b"]) -> list[UInt8[np.ndarray, "3 _ _"]]:
+        """The copies at `indices` as they lie in `pixels`, which must be on the CPU."""
+        pixels, sizes = self.pixels.numpy(), self.sizes[indices].tolist()
+        return [
+            pixels[offset : offset + 3 * h * w].reshape(3, h, w)
+            for offset, (h, w) in zip(self.offsets[indices].tolist(), sizes, strict=True)
+        ]
+
     def batch(self, indices: Int[Tensor, " b"]) -> tuple[UInt8[Tensor, "b 3 h w"], Int[Tensor, "b 2"]]:
         """Copies of the images at `indices`, on the device of `pixels`, and the height and width of each, on the CPU.
 

@@ -97,10 +97,7 @@ def pretrain(
     def take(step: int) -> Float[Tensor, " 4"]:
         now, sizes = batches.of_step(recipe, step, steps), images.sizes[batches.indices(recipe, step, len(images))]
         given = ahead.take(step)
-        if images.files is None:
-            crops = batches.make_views(now, given[0].pixels, sizes, step, device, here)
-        else:
-            crops = batches.cut_views(now, given, sizes, step, device, here)
+        crops = batches.views_of(now, given, sizes, step, device, here)
         lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
         optim.set_learning_rate(learner.optimizer, lr)
         return update(recipe, learner, crops, step, device)
@@ -231,7 +228,7 @@ def keep_failure(
             given = {"pixels": pixels, "sizes": sizes}
         else:
             given = {"sizes": images.sizes[indices]}
-            for crop, cut in enumerate(batches.read_cuts(now, images, fault.step)):
+            for crop, cut in enumerate(batches.read(now, images, fault.step, torch.device("cpu"))):
                 given |= {f"{name}{crop}": tensor for name, tensor in cut._asdict().items()}
         checkpoint.save(
             path,
