@@ -114,12 +114,16 @@ def test_a_trial_is_read_back_where_it_had_as_many_steps(monkeypatch, tmp_path):
         frontier.trial(METHODS["corinfomax"], {}, None, 0)
 
 
-def test_the_table_is_of_the_longest_of_budgets_with_as_many_runs(monkeypatch, tmp_path):
-    found = [
-        {"kind": "run", "method": "paper", "changes": {}, "data": "cifar10", "minutes": minutes, "seed": 0, "steps": 1}
-        | {"crops": 1, "tflops": 1.0, "linear": 50.0 + minutes, "kNN": 1.0, "10 a class": 1.0}
-        for minutes in (2.5, 10.0)
-    ]
+def test_the_table_is_of_the_longest_of_budgets_with_as_many_methods_in_three_seeds(monkeypatch, tmp_path):
+    def ran(minutes, seeds, method="paper"):
+        return [
+            {"kind": "run", "method": method, "changes": compared.as_json(CHOSEN[method]), "data": "cifar10"}
+            | {"minutes": minutes, "seed": seed, "steps": 1, "crops": 1, "tflops": 1.0}
+            | {"linear": 50.0 + minutes, "kNN": 1.0, "10 a class": 1.0}
+            for seed in range(seeds)
+        ]
+
+    found = [*ran(2.5, 3), *ran(2.5, 2, "kernel"), *ran(10.0, 3), *ran(20.0, 2)]
     monkeypatch.setattr(frontier, "rows", lambda: found)
     monkeypatch.setattr(compared, "plot", lambda *_: None)
     page = tmp_path / "results.md"
@@ -127,7 +131,7 @@ def test_the_table_is_of_the_longest_of_budgets_with_as_many_runs(monkeypatch, t
     frontier.write(page, tmp_path / "plot.svg")
     text = page.read_text()
     assert "### CIFAR-10 (JPEG copy), 10 processor minutes" in text
-    assert "| 52.5 (1) | 60.0 (1) |" in text
+    assert "| 52.5 ± 0.0 (3) | 60.0 ± 0.0 (3) | 70.0 ± 0.0 (2) |" in text
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
 
 
