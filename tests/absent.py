@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -38,7 +39,8 @@ class Gpu(TorchDispatchMode):
         self.answers = answers
         self.busy = False
         self.launched = 0
-        """Operations so far, but for those that only look at a tensor otherwise."""
+        """Operations so far, but for those that only look at a tensor otherwise; one for each tensor of lists that
+        torch cannot take together."""
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,9 +72,11 @@ class Gpu(TorchDispatchMode):
             if not kwargs.get("non_blocking"):
                 self._wait(func)  # for what the GPU is at before the copy
             # FakeTensorMode would compute with a known number itself
-            known = {"dtype": kwargs.get("dtype") or args[0].dtype, "device": kwargs["device"]}
+            asked = kwargs.get("memory_format") or torch.preserve_format
+            order = suggest_memory_format(args[0]) if asked == torch.preserve_format else asked
+            known = {"dtype": kwargs.get("dtype") or args[0].dtype, "device": kwargs["device"], "memory_format": order}
             func, args, kwargs = aten.empty.memory_format, (list(args[0].shape),), known
-        self.launched += not (func.namespace == "prim" or func.is_view)
+        self.launched += _launches(func, args)
         self.busy = True
         try:
             with self.fake:
@@ -105,6 +109,14 @@ class Gpu(TorchDispatchMode):
             else:
                 found.append(place)
         return found
+
+
+def _launches(func: Any, args: Any) -> int:
+    if func.namespace == "prim" or func.is_view:
+        return 0
+    lists = [arg for arg in args if isinstance(arg, list) and arg and isinstance(arg[0], Tensor)]
+    together = all(len({x.stride() for x in row}) == 1 for row in zip(*lists, strict=True))
+    return 1 if together or "_foreach_" not in func.__name__ else len(lists[0])
 
 
 def _answer(dtype: torch.dtype) -> float | bool:
@@ -171,16 +183,20 @@ def _fitted(gradient: Tensor, meta: Any) -> Tensor:
 
 def _move(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """`Module.to`, which would swap a tensor with values for one without."""
-    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, _, order = torch._C._nn._parse_to(*args, **kwargs)
+
+    def moved(x: Tensor) -> Tensor:
+        own = dtype if dtype is not None and x.is_floating_point() else x.dtype
+        laid = order if order is not None and x.ndim == 4 else torch.preserve_format
+        return x.detach().to(device or x.device, own, non_blocking=True, memory_format=laid)
+
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                moved = parameter.detach().to(device or parameter.device, dtype or parameter.dtype, non_blocking=True)
-                part._parameters[name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+                part._parameters[name] = nn.Parameter(moved(parameter), requires_grad=parameter.requires_grad)
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                own = dtype if dtype is not None and buffer.is_floating_point() else buffer.dtype
-                part._buffers[name] = buffer.to(device or buffer.device, own, non_blocking=True)
+                part._buffers[name] = moved(buffer)
     return module
 
 

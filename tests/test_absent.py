@@ -102,7 +102,9 @@ def test_how_many_launches_views_take_does_not_grow_with_the_images(monkeypatch,
 def test_how_many_launches_muon_takes_does_not_grow_with_matrices_of_one_shape(monkeypatch):
     def launches(layers):
         with absent.gpu(monkeypatch) as there:
-            params = [p for _ in range(layers) for p in (torch.zeros(6, 4, device=CUDA), torch.zeros(6, device=CUDA))]
+            shapes = [(6, 4), (4, 6), (6, 4, 3, 3), (40, 4, 3, 3), (6,)] * layers
+            params = [torch.zeros(shape, device=CUDA) for shape in shapes]
+            params = [p.to(memory_format=torch.channels_last) if p.ndim == 4 else p for p in params]
             for p in params:
                 p.grad = torch.zeros_like(p)
             optimizer = Muon(params)
@@ -117,12 +119,17 @@ def test_how_many_launches_muon_takes_does_not_grow_with_matrices_of_one_shape(m
 def test_commands_run_on_a_gpu(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(probes, "_check", lambda *_: None)  # which would find a label below 0
     data, run = tiny.folder(tmp_path / "data", {"train": 16, "test": 8}), tmp_path / "run"
+    knn, devices = probes.knn, set()
+    monkeypatch.setattr(
+        probes, "knn", lambda train, *args, **kw: devices.add(train.device.type) or knn(train, *args, **kw)
+    )
     with absent.gpu(monkeypatch, answers=True):
         words = ["--device", "cuda", *tiny.KNOBS, "--recipe", "cpu-small", "--epochs", "1"]
         assert cli.main(["pretrain", str(data), "--out", str(run), *words]) == 0, capsys.readouterr().err
         assert cli.main(["embed", str(run), str(data), "--device", "cuda", "--out", str(tmp_path / "x.npz")]) == 0
     assert (run / "report.html").stat().st_size > 10_000 and (tmp_path / "x.npz").exists()
     assert json.loads((run / "results.json").read_text())
+    assert "cuda" in devices  # of the final probes; the looks between are at features on the CPU
 
 
 def test_what_would_stop_a_gpu_is_seen(monkeypatch):

@@ -1,6 +1,7 @@
 """The command line as a person meets it: help at once, one sentence for a mistake, the whole job in one command."""
 
 import ctypes
+import json
 import os
 import platform
 import resource
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import corinfomax
 import tiny
 from corinfomax import batches, checkpoint, cli, knobs, named, runs, sources
 from corinfomax.commands import errors, inputs, pretrain
@@ -226,13 +228,21 @@ def test_a_run_goes_on_where_its_images_moved_to(tmp_path, capsys, monkeypatch):
     assert saved.facts["data"] == str(data)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    before[-1] |= {"seconds": 600.0}
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
     assert cli.main(["pretrain", "--resume", "../run"]) == 0
     assert runs.read_metrics(tmp_path / "run") == before
+    assert "trained in 10.0 min" in capsys.readouterr().out  # with what was done before it was stopped
     shutil.move(data, tmp_path / "moved")
     assert cli.main(["pretrain", "--resume", "../run"]) == 2
     assert str(data) in capsys.readouterr().err
     assert cli.main(["pretrain", "../moved", "--resume", "../run", "--cache", "other"]) == 0
     assert (tmp_path / "elsewhere" / "other").is_dir()
+
+
+def test_the_version_is_said(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"corinfomax {corinfomax.__version__}\n"
 
 
 def test_a_run_folder_in_use_is_refused(whole_job, capsys):

@@ -212,6 +212,8 @@ def test_scores_need_labels_and_say_so(splits):
     unlabelled = replace(splits.train, labels=None, classes=())
     with pytest.raises(ValueError, match="a score needs labels"):
         evaluate.check_labels(images.Splits(unlabelled, splits.test))
+    with pytest.raises(ValueError, match="a score needs labels"):  # before an advice that would not help
+        evaluate.check_labels(images.Splits(unlabelled, None))
     with pytest.raises(ValueError, match="no images to test on"):
         evaluate.check_labels(images.Splits(splits.train, None))
 

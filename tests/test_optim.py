@@ -144,9 +144,9 @@ def test_muon_moves_every_parameter_as_if_it_were_alone(monkeypatch, together):
     monkeypatch.setattr(muon, "ONE_BY_ONE", () if together else ("cpu",))
     torch.manual_seed(0)
     shapes = [(4, 3, 3, 3), (5, 7), (4, 3, 3, 3), (7, 5), (5, 7), (6,), (6,), (4, 27)]
-    every, alone = (
-        [nn.Parameter(value.clone()) for value in values] for values in [[torch.randn(s) for s in shapes]] * 2
-    )
+    values = [torch.randn(s) for s in shapes]
+    values[2:2] = [v.to(memory_format=torch.channels_last) for v in (torch.randn(4, 3, 3, 3), torch.randn(9, 1, 2, 2))]
+    every, alone = ([nn.Parameter(value.clone()) for value in values] for _ in range(2))
     one = muon.Muon(every, lr=0.1, weight_decay=0.1)
     others = [muon.Muon([p], lr=0.1, weight_decay=0.1) for p in alone]
     for _ in range(3):

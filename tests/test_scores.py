@@ -132,6 +132,9 @@ def test_a_probe_that_says_the_opposite_is_heard():
     )
     said = scores.in_words(worse, probe="linear", dissent=better, dissenter="kNN")
     assert said.startswith("Pretraining did harm") and "; but kNN does better on them" in said
+    unclear = scores.compare(outcomes(700, 1000), {"x": outcomes(700, 1000).flip(0)}, seed=0)
+    said = scores.in_words(unclear, probe="linear", dissent=worse, dissenter="kNN")
+    assert said.startswith("Pretraining made no clear difference") and "; but kNN does worse on them" in said
     for agreeing in (better, scores.compare(outcomes(700, 1000), {"x": outcomes(701, 1000)}, seed=0)):
         assert scores.in_words(better, probe="linear", dissent=agreeing, dissenter="kNN") == scores.in_words(
             better, probe="linear"

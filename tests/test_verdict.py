@@ -93,6 +93,7 @@ def test_each_kind_is_named_with_its_numbers(changes, kind, words):
         ({"loss": Loss(cov_decay=0.99)}, "--loss.cov-decay 0.01"),
         ({"optim": Optim(lr=30.0)}, "--optim.lr 1"),
         ({"optim": Optim(weight_decay=0.3)}, "--optim.weight-decay 1e-4"),
+        ({"optim": Optim(weight_decay=0.3, lr=100.0)}, "--optim.lr 1"),
         ({"projector": Projector(widths=(64, 32))}, "--projector.batch-norm"),
     ],
 )

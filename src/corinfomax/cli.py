@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from corinfomax import knobs, slurm
+from corinfomax import __version__, knobs, slurm
 from corinfomax.commands import errors
 from corinfomax.options import (
     Bench,
@@ -100,6 +100,9 @@ def _tiny_numbers_afterwards() -> Iterator[None]:
 
 def _run(argv: list[str]) -> int:
     # torch takes seconds to import; a command is imported when it is wanted, so that --help answers at once.
+    if argv == ["--version"]:
+        print(f"corinfomax {__version__}")
+        return 0
     match parse(argv):
         case Pretrain(sbatch=(nodes, gpus)) as command:
             if command.recipe is not None:  # else it is chosen where the job runs

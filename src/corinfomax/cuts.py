@@ -35,7 +35,7 @@ class Cut(NamedTuple):
 
     pixels: UInt8[np.ndarray, "n 3 h w"]
     sizes: Int[np.ndarray, "n 2"]
-    boxes: Float[np.ndarray, "n 4"]
+    boxes: Float[np.ndarray, "n 4"] | Int[np.ndarray, "n 4"]
     """Where in these pixels the crop is: its edges may lie within some."""
 
 

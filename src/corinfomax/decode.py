@@ -179,7 +179,8 @@ def check_skipped(source: Source, skipped: list[tuple[int, str]]) -> None:
     named = ", ".join(f"{source.paths[row]} ({reason})" for row, reason in skipped[:5])
     raise DataError(
         f"{len(skipped):,} of {count:,} images in {source.root} cannot be read, and no more than 1 % is skipped: "
-        f"{named}{', …' if len(skipped) > 5 else ''}; remove or replace them"
+        f"{named}{', …' if len(skipped) > 5 else ''}; remove or replace "
+        "them, or leave them out: corinfomax doctor writes the list that --skip takes"
     )
 
 

@@ -22,6 +22,7 @@ FEW = (10, 1)  # labels a class
 BASELINES = ("untrained", "raw pixels")
 CPU = torch.device("cpu")
 ROOM = 5  # times the features, which a logistic regression holds four times
+SPACE = 2 << 30  # bytes for the rankings of kNN and mAP and for ridge's matrices, whatever the features take
 DECIDING = "linear"  # the probe that says whether pretraining helped
 
 Table = dict[str, dict[str, Score]]
@@ -131,7 +132,7 @@ def probe_features(
 ) -> Outcomes:
     """What each probe makes of one kind of features, rows as in `splits`; on the device, if it has room for them."""
     assert splits.test is not None and splits.train.labels is not None and splits.test.labels is not None
-    device = device if has_room(device, ROOM * (train.nbytes + test.nbytes)) else CPU
+    device = device if has_room(device, SPACE + ROOM * (train.nbytes + test.nbytes)) else CPU
     train, labels, test, truth = (x.to(device) for x in (train, splits.train.labels, test, splits.test.labels))
     found = {
         "kNN": _right(probes.knn(train, labels, test), truth),
@@ -229,13 +230,13 @@ def averaged(crops: int) -> str:
 
 def check_labels(splits: Splits) -> None:
     """ValueError unless there are test images and both splits have labels."""
-    if splits.test is None:
-        raise ValueError("there are no images to test on; use a folder with train and test, or --holdout 0.1")
-    if splits.train.labels is None or splits.test.labels is None:
+    if any(split is not None and split.labels is None for split in splits):
         raise ValueError(
             "a score needs labels: put each class of images in a folder of its own (train/<class>/…, test/<class>/…) "
             "or use a CSV with a label column"
         )
+    if splits.test is None:
+        raise ValueError("there are no images to test on; use a folder with train and test, or --holdout 0.1")
 
 
 def check_same_images(splits: Splits, rival: Contender) -> None:

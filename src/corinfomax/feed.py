@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     pixels: UInt8[Tensor, "n 3 h w"]
     sizes: Int[Tensor, "n 2"]
     """Height and width of each, on the CPU."""
-    boxes: Float[Tensor, "n 4"] | None = None
+    boxes: Float[Tensor, "n 4"] | Int[Tensor, "n 4"] | None = None
     """Of crops, where in these pixels each one is, on the CPU."""
 
 
@@ -102,9 +102,10 @@ def reader(
     device: torch.device,
     stack: contextlib.ExitStack,
 ) -> Callable[[int], list[Batch]]:
-    """What reads the images of a step: whole, or the crops in `boxes` of images without copies and for a GPU.
+    """What reads the images of a step: as their crops in `boxes` or whole.
 
-    To a GPU all pixels of a batch go, padded to its largest height and width; a CPU reads what the crops cover.
+    Images without copies come as crops, and so do unequal ones for a GPU unless `boxes` is None: all of a batch's
+    pixels would go there, padded to its largest height and width. A CPU reads only what the crops cover.
     """
     if images.files is not None:
         cut = of_files(images, stack)

@@ -53,50 +53,63 @@ class Muon(torch.optim.Optimizer):
             moving = [p for p in group["params"] if p.grad is not None]
             if moving:
                 torch._foreach_mul_(moving, 1 - group["lr"] * group["weight_decay"])
-            alike: dict[tuple[int, ...], list[Tensor]] = {}
+            alike: dict[tuple[tuple[int, ...], ...], list[Tensor]] = {}
             for p in moving:
-                alike.setdefault(tuple(p.shape) if p.ndim > 1 else (), []).append(p)
-            for shape, params in alike.items():
-                states = [self.state[p] for p in params]
-                if shape:
-                    _matrices(params, states, group["lr"], group["momentum"], self.arithmetic)
+                alike.setdefault((tuple(p.shape), p.stride()) if p.ndim > 1 else (), []).append(p)
+            for layout, params in alike.items():
+                states, gradients = [self.state[p] for p in params], [p.grad for p in params if p.grad is not None]
+                if layout:
+                    _matrices(params, gradients, states, group["lr"], group["momentum"], self.arithmetic)
                 else:
-                    _vectors(params, states, group["lr"], group["momentum"])
+                    _vectors(params, gradients, states, group["lr"], group["momentum"])
         return loss
-
-
-def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
 
 
 def _matrices(
     params: Sequence[Tensor],
+    gradients: list[Tensor],
     states: Sequence[dict[str, Any]],
     lr: float,
     momentum: float,
     arithmetic: torch.dtype | None,
 ) -> None:
-    """Parameters of one shape."""
+    """Parameters that lie alike in memory."""
     for p, state in zip(params, states, strict=True):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
     moments = [state["momentum_buffer"] for state in states]
-    torch._foreach_lerp_(moments, _gradients(params), 1 - momentum)
-    moved = [moment.flatten(1) for moment in moments]
-    alone = moved[0].device.type in ONE_BY_ONE
-    steps = [orthogonal(M, arithmetic) for M in moved] if alone else orthogonal(torch.stack(moved), arithmetic).unbind()
-    steps = [step.view(params[0].shape) for step in steps]
-    torch._foreach_add_(list(params), steps, alpha=-lr * 0.2 * max(moved[0].shape) ** 0.5)
+    torch._foreach_lerp_(moments, gradients, 1 - momentum)
+    if moments[0].device.type in ONE_BY_ONE:
+        steps = [orthogonal(M.flatten(1), arithmetic).view(M.shape) for M in moments]
+    else:
+        steps = _orthogonal_stacked(moments, arithmetic)
+    longer = max(len(moments[0]), moments[0][0].numel())
+    torch._foreach_add_(list(params), steps, alpha=-lr * 0.2 * longer**0.5)
 
 
-def _vectors(params: Sequence[Tensor], states: Sequence[dict[str, Any]], lr: float, momentum: float) -> None:
+def _orthogonal_stacked(moments: Sequence[Tensor], arithmetic: torch.dtype | None) -> list[Tensor]:
+    """Of tensors that lie alike in memory; columns in the order they lie in, so that none is copied for it."""
+    strides = moments[0].stride()
+    order = [0, *sorted(range(1, len(strides)), key=lambda dim: -strides[dim])]
+    stack = torch.stack([M.permute(order) for M in moments])
+    found = orthogonal(stack.flatten(2), arithmetic).contiguous().view(stack.shape)
+    back = [order.index(dim) for dim in range(len(order))]
+    return [step.permute(back) for step in found.unbind()]
+
+
+def _vectors(
+    params: Sequence[Tensor],
+    gradients: list[Tensor],
+    states: Sequence[dict[str, Any]],
+    lr: float,
+    momentum: float,
+) -> None:
     for p, state in zip(params, states, strict=True):
         if not state:
             state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         state["step"] += 1
     counts = [int(state["step"]) for state in states]  # on the CPU: no device waits
     means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
-    gradients = _gradients(params)
     torch._foreach_lerp_(means, gradients, 1 - momentum)
     torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - SECOND_BETA)
     mean = torch._foreach_div(means, [1 - momentum**count for count in counts])

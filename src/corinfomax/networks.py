@@ -36,7 +36,7 @@ def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
         name: value for name in ("layers", "channels") if (value := getattr(backbone, name)) is not None
     }
     if not timm.is_model(backbone.name):
-        near = ", ".join(timm.list_models(f"*{backbone.name}*")[:6]) or "see timm.list_models()"
+        near = ", ".join(timm.list_models(f"*{backbone.name}*")[:6]) or "nothing; timm.list_models() has all"
         raise ValueError(f"timm knows no network {backbone.name!r}; near it: {near}")
     if fixed_size(backbone):
         options["img_size"] = size

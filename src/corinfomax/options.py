@@ -163,8 +163,9 @@ class Neighbors:
 class Export:
     """Write the trained backbone for others to load without this package, and verify it in a fresh process.
 
-    timm is a folder for timm.create_model("local-dir:…", pretrained=True), with a model card; state-dict one
-    .safetensors file with timm's names, which are torchvision's for its ResNets; onnx needs the onnx extra.
+    timm is a folder with a model card, for timm.create_model("local-dir:…", pretrained=True) or, where timm has no such
+    network, for the load.py in it; state-dict one .safetensors file with timm's names, which are torchvision's for its
+    ResNets; onnx needs the onnx extra.
     """
 
     weights: Annotated[Path, tyro.conf.Positional]

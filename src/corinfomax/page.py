@@ -149,7 +149,9 @@ def headlines(content: dict[str, Any]) -> list[tuple[str, str]]:
         if "gap" in metrics[-1]:
             rows.append(("above 2·ln D at the end", number(metrics[-1]["gap"], 2)))
     for spectrum in content["spectra"]:
-        rows.append((f"effective rank, {spectrum['name']}", f"{spectrum['rank']:.0f} of {spectrum['width']:,}"))
+        rows.append(
+            (f"effective rank of images, {spectrum['name']}", f"{spectrum['rank']:.0f} of {spectrum['width']:,}")
+        )
     if scores := (results.get("scores") or {}).get("pretrained"):
         probe = "linear" if "linear" in scores else next(iter(scores))
         rows.append((f"{probe} probe", f"{scores[probe]['mean']:.1f} %"))
@@ -169,7 +171,7 @@ CHARTS: tuple[tuple[str, str, bool, tuple[tuple[str, str], ...]], ...] = (
      (("of the batch", "gap"), ("of the images looked at", "spread_gap"))),
     ("Learning rate", "as scheduled", True, (("learning rate", "lr"),)),
     ("kNN score", "top-1 in percent on a sample of the held-out images", True, (("kNN, %", "knn"),)),
-    ("Effective rank", "directions in use (RankMe)", True,
+    ("Effective rank", "directions in use by views (RankMe)", True,
      (("backbone features", "rank_features"), ("projections", "rank"))),
     ("LiDAR", "directions that tell images apart", False,
      (("backbone features", "lidar_features"), ("projections", "lidar"))),

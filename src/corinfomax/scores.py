@@ -129,7 +129,7 @@ def compare(ours: Float[Tensor, " m"], others: dict[str, Float[Tensor, " m"]], *
 def in_words(c: Comparison, *, probe: str, dissent: Comparison | None = None, dissenter: str = "") -> str:
     """One sentence on whether pretraining helped, for people: the verdict, the numbers, how sure they are.
 
-    Where another probe, `dissenter`, clearly says the opposite, the sentence says so too.
+    Where another probe, `dissenter`, is clear and of another mind, the sentence says so too.
     """
     got = f"the {probe} probe gets {c.score:.1f} % right on these features and {c.other_score:.1f} % on {c.other}"
     if c.verdict == "unclear" and c.decided < FEWEST:
@@ -141,7 +141,7 @@ def in_words(c: Comparison, *, probe: str, dissent: Comparison | None = None, di
         "worse": "Pretraining did harm",
     }[c.verdict]
     said = f"{verdict}: {got}, {_points(c)}"
-    if dissent is not None and {c.verdict, dissent.verdict} == {"better", "worse"}:
+    if dissent is not None and dissent.verdict not in (c.verdict, "unclear"):
         how = "better" if dissent.verdict == "better" else "worse"
         said += f"; but {dissenter} does {how} on them, {dissent.score:.1f} and {dissent.other_score:.1f} % on "
         said += f"{dissent.other}, {_points(dissent)}"

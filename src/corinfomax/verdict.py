@@ -53,6 +53,7 @@ ODD = 5.0  # times what is usual, from where on a knob is the first suspect
 HIDING = 1.0  # eps of a kernel's matrix, whose diagonal is 1, from where on it is the first suspect
 TEMPERATURES = (0.03, 3.0)  # of a kernel beyond which they are the first suspect; 0.125 to 0.5 learn alike
 USUAL_LR = {"sgd": 1.0, "adamw": 2e-3, "lars": 10.0, "muon": 0.05}
+FAST = 10  # times the usual learning rate, above which that is the first suspect
 BEST = "ldmi"  # ranks checkpoints as well as any (docs/verdict.md)
 
 
@@ -323,7 +324,8 @@ def _cause(recipe: Recipe) -> str:
             f"A past that weighs {loss.cov_decay:g} leaves the log det hardly a pull on the present batch: "
             "--loss.cov-decay 0.01."
         )
-    if optim.weight_decay > 0.02 and optim.name == "sgd":
+    fast = optim.lr > FAST * USUAL_LR[optim.name]
+    if optim.weight_decay > 0.02 and optim.name == "sgd" and not fast:
         return f"A weight decay of {optim.weight_decay:g} shrinks the weights to nothing: --optim.weight-decay 1e-4."
     cure = f"--optim.lr {min(optim.lr / 3, USUAL_LR[optim.name]):.2g}"
     also = " and --projector.batch-norm" if not recipe.projector.batch_norm else ""

@@ -268,7 +268,7 @@ def _check_reachable(name: str, config: dict[str, Any]) -> None:
 def _timm_config(name: str) -> dict[str, Any]:
     """What timm knows of a network and its weights; ValueError when it knows no such network or no such weights."""
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:6]) or "see timm.list_models()"
+        near = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:6]) or "nothing; timm.list_models() has all"
         raise ValueError(f"timm knows no network {name!r}; near it: {near}")
     try:
         config = timm.get_pretrained_cfg(name)

@@ -240,7 +240,9 @@ def _train_in(run: Path, plan: Plan, argv: list[str], device: torch.device) -> T
         except OSError as error:
             raise OSError(f"{error.strerror or error}; when that is mended: {_go_on(run)}") from error
     if first:
-        print(f"trained in {(time.monotonic() - started) / 60:.1f} min: {runs.checkpoints(run)[-1]}")
+        metrics = runs.read_metrics(run)  # which know of what was done before a stop
+        seconds = metrics[-1]["seconds"] if metrics else time.monotonic() - started
+        print(f"trained in {seconds / 60:.1f} min: {runs.checkpoints(run)[-1]}")
     return Trained(data, run, network, recipe, facts, splits, device, command)
 
 
