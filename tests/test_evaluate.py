@@ -226,6 +226,14 @@ def test_probes_go_to_a_gpu_that_has_room_for_them(monkeypatch, device, free, ha
     assert evaluate.has_room(torch.device(device), 100) == has
 
 
+def test_probes_stay_on_the_cpu_where_a_gpu_has_no_room(monkeypatch, splits):
+    """Room for the features alone is not enough: the probes need some to work in."""
+    train, test = (torch.randn(len(part), 8) for part in (splits.train, splits.test))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (train.nbytes + test.nbytes, 2**36))
+    found = evaluate.probe_features(train, test, splits, seed=0, device=torch.device("cuda"))
+    assert found[evaluate.DECIDING].device.type == "cpu"
+
+
 @pytest.mark.gpu
 def test_probes_on_a_gpu_say_what_they_say_on_a_cpu(splits):
     assert splits.test is not None

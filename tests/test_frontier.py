@@ -103,6 +103,21 @@ def test_steps_of_growing_views_cost_their_shares(monkeypatch):
         speeds.seconds_a_step("corinfomax", "cifar10", replace(recipe, batch=7))
 
 
+def test_measure_takes_the_steps_of_the_methods_asked_for(monkeypatch, tmp_path):
+    class Stepper:
+        def __init__(self, name, recipe, splits):
+            assert name == "simclr"
+
+        def seconds(self, steps):
+            return 0.5
+
+    monkeypatch.setattr(speeds, "Stepper", Stepper)
+    monkeypatch.setattr(speeds, "SPEEDS", tmp_path / "speeds.json")
+    speeds.measure(dict.fromkeys(methods.DATA), ["simclr"], rounds=1)
+    known = [json.loads(kind) for kind in speeds.speeds()]
+    assert known and all(kind[0] == "simclr" for kind in known)
+
+
 def test_a_trial_is_read_back_where_it_had_as_many_steps(monkeypatch, tmp_path):
     row = {"kind": "trial", "method": "corinfomax", "changes": {}, "seed": 0, "steps": 109, "linear": 43.21}
     (tmp_path / "rows").write_text(json.dumps(row) + "\n")

@@ -107,12 +107,13 @@ def boxes(recipe: Recipe, images: Images, step: int, here: slice) -> tuple[Int[T
     None where images that there are copies of go whole: those that are turned first, and those that padded to the
     largest height and width of the batch take no more room than their crops do.
     """
+    copied = images.files is None
+    if copied and any(view.rotate for view in recipe.views):
+        return None
     sizes = images.sizes[indices(recipe, step, len(images))]
     drawn = torch.stack([drawn.box for drawn in draw_views(recipe, sizes, step)], 1)
-    if images.files is None:
-        turned = any(view.rotate for view in recipe.views)
-        if turned or sizes.amax(0).prod() <= drawn[:, :, 2:].amax(0).prod(1).sum():
-            return None
+    if copied and sizes.amax(0).prod() <= drawn[:, :, 2:].amax(0).prod(1).sum():
+        return None
     return drawn[here], recipe.size
 
 

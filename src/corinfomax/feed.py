@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -104,7 +105,7 @@ def reader(
 ) -> Callable[[int], list[Batch]]:
     """What reads the images of a step: as their crops in `boxes` or whole.
 
-    Images without copies come as crops, and so do unequal ones for a GPU unless `boxes` is None: all of a batch's
+    Images without copies come as crops, and so do unequal ones for CUDA unless `boxes` is None: all of a batch's
     pixels would go there, padded to its largest height and width. A CPU reads only what the crops cover.
     """
     if images.files is not None:
@@ -125,7 +126,8 @@ def of_copies(images: Images) -> Callable[[Int[Tensor, " n"], Int[Tensor, "n v 4
     """What cuts the crops of the images at some indices from their copies; boxes as of `of_files`."""
 
     def read(indices: Int[Tensor, " n"], boxes: Int[Tensor, "n v 4"], side: int) -> list[Batch]:
-        return [Batch(*map(torch.from_numpy, cut)) for cut in cut_copies(images.each(indices), boxes.numpy())]
+        copies = cast("list[np.ndarray]", images.copies(indices))  # they are on the CPU
+        return [Batch(*map(torch.from_numpy, cut)) for cut in cut_copies(copies, boxes.numpy())]
 
     return read
 

@@ -111,9 +111,11 @@ class Images:
         rows = len(self.pixels) // stride
         return self.pixels[: rows * stride].view(rows, 3, height, width), self.offsets // stride
 
-    def each(self, indices: Int[Tensor, " b"]) -> list[UInt8[np.ndarray, "3 _ _"]]:
-        """The copies at `indices` as they lie in `pixels`, which must be on the CPU."""
-        pixels, sizes = self.pixels.numpy(), self.sizes[indices].tolist()
+    def copies(self, indices: Int[Tensor, " b"]) -> list[UInt8[np.ndarray, "3 _ _"] | UInt8[Tensor, "3 _ _"]]:
+        """The copies at `indices` as they lie in `pixels`; NumPy's of those on the CPU."""
+        # There torch would start its threads for each of them, ruinous where the cores are busy.
+        pixels = self.pixels.numpy() if self.pixels.device.type == "cpu" else self.pixels
+        sizes = self.sizes[indices].tolist()
         return [
             pixels[offset : offset + 3 * h * w].reshape(3, h, w)
             for offset, (h, w) in zip(self.offsets[indices].tolist(), sizes, strict=True)
@@ -130,15 +132,14 @@ class Images:
         sizes = self.sizes[indices]
         if self._grid is not None:
             grid, rows = self._grid
-            if grid.device.type == "cpu":  # NumPy, as below
+            if grid.device.type == "cpu":  # NumPy, as in `copies`
                 return torch.from_numpy(grid.numpy().take(rows[indices].numpy(), 0)), sizes
             return grid.index_select(0, rows[indices].to(grid.device, non_blocking=True)), sizes
         height, width = sizes.amax(0).tolist() if len(sizes) else (0, 0)
         out = self.pixels.new_zeros(len(sizes), 3, height, width)
-        # On the CPU through NumPy: torch would start its threads, ruinous where the cores are busy.
-        pixels, slots = (self.pixels.numpy(), out.numpy()) if out.device.type == "cpu" else (self.pixels, out)
-        for slot, offset, (h, w) in zip(slots, self.offsets[indices].tolist(), sizes.tolist(), strict=True):
-            slot[:, :h, :w] = pixels[offset : offset + 3 * h * w].reshape(3, h, w)
+        slots = out.numpy() if out.device.type == "cpu" else out
+        for slot, copy in zip(slots, self.copies(indices), strict=True):
+            slot[:, : copy.shape[1], : copy.shape[2]] = copy
         return out, sizes
 
 
