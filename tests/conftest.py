@@ -10,6 +10,7 @@ install_import_hook("corinfomax", "shapes.check")
 
 import torch  # noqa: E402
 
+os.environ.pop("UV_RUN_RECURSION_DEPTH", None)  # what is said to type next hangs on it
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

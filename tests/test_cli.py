@@ -363,6 +363,17 @@ def test_the_words_that_go_on_with_a_run_can_be_typed(tmp_path, monkeypatch):
     assert pretrain._go_on(run) == f"corinfomax pretrain --resume '{run}'"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert pretrain._go_on(run).startswith("torchrun --nproc-per-node 8 -m corinfomax pretrain --resume '")
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
+    assert pretrain._go_on(run).startswith("uv run torchrun --nproc-per-node 8 -m corinfomax pretrain --resume '")
+
+
+def test_a_recipe_that_was_chosen_is_told_with_what_was_typed_over_it(tmp_path, capsys):
+    data = tiny.folder(tmp_path / "data", {"": 8}, labelled=False, side=32)
+    words = ["--epochs", "2", "--batch", "8", "--device", "cpu", "--out", str(tmp_path / "run"), "--no-report"]
+    assert cli.main(["pretrain", str(data), *words]) == 0
+    told = capsys.readouterr().out.splitlines()[0]
+    assert told.startswith("recipe cpu-small at 24 px, ")
+    assert told.endswith(", for 8 images of 32 px and no GPU, but for --epochs 2.0 --batch 8; --recipe names another")
 
 
 @pytest.mark.parametrize(("size", "side", "becomes"), [(24, 32, 32), (32, 16, 36), (100, 16, 64), (64, 64, 64)])

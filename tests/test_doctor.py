@@ -147,6 +147,12 @@ def test_odd_images_and_what_is_made_of_them(data, capsys):
     assert names() == {"train/red/one.jpg", "train/red/same.png", "train/red/icon.png"}
 
 
+def test_grey_files_are_not_spoken_of_where_there_are_none(data, capsys):
+    photograph(5).convert("L").convert("RGB").save(data / "train" / "red" / "grey.png")
+    out = doctor(capsys, code=0)
+    assert "1 of 33 images is grey among coloured ones, such as train/red/grey.png" in out
+
+
 def test_uneven_classes_and_classes_that_train_has_not(data, capsys):
     tiny.folder(data / "train" / "many", {"": 130}, labelled=False)
     shutil.copytree(data / "test" / "red", data / "test" / "blue")

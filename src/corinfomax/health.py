@@ -192,9 +192,10 @@ def _kinds(parts: Sequence[Seen]) -> Iterator[Finding]:
         yield Finding(text="all images are grey: changing their hue and saturation does nothing")
     elif grey:
         example = next(path for part in parts for path in _chosen(part.paths, part.grey))
+        files = f" ({kinds['grey']:,} of them in files without colours)" if kinds["grey"] else ""
         yield Finding(
-            text=f"{grey:,} of {total:,} images {_are(range(grey))} grey among coloured ones ({kinds['grey']:,} of "
-            f"them in files without colours), such as {quoted(example)}"
+            text=f"{grey:,} of {total:,} images {_are(range(grey))} grey among coloured ones{files}, "
+            f"such as {quoted(example)}"
         )
 
 

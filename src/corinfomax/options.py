@@ -13,6 +13,7 @@ from corinfomax.knobs import Objective, Recipe
 from corinfomax.recipes import RECIPES
 
 ABOUT = "Self-supervised pretraining of image backbones that tells you what it gave."
+DATA, WEIGHTS = tyro.conf.arg(metavar="DATA"), tyro.conf.arg(metavar="WEIGHTS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class Pretrain:
     --epochs 20 --optim.lr 0.1.
     """
 
-    data: Annotated[str | None, tyro.conf.Positional] = None
+    data: Annotated[str | None, tyro.conf.Positional, DATA] = None
     """Folder, list or name of the images."""
     recipe: str | None = None
     """A named recipe; `corinfomax recipes` lists them."""
@@ -101,9 +102,9 @@ class Evaluate:
     timm:NETWORK for timm's pretrained weights, which are fetched if they are not on this machine.
     """
 
-    weights: Annotated[str, tyro.conf.Positional]
+    weights: Annotated[str, tyro.conf.Positional, WEIGHTS]
     """A run folder, a file of weights, or timm:NETWORK."""
-    data: Annotated[str, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional, DATA]
     """Folder, list or name of the labelled images."""
     against: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Other weights to compare with; may be given several times."""
@@ -127,9 +128,9 @@ class Embed:
     WEIGHTS are whatever evaluate takes: a run, a file of weights, or timm:NETWORK.
     """
 
-    weights: Annotated[str, tyro.conf.Positional]
+    weights: Annotated[str, tyro.conf.Positional, WEIGHTS]
     """A run folder, a file of weights, or timm:NETWORK."""
-    data: Annotated[str, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional, DATA]
     """Folder, list or name of the images."""
     out: Path = Path("embeddings.npz")
     """Ends in .npz, or in .parquet with the parquet extra."""
@@ -145,9 +146,9 @@ class Neighbors:
     more is kept than the best.
     """
 
-    weights: Annotated[str, tyro.conf.Positional]
+    weights: Annotated[str, tyro.conf.Positional, WEIGHTS]
     """A run folder, a file of weights, or timm:NETWORK."""
-    data: Annotated[str, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional, DATA]
     """Folder, list or name of the images to look through."""
     query: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A picture; may be given several times."""
@@ -168,7 +169,7 @@ class Export:
     ResNets; onnx needs the onnx extra.
     """
 
-    weights: Annotated[Path, tyro.conf.Positional]
+    weights: Annotated[Path, tyro.conf.Positional, WEIGHTS]
     """A run folder or one of its checkpoints."""
     format: Literal["timm", "onnx", "state-dict"] = "timm"
     """What to write."""
@@ -183,9 +184,9 @@ class Report:
     A neighbour map beside the principal components needs the extra map: uv run --extra map corinfomax …
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's folder."""
-    data: Annotated[str | None, tyro.conf.Positional] = None
+    data: Annotated[str | None, tyro.conf.Positional, DATA] = None
     """Folder, list or name of its images where they moved, or of others to show it on."""
     out: Path | None = None
     """The page; report.html in the run's folder unless given."""
@@ -196,7 +197,7 @@ class Report:
 class Recipes:
     """List the named recipes with the paper's score and ours, or show every knob of one."""
 
-    name: Annotated[str | None, tyro.conf.Positional] = None
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
     """The recipe to show."""
 
 
@@ -207,7 +208,7 @@ class Bench:
     Without DATA on made-up images of the recipe's size. Takes the knobs that pretrain takes.
     """
 
-    data: Annotated[str | None, tyro.conf.Positional] = None
+    data: Annotated[str | None, tyro.conf.Positional, DATA] = None
     """Folder, list or name of the images; made-up ones without it."""
     recipe: str | None = None
     """A named recipe; `corinfomax recipes` lists them."""
@@ -228,7 +229,7 @@ class Doctor:
     that only those have. All else is a remark, and the exit code 0.
     """
 
-    data: Annotated[str, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional, DATA]
     """Folder, list or name of the images."""
     out: Path | None = None
     """The list; skip.txt here unless given. Not written where there is nothing to leave out."""

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from corinfomax import batches, checkpoint, diagnosis, distributed, embed, optim, probes, runs, verdict
+from corinfomax import batches, checkpoint, diagnosis, distributed, embed, optim, probes, runs, shell, verdict
 from corinfomax.checkpoint import Checkpoint
 from corinfomax.feed import feed
 from corinfomax.files import DataError
@@ -248,7 +248,7 @@ def keep_failure(
         )
     except (OSError, DataError) as error:
         return f"its batch is not kept: {error}"
-    return f"its batch is kept; to see it again, layer by layer: corinfomax pretrain --replay {path}"
+    return f"its batch is kept; to see it again, layer by layer: {shell.command('pretrain', '--replay', str(path))}"
 
 
 def scorable(splits: Splits) -> bool:

@@ -29,7 +29,7 @@ def run(command: Bench, argv: list[str]) -> int:
         again = parse(argv, base)
         assert isinstance(again, Bench)
         recipe = again.knobs
-        print(f"recipe {why}; --recipe names another")
+        print(inputs.chosen(why, base, recipe))
     knobs.check_objective(recipe)
     if recipe.from_files:
         raise ValueError("bench measures steps fed by copies: leave out --from-files; pretrain says how long it waits")

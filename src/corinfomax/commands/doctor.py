@@ -7,7 +7,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from corinfomax import bench, examine, health, networks, recipes, runs, sources
+from corinfomax import bench, examine, health, networks, recipes, runs, shell, sources
 from corinfomax.commands import errors, inputs
 from corinfomax.options import Doctor
 
@@ -50,7 +50,7 @@ def run(command: Doctor) -> int:
     if pace is not None:
         print(bench.foreseen(pace, recipe, len(set(parts[0].paths) - gone), device))
     print(f"the decoded copies take {sum(part.cached for part in parts) / 1e6:,.0f} MB of disk")
-    words = ["corinfomax pretrain", shlex.quote(command.data), *inputs.typed_where(where)]
+    words = [shell.command("pretrain", command.data), *inputs.typed_where(where)]
     out = command.out or Path(inputs.SKIPPED)
     if lines is not None:
         text = "\n".join(lines) + "\n"

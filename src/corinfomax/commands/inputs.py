@@ -12,7 +12,7 @@ from typing import Any
 import timm
 import torch
 
-from corinfomax import __version__, distributed, files, images, sources, weights
+from corinfomax import __version__, distributed, files, images, knobs, sources, weights
 from corinfomax.images import Images, Splits
 from corinfomax.knobs import Recipe
 from corinfomax.options import Network, Where
@@ -157,6 +157,12 @@ def fit_copies(recipe: Recipe, data: str, where: Where) -> Recipe:
     what = "images to look at" if recipe.from_files else "copies"
     print(f"views of {largest} px need larger {what} than of {recipe.cache_side} px: --cache-side {side}")
     return replace(recipe, cache_side=side)
+
+
+def chosen(why: str, base: Recipe, recipe: Recipe) -> str:
+    """What is said of a recipe that was chosen, with the knobs that were typed over it."""
+    words = knobs.typed(recipe, base)
+    return f"recipe {why}{f', but for {shlex.join(words)}' if words else ''}; --recipe names another"
 
 
 def where_it_was(where: Where, run: Path, facts: dict[str, Any]) -> Where:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from dataclasses import replace
@@ -24,6 +23,7 @@ from corinfomax import (
     recipes,
     replay,
     runs,
+    shell,
     sources,
     track,
     train,
@@ -131,7 +131,7 @@ def _plan(command: Pretrain, argv: list[str], device: torch.device) -> Plan:
         again = parse(argv, base)  # the same words, now over the chosen recipe
         assert isinstance(again, Pretrain)
         recipe = again.knobs
-        print(f"recipe {why}; --recipe names another")
+        print(inputs.chosen(why, base, recipe))
     if resumed is None:
         recipe = inputs.fit_copies(recipe, data, where)
     train.check_parts(recipe)
@@ -197,7 +197,7 @@ def _train_in(run: Path, plan: Plan, argv: list[str], device: torch.device) -> T
         if resumed is not None and resumed.facts["fingerprint"] != facts["fingerprint"]:
             raise ValueError(
                 f"the images of {data} are not those that {run} was trained on; put those back, or name where they "
-                f"are now: corinfomax pretrain DATA --resume {run}"
+                f"are now: {shell.command('pretrain', 'DATA', '--resume', str(run))}"
             )
         if first and resumed is None:
             if where.skip is not None:  # the run's own copy: what was left out stays known when the list is changed
@@ -307,7 +307,7 @@ def _finish(trained: Trained) -> None:
         step = recipe.steps(len(splits.train))
         _report_if_possible(run, network, recipe, step, facts, splits, device)
     root = [] if facts["root"] is None else ["--root", facts["root"]]
-    print(f"feature vectors: {shlex.join(['corinfomax', 'embed', str(run), data, *root])}")
+    print(f"feature vectors: {shell.command('embed', str(run), data, *root)}")
 
 
 def _conclude(run: Path, recipe: Recipe, images: int, *, error: str | None = None) -> None:
@@ -340,13 +340,12 @@ def _report_if_possible(
         subject = report.Subject(run, network, recipe, step, facts, splits, same_images=True)
         out = report.write(subject, run / "report.html", device=device)
     except Exception as error:  # whatever it is
-        print(f"no report: {type(error).__name__}: {error}; corinfomax report {run} tries again", file=sys.stderr)
+        again = shell.command("report", str(run))
+        print(f"no report: {type(error).__name__}: {error}; {again} tries again", file=sys.stderr)
     else:
         print(f"report: {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 
 def _go_on(run: Path) -> str:
-    """The command that goes on with a run, for as many processes as there are."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    program = ["corinfomax"] if here == 1 else ["torchrun", "--nproc-per-node", str(here), "-m", "corinfomax"]
-    return shlex.join([*program, "pretrain", "--resume", str(run)])
+    """The command that goes on with a run."""
+    return shell.command("pretrain", "--resume", str(run))
