@@ -20,7 +20,7 @@ import torch
 
 import corinfomax
 import tiny
-from corinfomax import batches, checkpoint, cli, knobs, named, runs, sources
+from corinfomax import batches, checkpoint, cli, knobs, named, runs, shell, sources
 from corinfomax.commands import errors, inputs, pretrain
 from corinfomax.knobs import Loss
 from corinfomax.options import Where, parse
@@ -365,6 +365,7 @@ def test_the_words_that_go_on_with_a_run_can_be_typed(tmp_path, monkeypatch):
     assert pretrain._go_on(run).startswith("torchrun --nproc-per-node 8 -m corinfomax pretrain --resume '")
     monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
     assert pretrain._go_on(run).startswith("uv run torchrun --nproc-per-node 8 -m corinfomax pretrain --resume '")
+    assert shell.command("embed", "run") == "uv run corinfomax embed run"  # one process embeds
 
 
 def test_a_recipe_that_was_chosen_is_told_with_what_was_typed_over_it(tmp_path, capsys):

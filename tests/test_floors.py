@@ -10,7 +10,7 @@ import pytest
 HOUSE = Path(__file__).parents[1] / "src" / "corinfomax"
 FLOORS = (
     ("__init__",),  # names only: it imports when asked
-    ("knobs", "runs", "bottleneck", "track", "slurm"),
+    ("knobs", "runs", "bottleneck", "track", "slurm", "shell"),
     ("recipes", "verdict", "hardware"),
     ("seeds", "distributed", "fused", "muon"),
     ("objective", "views", "files", "networks", "optim", "probes", "scores", "similar", "maps", "signals"),

@@ -6,9 +6,8 @@ import os
 import shlex
 
 
-def command(*words: str) -> str:
-    """`corinfomax words` as this process was started: by uv, by torchrun, for as many processes as there are here."""
+def command(*words: str, processes: int = 1) -> str:
+    """`corinfomax words`, begun as uv wants it where uv started this process; by torchrun for several processes."""
     started = ["uv", "run"] if "UV_RUN_RECURSION_DEPTH" in os.environ else []  # what uv gives to all that it runs
-    here = os.environ.get("LOCAL_WORLD_SIZE", "1")  # what torchrun gives
-    program = ["corinfomax"] if here == "1" else ["torchrun", "--nproc-per-node", here, "-m", "corinfomax"]
-    return shlex.join([*started, *program, *words])
+    several = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    return shlex.join([*started, *several, "corinfomax", *words])

@@ -197,7 +197,7 @@ def _train_in(run: Path, plan: Plan, argv: list[str], device: torch.device) -> T
         if resumed is not None and resumed.facts["fingerprint"] != facts["fingerprint"]:
             raise ValueError(
                 f"the images of {data} are not those that {run} was trained on; put those back, or name where they "
-                f"are now: {shell.command('pretrain', 'DATA', '--resume', str(run))}"
+                f"are now: {_go_on(run, 'DATA')}"
             )
         if first and resumed is None:
             if where.skip is not None:  # the run's own copy: what was left out stays known when the list is changed
@@ -346,6 +346,7 @@ def _report_if_possible(
         print(f"report: {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 
-def _go_on(run: Path) -> str:
-    """The command that goes on with a run."""
-    return shell.command("pretrain", "--resume", str(run))
+def _go_on(run: Path, *data: str) -> str:
+    """The command that goes on with a run, for as many processes as there are here."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # what torchrun gives
+    return shell.command("pretrain", *data, "--resume", str(run), processes=here)
