@@ -282,6 +282,19 @@ def one_image(split):
     return split.select(torch.zeros(len(split), dtype=torch.long))
 
 
+def test_too_few_images_are_named_before_a_learning_rate_and_after_a_knob_out_of_the_ordinary():
+    empty = {"spread_gap": 6.0, "ldmi": None}
+    found = judge(row(700, **empty))
+    assert found.kind == "dimensional collapse"
+    assert found.advice == "Fewer than 64 images to look at are too few to spread over 32 directions: add images."
+    assert "--optim.lr" in judge(row(700, spread_gap=6.0)).advice
+    for knob, recipe in (
+        ("--loss.eps", replace(RECIPE, loss=Loss(eps=1.0))),
+        ("--optim.lr", replace(RECIPE, optim=replace(RECIPE.optim, lr=100.0))),
+    ):
+        assert knob in judge(row(700, **empty), recipe=recipe).advice
+
+
 COLLAPSE = ("complete collapse", "dimensional collapse", "over-invariant")  # which of them hangs on the processor
 
 

@@ -206,13 +206,13 @@ def _collapse(last: Row, look: Row, recipe: Recipe) -> Verdict | None:
             evidence = f"The projections vary in about {used:.1f} of their {_dim(recipe)} directions."
         else:
             return None
-        return Verdict("dimensional collapse", evidence, _cause(recipe), measures)
+        return Verdict("dimensional collapse", evidence, _cause(recipe, few=look[BEST] is None), measures)
     if uneven > FEW_DIRECTIONS:
         evidence = (
             f"The projections hardly use most of their {_dim(recipe)} directions: the spectrum is "
             f"{uneven:.1f} nats a direction from an even one, and {look['spectrum'][0]:.0%} of the variance is in one."
         )
-        return Verdict("dimensional collapse", evidence, _cause(recipe), measures)
+        return Verdict("dimensional collapse", evidence, _cause(recipe, few=look[BEST] is None), measures)
     return None
 
 
@@ -298,8 +298,9 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
     return Verdict(kind, evidence, advice, measures)
 
 
-def _cause(recipe: Recipe) -> str:
-    """The likeliest cause of a collapse or divergence: the first knob out of the ordinary, else the learning rate."""
+def _cause(recipe: Recipe, *, few: bool = False) -> str:
+    """The likeliest cause of a collapse or divergence: the first knob out of the ordinary, else that there are too
+    `few` images for the projector's width, else the learning rate."""
     loss, optim = recipe.loss, recipe.optim
     usual, alpha = _alphas(recipe)
     if loss.name not in OWN:  # whose other knobs say nothing
@@ -327,6 +328,9 @@ def _cause(recipe: Recipe) -> str:
     fast = optim.lr > FAST * USUAL_LR[optim.name]
     if optim.weight_decay > 0.02 and optim.name == "sgd" and not fast:
         return f"A weight decay of {optim.weight_decay:g} shrinks the weights to nothing: --optim.weight-decay 1e-4."
+    if few and not fast:
+        dim = _dim(recipe)
+        return f"Fewer than {2 * dim} images to look at are too few to spread over {dim} directions: add images."
     cure = f"--optim.lr {min(optim.lr / 3, USUAL_LR[optim.name]):.2g}"
     also = " and --projector.batch-norm" if not recipe.projector.batch_norm else ""
     return f"A learning rate of {optim.lr:g} is the likely cause: {cure}{also}."
