@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import markdown, metrics
-from benchmarks.clock import Effort
-from benchmarks.machine import commit, machine
-from benchmarks.metrics import Metric
+from benchmarks.speed import markdown, metrics
+from benchmarks.speed.clock import Effort
+from benchmarks.speed.machine import commit, machine
+from benchmarks.speed.metrics import Metric
 
 HERE = Path(__file__).resolve().parent
 SUITES = {
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     old, of_old = metrics.read(options.baseline) if options.baseline.exists() else ([], {})
     found: list[Metric] = []
     for suite in options.suites or SUITES:
-        for m in importlib.import_module(f"benchmarks.{SUITES[suite]}").run(effort):
+        for m in importlib.import_module(f"benchmarks.speed.{SUITES[suite]}").run(effort):
             print(f"{m.name}, against {m.against}: {m.ratio:.2f} ({m.low:.2f} – {m.high:.2f})", flush=True)
             found.append(m._replace(commit=commit()))
     worse = metrics.regressions(found, old)
@@ -79,7 +79,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu where others compute too")
     parser.add_argument("--threads", type=int, help="of torch; its own choice unless given, 1 on the clock cpu")
-    parser.add_argument("--baseline", type=Path, default=HERE / "baseline.json")
+    parser.add_argument("--baseline", type=Path, default=HERE / "speed" / "baseline.json")
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     parser.add_argument("--write", action="store_true", help="make this the baseline, and write the page")
     return parser

@@ -2,7 +2,7 @@
 
 import sys
 
-from corinfomax.cli import main
+from corinfomax.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,1 @@
+"""How CorInfoMax compares with other objectives."""

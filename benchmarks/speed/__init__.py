@@ -1,0 +1,1 @@
+"""How fast: views, loss, step, pipeline and memory, beside other libraries."""

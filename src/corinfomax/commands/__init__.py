@@ -1,1 +1,0 @@
-"""What each command does, in order: one room a command, and what they share."""

@@ -1,0 +1,1 @@
+"""Label-free measures of a run, and the verdict in words."""

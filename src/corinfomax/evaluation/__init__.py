@@ -1,0 +1,1 @@
+"""Features, probes and scores."""

@@ -1,0 +1,1 @@
+"""From the argument DATA to batches of decoded images."""

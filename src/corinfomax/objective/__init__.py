@@ -1,0 +1,1 @@
+"""The loss: log-determinant mutual information between views, and its kernel form."""

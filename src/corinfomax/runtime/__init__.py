@@ -1,0 +1,1 @@
+"""Run folders, processes and random numbers."""

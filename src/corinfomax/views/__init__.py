@@ -1,0 +1,1 @@
+"""Random views of a batch: draw the parameters, then apply them."""

@@ -1,0 +1,1 @@
+"""Checkpoints, loading anyone's weights, and export."""

@@ -1,0 +1,256 @@
+"""Features, files of them, and the table of scores beside its two baselines."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from corinfomax import network
+from corinfomax.evaluation import features as embed
+from corinfomax.evaluation import fine_tuning, probes
+from corinfomax.evaluation import table as evaluate
+from corinfomax.images import cache
+from corinfomax.recipes.fields import Probe, View
+from corinfomax.runtime.seeds import generator, key
+from corinfomax.views import operations
+
+CPU = {"device": torch.device("cpu")}
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    return cache.load(tiny.folder(tmp_path_factory.mktemp("data"), {"train": 60, "test": 20}), side=16, progress=False)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(3)
+    return network.build_backbone(tiny.RECIPE.backbone)
+
+
+@pytest.mark.parametrize(("scale", "side"), [(1.0, 16), (1.5, 24)])
+def test_features_are_the_networks_in_eval_mode_and_order(splits, backbone, scale, side):
+    backbone.train()
+    got = embed.features(backbone, splits.train, replace(tiny.RECIPE, test_scale=scale), batch=7)
+    assert backbone.training
+    pixels, sizes = splits.train.batch(torch.arange(60))
+    x = operations.centre_view(pixels, sizes, size=side, mean=tiny.RECIPE.mean, std=tiny.RECIPE.std)
+    with torch.no_grad():
+        want = backbone.eval()(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert got.dtype == torch.float32
+
+
+def test_features_over_crops_are_the_mean_of_trainings_crops_without_colours(splits, backbone):
+    view = replace(tiny.RECIPE.views[0], crop_area=(0.3, 0.5), jitter=1.0, grey=0.5, blur=1.0, solarize=1.0)
+    recipe = replace(tiny.RECIPE, views=(view, view), test_scale=2.0)
+    got = embed.features(backbone, splits.train, recipe, crops=3, batch=40)
+    for block, start in ((slice(0, 40), 0), (slice(40, 60), 40)):
+        pixels, sizes = splits.train.batch(torch.arange(60)[block])
+        rng, total = generator(recipe.seed, "test crops", start), 0
+        for _ in range(3):
+            drawn = operations.draw(View(crop_area=(0.3, 0.5), jitter=0, grey=0), sizes, rng)
+            x = operations.apply(pixels, sizes, drawn, size=recipe.size, mean=recipe.mean, std=recipe.std)
+            with torch.no_grad():
+                total = total + backbone.eval()(x)
+        torch.testing.assert_close(got[block], total / 3, rtol=1e-4, atol=1e-5)
+    assert embed.features(backbone, splits.train, recipe, crops=3, batch=40).equal(got)
+
+
+def test_averaged_crops_are_a_row_of_their_own(splits, backbone):
+    plain = evaluate.evaluate(backbone, splits, tiny.RECIPE, **CPU, progress=False)
+    both = evaluate.evaluate(backbone, splits, tiny.RECIPE, **CPU, crops=2, fine_tune=True, progress=False)
+    assert list(both.table) == ["pretrained", "mean of 2 crops", "untrained", "raw pixels"]
+    assert list(both.table["mean of 2 crops"]) == list(plain.table["pretrained"])
+    assert both.table["mean of 2 crops"] != both.table["pretrained"]
+    assert both.comparisons[0] == plain.comparisons[0], "the verdict is that of the centre view"
+    assert both.comparisons[1].other == "mean of 2 crops"
+    assert evaluate.distinct_names(["runs/mean of 2 crops"], 2) == ["runs/mean of 2 crops"]
+    with pytest.raises(ValueError, match="test_crops is -1"):
+        evaluate.evaluate(backbone, splits, tiny.RECIPE, **CPU, crops=-1, progress=False)
+
+
+@pytest.mark.parametrize("ending", [".npz", ".parquet"])
+def test_embeddings_are_kept_with_paths_and_labels(splits, backbone, tmp_path, ending):
+    if ending == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+    parts = splits._asdict()
+    vectors = {name: embed.features(backbone, part, tiny.RECIPE) for name, part in parts.items()}
+    path = tmp_path / f"out{ending}"
+    embed.write(path, vectors, parts)
+    if ending == ".npz":
+        table = dict(np.load(path, allow_pickle=False))
+        features = table["features"]
+    else:
+        table = parquet.read_table(path).to_pydict()
+        features = np.array(table["features"], np.float32)
+    assert features.shape == (80, 16)
+    np.testing.assert_array_equal(features, torch.cat(list(vectors.values())).numpy())
+    centred = features.astype(np.float64) - features.mean(0, dtype=np.float64)
+    values = np.linalg.svd(centred, compute_uv=False)
+    np.testing.assert_allclose(np.linalg.norm([table["x"], table["y"]], axis=1), values[:2], rtol=1e-4)
+    assert list(table["split"]) == ["train"] * 60 + ["test"] * 20
+    assert list(table["path"]) == [*splits.train.paths, *splits.test.paths]
+    assert all(label in path for path, label in zip(table["path"], table["label"], strict=True))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_embeddings_without_labels_have_no_label_column(splits, backbone, tmp_path):
+    unlabelled = replace(splits.train, labels=None, classes=())
+    embed.write(tmp_path / "a.npz", {"train": torch.zeros(60, 4)}, {"train": unlabelled})
+    assert set(np.load(tmp_path / "a.npz").keys()) == {"split", "path", "features", "x", "y"}
+    with pytest.raises(ValueError, match=r"a\.csv must end in \.npz or \.parquet"):
+        embed.write(tmp_path / "a.csv", {"train": torch.zeros(60, 4)}, {"train": unlabelled})
+
+
+@pytest.fixture(scope="module")
+def result(splits, backbone):
+    recipe = replace(tiny.RECIPE, probe=Probe(epochs=2))
+    rival = evaluate.Contender("the same", backbone, recipe, splits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fine_tuning, "FEWEST_STEPS", 20)
+        return evaluate.evaluate(
+            backbone, splits, recipe, **CPU, progress=False, rivals=[rival], fine_tune=True, published_probe=True
+        )
+
+
+def test_the_table_has_every_probe_for_every_kind_of_features(result):
+    table = result.table
+    assert list(table) == ["pretrained", "the same", "untrained", "raw pixels"]
+    probes_of_all = ["kNN", "ridge", "linear", "10 a class", "1 a class", "mAP", "published linear"]
+    for name, scores in table.items():
+        assert list(scores) == probes_of_all + ["tuned, 1%", "tuned, 10%"] * (name != "raw pixels")
+        for probe, score in scores.items():
+            if probe == "mAP":
+                assert (score.low, score.high) == (None, None), "images are queries and gallery at once"
+                assert 0 <= score.mean <= 100
+                continue
+            assert 0 <= score.low <= score.mean <= score.high <= 100
+            assert (score.sd is not None) == ("a class" in probe)
+    assert table["pretrained"] == table["the same"]
+    # Hue is the class: the pixels alone say it.
+    assert table["raw pixels"]["linear"].mean > 90
+
+
+def test_the_comparisons_name_the_better_baseline_and_every_rival(result):
+    first, rival = result.comparisons
+    baselines = {name: result.table[name]["linear"].mean for name in evaluate.BASELINES}
+    assert first.other == max(baselines, key=baselines.get)
+    assert (first.score, first.other_score) == pytest.approx(
+        (result.table["pretrained"]["linear"].mean, baselines[first.other]), abs=1e-4
+    )
+    assert (rival.other, rival.verdict, rival.low, rival.difference, rival.high) == ("the same", "unclear", 0, 0, 0)
+    assert "retraining" in result.sentences[0] and "the same" in result.sentences[1]
+
+
+def test_a_terminal_gets_every_number_within_100_columns(result):
+    text = evaluate.as_text(result.table)
+    assert max(map(len, text.splitlines())) <= 100
+    blocks = text.split("\n\n")
+    assert len(blocks) == 2
+    for block in blocks:
+        assert len({len(line) for line in block.splitlines()}) == 1
+        assert [line.split("  ")[0] for line in block.splitlines()[2:]] == list(result.table)
+    linear, few = result.table["untrained"]["linear"], result.table["untrained"]["1 a class"]
+    assert f"{linear.mean:.1f} ±{(linear.high - linear.low) / 2:.1f}" in text
+    assert f"{few.mean:.1f} ±{few.sd:.1f}" in text
+    assert blocks[1].splitlines()[-1].endswith("–")  # raw pixels cannot be tuned
+
+
+def test_json_carries_every_number(result):
+    content = json.loads(json.dumps(evaluate.as_json(result)))
+    few = result.table["untrained"]["1 a class"]
+    assert content["scores"]["untrained"]["1 a class"] == few._asdict()
+    assert set(content["scores"]["untrained"]["kNN"]) == {"mean", "low", "high"}
+    assert content["comparisons"][0]["sentence"] == result.sentences[0]
+    assert content["comparisons"][0]["verdict"] in ("better", "unclear", "worse")
+
+
+def test_a_rival_sees_the_same_images(splits, backbone):
+    fewer = cache.Splits(splits.train, splits.test.select(torch.arange(19)))
+    with pytest.raises(ValueError, match="other sees other images"):
+        evaluate.evaluate(
+            backbone, splits, tiny.RECIPE, **CPU, rivals=[evaluate.Contender("other", backbone, tiny.RECIPE, fewer)]
+        )
+
+
+def test_names_of_other_weights_are_short_and_distinct():
+    given = [
+        "timm:resnet18",
+        "runs/a/checkpoints/step-9.safetensors",
+        "runs/b/checkpoints/step-9.safetensors",
+        "x/untrained",
+    ]
+    assert evaluate.distinct_names(given) == ["timm:resnet18", "step-9", given[2], "x/untrained"]
+    assert len(set(evaluate.distinct_names(["a", "a", "a"]))) == 3
+
+
+def test_baselines_are_a_random_network_and_the_pixels(splits, backbone, result):
+    start = evaluate.random_backbone(splits.train, tiny.RECIPE, **CPU)
+    for name, model in (("untrained", start), ("raw pixels", nn.Flatten()), ("pretrained", backbone)):
+        train, test = (embed.features(model, part, tiny.RECIPE) for part in splits)
+        predicted = probes.knn(train, splits.train.labels, test)
+        assert result.table[name]["kNN"].mean == pytest.approx(probes.accuracy(predicted, splits.test.labels))
+
+
+def test_the_random_network_is_no_straw_man(splits):
+    model = evaluate.random_backbone(splits.train, tiny.RECIPE, **CPU, looks=60)
+    assert not model.training
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all((norm.weight == 1).all() for norm in norms)  # timm starts each block's last one at 0
+    seen = []
+    model.bn1.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+    embed.features(model, splits.train, tiny.RECIPE)
+    variance, mean = torch.var_mean(torch.cat(seen), (0, 2, 3))  # the 60 images were one batch
+    torch.testing.assert_close(model.bn1.running_mean, mean)
+    torch.testing.assert_close(model.bn1.running_var, variance)
+    torch.manual_seed(key(tiny.RECIPE.seed, "weights"))
+    start = network.Network(tiny.RECIPE.backbone, tiny.RECIPE.projector).backbone
+    assert model.conv1.weight.equal(start.conv1.weight)
+
+
+def test_scores_need_labels_and_say_so(splits):
+    unlabelled = replace(splits.train, labels=None, classes=())
+    with pytest.raises(ValueError, match="a score needs labels"):
+        evaluate.check_labels(cache.Splits(unlabelled, splits.test))
+    with pytest.raises(ValueError, match="a score needs labels"):  # before an advice that would not help
+        evaluate.check_labels(cache.Splits(unlabelled, None))
+    with pytest.raises(ValueError, match="no images to test on"):
+        evaluate.check_labels(cache.Splits(splits.train, None))
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "has"), [("cuda", 100, True), ("cuda", 99, False), ("cpu", 100, False), ("mps", 100, False)]
+)
+def test_probes_go_to_a_gpu_that_has_room_for_them(monkeypatch, device, free, has):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
+    assert evaluate.has_room(torch.device(device), 100) == has
+
+
+def test_probes_stay_on_the_cpu_where_a_gpu_has_no_room(monkeypatch, splits):
+    """Room for the features alone is not enough: the probes need some to work in."""
+    train, test = (torch.randn(len(part), 8) for part in (splits.train, splits.test))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (train.nbytes + test.nbytes, 2**36))
+    found = evaluate.probe_features(train, test, splits, seed=0, device=torch.device("cuda"))
+    assert found[evaluate.DECIDING].device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_probes_on_a_gpu_say_what_they_say_on_a_cpu(splits):
+    assert splits.test is not None
+    rng = torch.Generator().manual_seed(0)
+    means = 2 * torch.randn(len(splits.train.classes), 32, generator=rng)
+    train, test = (
+        means[part.labels] + torch.randn(len(part), 32, generator=rng) for part in (splits.train, splits.test)
+    )
+    here, there = (
+        evaluate.probe_features(train, test, splits, seed=0, device=torch.device(name)) for name in ("cpu", "cuda")
+    )
+    assert here.keys() == there.keys()
+    for name, outcomes in here.items():
+        assert there[name].device.type == "cpu" and there[name].shape == outcomes.shape
+        assert (there[name] - outcomes).abs().mean() <= 0.02, name

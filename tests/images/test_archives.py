@@ -1,0 +1,286 @@
+"""Archives: the same images, labels and fingerprint as the folder that they would unpack to; clear errors else."""
+
+import os
+import shutil
+import tarfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny
+from corinfomax.images import archives, cache, files, sources
+from corinfomax.images.files import DataError, MissingDataError
+
+
+def zipped(folder, out, *, inside="", method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(out, "w", method) as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, Path(inside, path.relative_to(folder)))
+    return out
+
+
+def tarred(folder, out, *, inside="", form=tarfile.PAX_FORMAT):
+    with tarfile.open(out, "w", format=form) as archive:
+        archive.add(folder, inside or ".")
+    return out
+
+
+FORMS = {
+    "zip": zipped,
+    "deflated zip": lambda folder, out: zipped(folder, out, method=zipfile.ZIP_DEFLATED),
+    "zip of a folder": lambda folder, out: zipped(folder, out, inside="my data/v2"),
+    "tar": tarred,
+    "old tar of a folder": lambda folder, out: tarred(folder, out, inside="data", form=tarfile.GNU_FORMAT),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("splits", "labelled"),
+    [({"train": 9, "test": 4}, True), ({"": 7}, True), ({"": 5}, False), ({"Training": 6}, True)],
+)
+def test_an_archive_is_the_folder(tmp_path, form, splits, labelled):
+    folder = tiny.folder(tmp_path / "data", splits, labelled=labelled)
+    long = folder / next(iter(splits)) / ("red" if labelled else "") / ("é" * 60 + "x" * 60 + ".png")  # over 100 bytes
+    shutil.copy(next(folder.rglob("*.png")), long)
+    (folder / ".hidden.png").write_bytes(b"no")
+    (folder / "notes.txt").write_text("no")
+    out = FORMS[form](folder, tmp_path / f"data{'.tar' if 'tar' in form else '.zip'}")
+    for again in range(2):  # the second time from the kept index
+        want = cache.load(folder, side=16, cache=tmp_path / "a", progress=False)
+        got = cache.load(out, side=16, cache=tmp_path / "b", progress=False)
+        for ours, theirs in zip(got, want, strict=True):
+            if theirs is None:
+                assert ours is None
+                continue
+            assert ours.paths == theirs.paths
+            assert ours.classes == theirs.classes
+            assert ours.fingerprint == theirs.fingerprint
+            assert torch.equal(ours.pixels, theirs.pixels)
+            assert theirs.labels is None if ours.labels is None else torch.equal(ours.labels, theirs.labels)
+        assert len(list((tmp_path / "b").glob("index-*.npz"))) == 1, again
+        archives._splits.cache_clear()
+    assert sources.survey(str(out), cache=tmp_path / "b").short_side == 16
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_archive_without_images_says_so(tmp_path, form):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").write_text("no image")
+    out = FORMS[form](tmp_path / "data", tmp_path / f"data{'.tar' if 'tar' in form else '.zip'}")
+    for _ in range(2):  # no index of it is kept
+        with pytest.raises(MissingDataError, match="no image found in"):
+            sources.find(out, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("index-*"))
+
+
+def test_another_archive_of_the_same_size_and_time_is_another(tmp_path):
+    for name, classes in (("one", ("blue", "rose")), ("two", ("tall", "wide"))):
+        for label, picture in zip(classes, tiny.pictures(2), strict=True):
+            (tmp_path / name / label).mkdir(parents=True)
+            Image.fromarray(picture).save(tmp_path / name / label / "a.png")
+    out, labels = tmp_path / "data.zip", []
+    for name in ("one", "two"):
+        out.unlink(missing_ok=True)
+        zipped(tmp_path / name, out)
+        os.utime(out, (1, 1))
+        size = out.stat().st_size
+        archives._splits.cache_clear()
+        labels.append(sources.find(out, cache=tmp_path / "cache")["train"].labels)
+    assert zipped(tmp_path / "one", tmp_path / "again.zip").stat().st_size == size
+    assert labels == [("blue", "rose"), ("tall", "wide")]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_archive_s_index_is_read_once(tmp_path, monkeypatch, form):
+    folder = tiny.folder(tmp_path / "data", {"": 5})
+    out = FORMS[form](folder, tmp_path / f"data{'.tar' if 'tar' in form else '.zip'}")
+    archives._splits.cache_clear()
+    first = sources.find(out, cache=tmp_path / "cache")["train"]
+    for reader in ("_tar", "_zip"):
+        monkeypatch.setattr(archives, reader, lambda *a, **k: pytest.fail("read again"))
+    with monkeypatch.context() as within_a_command:
+        within_a_command.setattr(archives, "_kept", lambda *a, **k: pytest.fail("its index read again"))
+        assert sources.find(out, cache=tmp_path / "cache")["train"].paths == first.paths
+    archives._splits.cache_clear()  # the next command
+    again = sources.find(out, cache=tmp_path / "cache")["train"]
+    assert again.paths == first.paths and np.array_equal(again.stored.places, first.stored.places)
+    os.utime(out, (1, 1))  # changed, for all that is known
+    with pytest.raises(pytest.fail.Exception):
+        sources.find(out, cache=tmp_path / "cache")
+
+
+def shard(out, rows, first):
+    """A shard as webdataset writes it: the image, its class and more beside it, all of one name."""
+    with tarfile.open(out, "w") as archive:
+        for place, (image, label) in enumerate(rows, first):
+            paths = {ending: out.parent / f"content.{ending}" for ending in ("cls", "json", "png")}
+            Image.fromarray(image).save(paths["png"])
+            paths["cls"].write_text(f"{label}\n")
+            paths["json"].write_text("{}")
+            for ending, path in paths.items():
+                archive.add(path, f"{place:06}.{ending}")
+                path.unlink()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_shards_are_one_set_with_the_classes_beside_the_images(tmp_path, named):
+    pictures = tiny.pictures(12)
+    names = ("train-0000", "train-0001", "val-0000") if named else ("part1", "part2", "part3")
+    for place, name in enumerate(names):
+        rows = [(pictures[i], i % 2) for i in range(4 * place, 4 * place + 4)]
+        shard(tmp_path / f"{name}.tar", rows, 4 * place)
+    train, test = cache.load(tmp_path, side=16, cache=tmp_path / "cache", progress=False, holdout=None if named else 0)
+    assert train.classes == ("0", "1")
+    assert len(train) == (8 if named else 12) and (test is None) != named
+    seen = {}
+    for split in (train, test):
+        if split is not None:
+            pixels, _ = split.batch(torch.arange(len(split)))
+            for path, image, label in zip(split.paths, pixels.permute(0, 2, 3, 1).numpy(), split.labels, strict=True):
+                seen[path] = image, int(label)
+    assert seen.keys() == {f"{names[i // 4]}.tar/{i:06}.png" for i in range(12)}
+    for path, (image, label) in seen.items():
+        i = int(path[-10:-4])
+        assert np.array_equal(image, pictures[i]) and label == i % 2
+
+
+def test_a_damaged_image_in_an_archive_is_skipped_by_name(tmp_path):
+    folder = tiny.folder(tmp_path / "data", {"": 120})
+    (folder / "red" / "000.png").write_bytes(b"no image")
+    for out in (zipped(folder, tmp_path / "a.zip", method=zipfile.ZIP_DEFLATED), tarred(folder, tmp_path / "a.tar")):
+        train, _ = cache.load(out, side=16, cache=tmp_path / "cache", progress=False, holdout=0)
+        assert len(train) == 119 and train.skipped == (("red/000.png", "not an image"),)
+
+
+@pytest.mark.parametrize("cut", [0, 10, 300, -40])
+@pytest.mark.parametrize("make", [zipped, tarred])
+def test_a_torn_archive_is_a_sentence(tmp_path, make, cut):
+    out = make(tiny.folder(tmp_path / "data", {"": 6}), tmp_path / f"a.{'zip' if make is zipped else 'tar'}")
+    if make is tarred and cut == -40:
+        cut = 5000  # within the second image; the last bytes of a tar are padding
+    out.write_bytes(out.read_bytes()[:cut])
+    with pytest.raises(DataError, match=r"a\.(zip|tar)"):
+        cache.load(out, side=16, cache=tmp_path / "cache", progress=False)
+
+
+def test_what_cannot_be_read_in_place_says_what_to_do(tmp_path):
+    folder = tiny.folder(tmp_path / "data", {"": 4})
+    with pytest.raises(DataError, match="compressed by method 12; zip it with deflate"):
+        sources.find(zipped(folder, tmp_path / "b.zip", method=zipfile.ZIP_BZIP2))
+    packed = tmp_path / "c.tar.gz"
+    with tarfile.open(packed, "w:gz") as archive:
+        archive.add(folder, "c")
+    with pytest.raises(DataError, match="cannot be read in place; unpack it"):
+        sources.find(packed)
+    packed.rename(tmp_path / "d.tar")
+    with pytest.raises(DataError, match=r"d\.tar is compressed"):
+        sources.find(tmp_path / "d.tar")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "a.txt").write_text("")
+    with pytest.raises(MissingDataError, match="no image found in"):
+        sources.find(zipped(empty, tmp_path / "e.zip"))
+    encrypted = bytearray(zipped(folder, tmp_path / "f.zip").read_bytes())
+    for at in range(len(encrypted)):
+        if encrypted[at : at + 4] == b"PK\x01\x02":
+            encrypted[at + 8] |= 1
+    (tmp_path / "f.zip").write_bytes(encrypted)
+    with pytest.raises(DataError, match="is encrypted"):
+        sources.find(tmp_path / "f.zip")
+
+
+def test_a_shards_split_is_the_word_in_its_name():
+    names = {"train-01.tar": "train", "TEST_2.zip": "test", "set-v1-validation-00.tar": "val", "valley1.tar": "train"}
+    assert {name: archives._split_of(Path(name)) for name in names} == names
+    with pytest.raises(DataError, match="says test and train"):
+        archives._split_of(Path("train-test.tar"))
+
+
+def entries(out, paths, folder):
+    """A zip of one image under each of these names."""
+    picture = next(folder.rglob("*.png")).read_bytes()
+    with zipfile.ZipFile(out, "w") as archive:
+        for path in paths:
+            info = zipfile.ZipInfo("x")
+            info.filename = path
+            archive.writestr(info, picture)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("paths", "found"),
+    [
+        (["train\\a\\0.png", "train\\b\\1.png", "test\\a\\2.png"], {"train": ["train/a/0.png", "train/b/1.png"]}),
+        (["/abs/0.png", "x/1.png"], {"train": ["abs/0.png", "x/1.png"]}),
+        (["./a/0.png", "a/./1.png"], {"train": ["0.png", "1.png"]}),
+        (["a/0.png", "__MACOSX/a/._0.png", "a/.thumb/1.png"], {"train": ["0.png"]}),
+        (["a/0.png", "b/1.png", "a/0.png"], {"train": ["a/0.png", "b/1.png"]}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_names_as_other_programs_write_them(tmp_path, paths, found):
+    out = entries(tmp_path / "a.zip", paths, tiny.folder(tmp_path / "data", {"": 1}))
+    splits = sources.find(out)
+    assert {name: list(splits[name].paths) for name in found} == found
+    assert set(splits) == ({"train", "test"} if "\\" in paths[0] else {"train"})
+
+
+def test_hard_links_and_appended_files_are_those_that_unpacking_leaves(tmp_path):
+    folder = tiny.folder(tmp_path / "data", {"": 4}, labelled=False)
+    os.link(folder / "000.png", folder / "link.png")
+    out = tarred(folder, tmp_path / "a.tar")
+    (folder / "001.png").write_bytes((folder / "002.png").read_bytes())
+    with tarfile.open(out, "a") as archive:
+        archive.add(folder / "001.png", "001.png")
+    ours, _ = cache.load(out, side=16, cache=tmp_path / "cache", progress=False)
+    theirs, _ = cache.load(folder, side=16, cache=tmp_path / "cache", progress=False)
+    assert ours.fingerprint == theirs.fingerprint and "link.png" in ours.paths
+
+
+def test_an_index_that_cannot_be_kept_is_no_reason_to_stop(tmp_path):
+    out = tarred(tiny.folder(tmp_path / "data", {"": 4}), tmp_path / "a.tar")
+    (tmp_path / "file").touch()
+    assert len(sources.find(out, cache=tmp_path / "file")["train"].paths) == 4
+
+
+def test_many_may_read_an_index_at_once(tmp_path):
+    out = tarred(tiny.folder(tmp_path / "data", {"": 40}), tmp_path / "a.tar")
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: sources.find(out, cache=tmp_path / "cache")["train"].paths, range(24)))
+    assert all(paths == found[0] for paths in found) and len(found[0]) == 40
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npz"]
+
+
+def test_what_is_not_clear_is_asked(tmp_path):
+    folder = tiny.folder(tmp_path / "data", {"": 4})
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    tarred(folder, beside / "a.tar")
+    shutil.copy(next(folder.rglob("*.png")), beside / "thumb.png")
+    with pytest.raises(DataError, match="1 images and also 1 archives"):
+        sources.find(beside)
+    inner = tmp_path / "inner" / "train"
+    inner.mkdir(parents=True)
+    tarred(folder, inner / "0.tar")
+    with pytest.raises(DataError, match="archives in its folders, first"):
+        sources.find(tmp_path / "inner")
+    shard(tmp_path / "some.tar", [(image, 1) for image in tiny.pictures(3)], 0)
+    with tarfile.open(tmp_path / "some.tar", "a") as archive:
+        archive.add(next(folder.rglob("*.png")), "000009.png")
+    with pytest.raises(DataError, match=r"3 of the 4 images .* 000009\.png has none"):
+        sources.find(tmp_path / "some.tar", cache=tmp_path / "cache")
+
+
+def test_a_packed_bomb_is_unreadable_and_no_memory_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGEST", 10_000)
+    folder = tiny.folder(tmp_path / "data", {"": 120})
+    (folder / "red" / "000.png").write_bytes(bytes(1_000_000))
+    out = zipped(folder, tmp_path / "a.zip", method=zipfile.ZIP_DEFLATED)
+    train, _ = cache.load(out, side=16, cache=tmp_path / "cache", progress=False, holdout=0)
+    assert train.skipped[0][0] == "red/000.png" and "once unpacked" in train.skipped[0][1]
