@@ -8,15 +8,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.objectives.methods import ABLATIONS, CHOSEN, METHODS, Changes, ablated, changed
-from corinfomax.recipes import fields
+from benchmarks.objectives.methods import CHOSEN, METHODS, Changes
 
 Row = dict[str, Any]
-SCORES = ("kNN", "linear", "10 a class")
+SCORES = ("kNN", "10 a class")
 NAMES = {
     "paper": "CorInfoMax, the paper's settings",
     "kernel": "CorInfoMax with a kernel",
-    "corinfomax": "**CorInfoMax, ours**",
+    "corinfomax": "**CorInfoMax, our settings**",
     "vicreg": "VICReg",
     "barlow-twins": "Barlow Twins",
     "simclr": "SimCLR",
@@ -30,107 +29,61 @@ TITLES = {
 }
 
 
+RENAMED = {("", "crops"): ("", "n_views"), ("loss", "weights"): ("rival", "weights")}
+"""Settings of the first rows, and their names now."""
+
+
+def from_json(line: str) -> Row:
+    """A row of the file, with lists as tuples and settings under their names now."""
+    row: Row = json.loads(line)
+    if "crops" in row:
+        row["views"] = row.pop("crops")
+    changes: Changes = {}
+    for part, values in row["changes"].items():
+        for name, value in values.items():
+            part_now, name_now = RENAMED.get((part, name), (part, name))
+            changes.setdefault(part_now, {})[name_now] = tuple(value) if isinstance(value, list) else value
+    return row | {"changes": changes}
+
+
 def runs_of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """Rows of runs with these fields, and the settings that are chosen now."""
-    runs = (row for row in rows if row["kind"] == "run" and row["changes"] == as_json(CHOSEN[row["method"]]))
+    runs = (row for row in rows if row["kind"] == "run" and row["changes"] == CHOSEN[row["method"]])
     return [row for row in runs if all(row[name] == value for name, value in wanted.items())]
 
 
-def as_json(changes: Changes) -> Any:
-    """Settings as a row has them once it is read."""
-    return json.loads(json.dumps(changes))
+def table(rows: Sequence[Row], data: str, minutes: float, *, seeds: int) -> list[str]:
+    """A line a method: its linear probe after each budget, and the other scores and the work after `minutes`.
 
-
-def table(rows: Sequence[Row], data: str, minutes: float) -> list[str]:
-    """A line a method: mean ± standard deviation over seeds."""
-    head = ["%", *SCORES, "seeds", "steps", "crops", "TFLOP"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    Mean ± standard deviation over seeds, with their number where it is not `seeds`.
+    """
+    budgets = sorted({row["minutes"] for row in runs_of(rows, data=data)})
+    head = [f"linear, {budget:g} min" for budget in budgets]
+    head += [*(f"{score}, {minutes:g} min" for score in SCORES), "steps", "views", "TFLOP"]
+    lines = [["%", *head], ["---", *["---:"] * len(head)]]
     for name in METHODS:
-        found = runs_of(rows, method=name, data=data, minutes=minutes)
-        if not found:
+        runs = {budget: runs_of(rows, method=name, data=data, minutes=budget) for budget in budgets}
+        if not runs[minutes]:
             continue
-        cells = [_spread([row[score] for row in found]) for score in SCORES]
-        one = found[0]
-        size = [str(len(found)), f"{one['steps']:,}", f"{one['crops'] / 1e3:,.0f} k", f"{one['tflops']:,.0f}"]
-        lines.append([NAMES[name], *cells, *size])
+        cells = [_cell(runs[budget], "linear", seeds) for budget in budgets]
+        cells += [_cell(runs[minutes], score, seeds) for score in SCORES]
+        first = runs[minutes][0]
+        work = [f"{first['steps']:,}", f"{first['views'] / 1e3:,.0f} k", f"{first['tflops']:,.0f}"]
+        lines.append([NAMES[name], *cells, *work])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def by_minutes(rows: Sequence[Row], data: str) -> list[str]:
-    """A line a method: its linear probe after each of the budgets; no line where there is one budget."""
-    budgets = sorted({row["minutes"] for row in runs_of(rows, data=data)})
-    if len(budgets) < 2:
-        return []
-    lines = [
-        "| linear, % (seeds), after processor minutes | " + " | ".join(f"{minutes:g}" for minutes in budgets) + " |",
-        "|---|" + "---:|" * len(budgets),
-    ]
-    for name in METHODS:
-        cells = []
-        for minutes in budgets:
-            found = runs_of(rows, method=name, data=data, minutes=minutes)
-            cells.append(f"{_spread([row['linear'] for row in found])} ({len(found)})" if found else "–")
-        if any(cell != "–" for cell in cells):
-            lines.append("| " + " | ".join([NAMES[name], *cells]) + " |")
-    return lines
+def _cell(runs: Sequence[Row], score: str, seeds: int) -> str:
+    """A score of some runs as text."""
+    if not runs:
+        return "–"
+    count = "" if len(runs) == seeds else f" ({len(runs)})"
+    return _spread([row[score] for row in runs]) + count
 
 
 def _spread(values: Sequence[float]) -> str:
     sd = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{sd}"
-
-
-def chosen() -> list[str]:
-    """A line a method: what the search changed of the settings that all begin with."""
-    lines = ["| method | settings found on the slice |", "|---|---|"]
-    for name, method in METHODS.items():
-        words = " ".join(fields.typed(changed(method.start, CHOSEN[name]), method.start))
-        lines.append(f"| {NAMES[name]} | {f'`{words}`' if words else 'as begun'} |")
-    return lines
-
-
-def ablations(rows: Sequence[Row]) -> list[str]:
-    """A line a change of CorInfoMax's settings: scores over seeds, and the difference to none of the same seeds."""
-    lines = [
-        "| change | steps | linear | kNN | 10 a class | Δ linear | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    base = {row["seed"]: row for row in _of(rows, ablated({}))}
-    start = changed(METHODS["corinfomax"].start, ablated({}))
-    for change in ({}, *ABLATIONS):
-        found = _of(rows, ablated(change))
-        if not found:
-            continue
-        words = " ".join(fields.typed(changed(METHODS["corinfomax"].start, ablated(change)), start))
-        said, seeds = f"`{words}`" if words else "none", str(len(found))
-        errors = {row["error"] for row in found if "error" in row}
-        if errors:
-            lines.append(f"| {said}: {', '.join(sorted(errors))} | – | – | – | – | – | {seeds} |")
-            continue
-        cells = [_spread([row[score] for row in found]) for score in ("linear", "kNN", "10 a class")]
-        apart = [row["linear"] - base[row["seed"]]["linear"] for row in found if row["seed"] in base]
-        delta = f"{statistics.fmean(apart):+.1f}".replace("-", "−") if apart and change else "–"
-        lines.append("| " + " | ".join([said, f"{found[0]['steps']:,}", *cells, delta, seeds]) + " |")
-    return lines
-
-
-def _of(rows: Iterable[Row], changes: Changes) -> list[Row]:
-    wanted = as_json(changes)
-    return [row for row in rows if row["kind"] == "ablation" and row["changes"] == wanted]
-
-
-def trials(rows: Iterable[Row]) -> list[str]:
-    """A line a trial of the search; of one that was done again the last."""
-    lines = ["| method | change | steps | linear | kNN |", "|---|---|---:|---:|---:|"]
-    last = {(row["method"], json.dumps(row["changes"], sort_keys=True)): row for row in rows if row["kind"] == "trial"}
-    for row in sorted(last.values(), key=lambda row: list(METHODS).index(row["method"])):
-        start = METHODS[row["method"]].start
-        recipe = fields.from_json(fields.to_json(changed(start, row["changes"])))
-        words = " ".join(fields.typed(recipe, start)) or "–"
-        linear, knn = (f"{row[name]:.1f}" if "error" not in row else "–" for name in ("linear", "kNN"))
-        said = f" ({row['error']})" if "error" in row else ""
-        lines.append(f"| {row['method']} | {words}{said} | {row['steps']:,} | {linear} | {knn} |")
-    return lines
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

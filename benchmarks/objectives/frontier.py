@@ -10,7 +10,7 @@
 `measure`, on a quiet machine, takes the processor seconds of every kind of step that is tried or run and not known yet,
 so that the number of steps that fit into a trial or run is a matter of one quiet measurement and not of what ran beside
 it. `tune` chooses each method's settings on a slice of CIFAR-10's training images, by the same search for all but the
-kernel, which begins with what that search found for the covariance; what it found stands in `benchmarks.methods`.
+kernel, which begins with what that search found for the covariance; what it found stands in `methods.CHOSEN`.
 `ablate` then changes one thing each of what was found for CorInfoMax before Muon, with seeds that the search has not
 seen. `train` trains and scores. What is in the file of results already is left out, so several can work side by side
 with other `--seeds` or `--methods`; `--data cifar10-resnet18` is the second network. `write` draws the tables and the
@@ -43,6 +43,7 @@ from benchmarks.objectives.methods import (
     SUPERVISED,
     Changes,
     Method,
+    Setting,
     ablated,
     changed,
     merged,
@@ -52,8 +53,10 @@ from benchmarks.speed import machine
 from corinfomax.evaluation import features, probes
 from corinfomax.images import cache as images
 from corinfomax.images.cache import Splits
+from corinfomax.images.sources import Data
 from corinfomax.network import Network
 from corinfomax.recipes.fields import Recipe
+from corinfomax.runtime.records import Options
 from corinfomax.runtime.seeds import generator
 from corinfomax.training import loop
 
@@ -64,15 +67,11 @@ TRIAL_MINUTES = 2.0
 MARGIN = 0.5  # points by which the search's later parts want to be better: about the sd of a trial
 HELD_OUT = 5000
 SEEDS = 3  # of every method in a table
-ABOUT_ABLATIONS = (
-    "Of CorInfoMax as it was before Muon (SGD, D = 64, batches of 128), in two processor minutes, scored on the slice\n"
-    "of the training images that settings are chosen on."
-)
 
 
 def load(data: str, root: Path, cache: Path | None) -> Splits:
     """The images of a set, decoded at the side its runs want."""
-    loaded = images.load(root / DATA[data].folder, side=DATA[data].cache_side, cache=cache)
+    loaded = images.load(Data(root / DATA[data].folder, cache=cache), side=DATA[data].cache_side)
     assert loaded.test is not None
     return loaded
 
@@ -83,17 +82,19 @@ def held_out(splits: Splits) -> Splits:
     return Splits(splits.train.select(order[:-HELD_OUT]), splits.train.select(order[-HELD_OUT:]))
 
 
-def fit(name: str, recipe: Recipe, splits: Splits) -> tuple[Network, float]:
+def fit(name: str, setting: Setting, splits: Splits) -> tuple[Network, float]:
     """The network after all of the recipe's steps, and the processor seconds it took."""
+    recipe, criterion = setting.recipe, METHODS[name].criterion(setting)
     began = time.process_time()
     if name == SUPERVISED:
         steps = supervised(recipe, splits)
         for _ in range(recipe.steps(len(splits.train))):
             network = next(steps)
         return network.eval(), time.process_time() - began
-    pace = loop.Pace(log_steps=50, checkpoint_minutes=math.inf, scores=0, diagnoses=0)
+    options = Options(log_steps=50, checkpoint_minutes=math.inf, scores=0, diagnoses=0)
     with tempfile.TemporaryDirectory() as folder:
-        network = loop.pretrain(recipe, Splits(splits.train, None), Path(folder), device=CPU, pace=pace, facts={})
+        train = Splits(splits.train, None)
+        network = loop.pretrain(recipe, train, Path(folder), device=CPU, options=options, criterion=criterion)
     return network.eval(), time.process_time() - began
 
 
@@ -101,7 +102,7 @@ def score(network: Network, splits: Splits, recipe: Recipe, *, most: int | None 
     """Top-1 in percent on the second split of probes on the first, at most so many of it."""
     assert splits.test is not None
     first = splits.train if most is None else splits.train.select(torch.arange(most))
-    x, y = (features.features(network.backbone, split, recipe) for split in (first, splits.test))
+    x, y = (features.extract_features(network.backbone, split, recipe) for split in (first, splits.test))
     labels, truth = first.labels, splits.test.labels
     assert labels is not None and truth is not None
     few = probes.few_label(x, labels, y, per_class=10, seed=0)
@@ -115,18 +116,19 @@ def score(network: Network, splits: Splits, recipe: Recipe, *, most: int | None 
     }
 
 
-def sized(recipe: Recipe, steps: int, count: int) -> Recipe:
-    """The recipe for so many steps on so many images."""
+def sized(setting: Setting, steps: int, count: int) -> Setting:
+    """The setting for so many steps on so many images."""
+    recipe = setting.recipe
     per_epoch = count // recipe.batch
     epochs = steps / per_epoch
     warmup = min(recipe.optim.warmup_epochs, epochs / 10)
-    sized = replace(recipe, epochs=epochs, optim=replace(recipe.optim, warmup_epochs=warmup))
-    assert sized.steps(count) == steps
+    sized = changed(setting, {"": {"epochs": epochs}, "optim": {"warmup_epochs": warmup}})
+    assert sized.recipe.steps(count) == steps
     return sized
 
 
 def flops(recipe: Recipe, name: str, classes: int) -> float:
-    """Of one crop, forward and backward: three times the forward's."""
+    """Of one view, forward and backward: three times the forward's."""
     widths = (classes,) if name == SUPERVISED else recipe.projector.widths
     network = Network(recipe.backbone, replace(recipe.projector, widths=widths), size=recipe.size).eval()
     with FlopCounterMode(display=False) as counter:
@@ -136,7 +138,7 @@ def flops(recipe: Recipe, name: str, classes: int) -> float:
 
 def rows() -> list[dict[str, Any]]:
     """Everything measured so far."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return [compared.from_json(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
 def add(row: dict[str, Any]) -> None:
@@ -148,18 +150,18 @@ def add(row: dict[str, Any]) -> None:
 
 def trial(method: Method, changes: Changes, splits: Splits, seed: int, kind: str = "trial") -> float:
     """The linear probe of one setting of a method on the slice; read where it was tried before, in as many steps."""
-    recipe = replace(changed(method.start, changes), seed=seed)
-    steps = round(60 * TRIAL_MINUTES / seconds_a_step(method.name, TRIAL_DATA, recipe))
-    mark = {"kind": kind, "method": method.name, "changes": compared.as_json(changes), "seed": seed}
+    setting = changed(method.start, merged(changes, {"": {"seed": seed}}))
+    steps = round(60 * TRIAL_MINUTES / seconds_a_step(method.name, TRIAL_DATA, setting.recipe))
+    mark = {"kind": kind, "method": method.name, "changes": changes, "seed": seed}
     for row in rows():
         if all(row.get(name) == value for name, value in mark.items()) and same(row["steps"], steps):
             return float(row["linear"])
-    recipe = sized(recipe, steps, len(splits.train))
+    setting = sized(setting, steps, len(splits.train))
     found: dict[str, Any]
     taken: float | None
     try:
-        network, taken = fit(method.name, recipe, splits)
-        found = score(network, splits, recipe, most=15_000)
+        network, taken = fit(method.name, setting, splits)
+        found = score(network, splits, setting.recipe, most=15_000)
     except FloatingPointError as error:
         found, taken = {"linear": 0.0, "error": str(error).partition(" (")[0]}, None
     add({**mark, "steps": steps, "cpu_seconds": taken and round(taken, 1), **_rounded(found)})
@@ -176,7 +178,7 @@ def tune(method: Method, splits: Splits, seed: int = 0) -> Changes:
     best: Changes = {}
     most = trial(method, best, splits, seed)
 
-    def improves(options: Callable[[Recipe], list[Changes]], by: float = 0.0) -> bool:
+    def improves(options: Callable[[Setting], list[Changes]], by: float = 0.0) -> bool:
         nonlocal best, most
         every = [merged(best, change) for change in options(changed(method.start, best))]
         values = [trial(method, changes, splits, seed) for changes in every]
@@ -199,17 +201,18 @@ def tune(method: Method, splits: Splits, seed: int = 0) -> Changes:
 
 def run(name: str, data: str, splits: Splits, minutes: float, seed: int) -> None:
     """One row of the table, unless it is there."""
-    mark = {"kind": "run", "method": name, "changes": compared.as_json(CHOSEN[name])}
+    mark = {"kind": "run", "method": name, "changes": CHOSEN[name]}
     mark |= {"data": data, "minutes": minutes, "seed": seed}
-    recipe = replace(settings(name, data), seed=seed)
+    setting = changed(settings(name, data), {"": {"seed": seed}})
     if any(all(row.get(key) == value for key, value in mark.items()) for row in rows()):
         return
-    steps = round(60 * minutes / seconds_a_step(name, data, recipe))
-    recipe = sized(recipe, steps, len(splits.train))
-    network, seconds = fit(name, recipe, splits)
-    crops = steps * recipe.batch * (1 if name == SUPERVISED else recipe.crops)
+    steps = round(60 * minutes / seconds_a_step(name, data, setting.recipe))
+    setting = sized(setting, steps, len(splits.train))
+    network, seconds = fit(name, setting, splits)
+    recipe = setting.recipe
+    views = steps * recipe.batch * (1 if name == SUPERVISED else recipe.n_views)
     each = flops(recipe, name, len(splits.train.classes))
-    work = {"steps": steps, "crops": crops, "tflops": round(crops * each / 1e12, 1)}
+    work = {"steps": steps, "views": views, "tflops": round(views * each / 1e12, 1)}
     add(
         {
             **mark,
@@ -233,15 +236,10 @@ def write(page: Path, picture: Path) -> None:
         budgets = {row["minutes"] for row in compared.runs_of(found, data=data)}
         minutes = max(budgets, key=lambda m: (_repeated(found, data, m), m))
         title = f"### {compared.TITLES[data]}, {minutes:g} processor minutes"
-        parts += [title, "", *compared.table(found, data, minutes), ""]
-        if others := compared.by_minutes(found, data):
-            parts += [*others, ""]
+        parts += [title, "", *compared.table(found, data, minutes, seeds=SEEDS), ""]
     if parts:
         compared.plot(found, picture)
-        parts += [f"![Accuracy over compute]({picture.name})", ""]
-    parts += ["### Settings", "", *compared.chosen(), ""]
-    parts += ["### One change at a time", "", ABOUT_ABLATIONS, "", *compared.ablations(found), ""]
-    parts += ["<details><summary>Every trial of the search</summary>", "", *compared.trials(found), "", "</details>"]
+        parts += [f"![Accuracy over compute]({picture.name})"]
     text = page.read_text("utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)

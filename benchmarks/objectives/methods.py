@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from corinfomax.objective.baselines import AUTHORS
-from corinfomax.recipes.fields import ALPHA_PER_DIM, PAIRED, PAPER_VIEWS, Loss, Objective, Optim, Projector, Recipe
+from benchmarks.objectives.rivals import AUTHORS, PAIRED, Rival
+from corinfomax.recipes.fields import ALPHA_PER_DIM, PAPER_VIEWS, Loss, Optim, Projector, Recipe
 from corinfomax.recipes.published import RECIPES
 
 Changes = dict[str, dict[str, Any]]
-"""Fields of parts of a recipe, "" for those of its own, "views" for each of its views:
-{"optim": {"lr": 0.3}, "": {"batch": 256}, "views": {"blur": 0.5}}."""
+"""Fields of parts of a recipe, "" for those of its own, "views" for each of its views, "rival" for a rival's weights:
+{"optim": {"lr": 0.3}, "": {"batch": 256}, "views": {"blur": 0.5}, "rival": {"weights": (0.5,)}}."""
 SUPERVISED = "supervised"
 SGD = Optim(lr=0.6, warmup_epochs=1, schedule="step", weight_decay=5e-4, decay_norms=False)
 START: Recipe = replace(
@@ -27,17 +27,28 @@ START: Recipe = replace(
 """What `cpu-small` was before this search changed it; its arithmetic is the same on all machines."""
 
 
-def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with these fields replaced."""
+class Setting(NamedTuple):
+    """A recipe, with the weights of a rival objective in place of the recipe's own."""
+
+    recipe: Recipe
+    weights: tuple[float, ...] = ()
+    """() for the recipe's own objective."""
+
+
+def changed(setting: Setting, changes: Changes) -> Setting:
+    """The setting with these fields replaced."""
+    recipe, weights = setting
     for part, fields in changes.items():
-        if part == "":
+        if part == "rival":
+            weights = fields["weights"]
+        elif part == "":
             recipe = replace(recipe, **fields)
         elif part == "views":
             first, second = (replace(view, **fields) for view in recipe.views)
             recipe = replace(recipe, views=(first, second))
         else:
             recipe = replace(recipe, **{part: replace(getattr(recipe, part), **fields)})
-    return recipe
+    return Setting(recipe, weights)
 
 
 class Data(NamedTuple):
@@ -48,10 +59,10 @@ class Data(NamedTuple):
     cache_side: int
     also: Changes
 
-    def fit(self, recipe: Recipe) -> Recipe:
-        """A recipe for 32 px, or for the 24 px of crops of them, at the same share of these images' side."""
-        size = round(recipe.size * self.size / 24)
-        return changed(replace(recipe, size=size, cache_side=self.cache_side), self.also)
+    def fit(self, setting: Setting) -> Setting:
+        """A setting for 32 px, or for the 24 px of crops of them, at the same share of these images' side."""
+        size = round(setting.recipe.size * self.size / 24)
+        return changed(changed(setting, {"": {"size": size, "cache_side": self.cache_side}}), self.also)
 
 
 RESNET18: Changes = {"backbone": {"small_stem": True, "stem_stride": 2, "layers": None, "channels": None}}
@@ -66,12 +77,14 @@ class Method(NamedTuple):
     """An objective, where its search begins, and the search: of each list of changes the best is kept, if it helps."""
 
     name: str
-    start: Recipe
-    options: Sequence[Callable[[Recipe], list[Changes]]] = ()
-    late: Sequence[Callable[[Recipe], list[Changes]]] = ()
+    start: Setting
+    options: Sequence[Callable[[Setting], list[Changes]]] = ()
+    late: Sequence[Callable[[Setting], list[Changes]]] = ()
     """Tried after those: what they cost is measured with what was chosen so far."""
-    again: Sequence[Callable[[Recipe], list[Changes]]] = ()
+    again: Sequence[Callable[[Setting], list[Changes]]] = ()
     """Tried in the end, and for as long as they help."""
+    criterion: Callable[[Setting], Rival | None] = lambda setting: None
+    """Makes a rival's criterion for the training loop; None for the recipe's own objective."""
 
 
 def merged(changes: Changes, more: Changes) -> Changes:
@@ -79,60 +92,61 @@ def merged(changes: Changes, more: Changes) -> Changes:
     return {**changes, **{part: {**changes.get(part, {}), **fields} for part, fields in more.items()}}
 
 
-def _projectors(*widths: tuple[int, ...]) -> Callable[[Recipe], list[Changes]]:
-    return lambda recipe: [{"projector": {"widths": each}} for each in widths]
+def _projectors(*widths: tuple[int, ...]) -> Callable[[Setting], list[Changes]]:
+    return lambda setting: [{"projector": {"widths": each}} for each in widths]
 
 
-def _rates(recipe: Recipe) -> list[Changes]:
-    return [{"optim": {"lr": round(recipe.optim.lr * by, 4)}} for by in (0.5, 2.0)]
+def _rates(setting: Setting) -> list[Changes]:
+    return [{"optim": {"lr": round(setting.recipe.optim.lr * by, 4)}} for by in (0.5, 2.0)]
 
 
-def _weights(recipe: Recipe) -> list[Changes]:
+def _weights(setting: Setting) -> list[Changes]:
     """Half and twice what the objective weighs its first part by, its temperature or its share."""
-    if recipe.loss.name == "corinfomax":
-        alpha = ALPHA_PER_DIM * recipe.projector.widths[-1] if recipe.loss.alpha is None else recipe.loss.alpha
-        return [{"loss": {"alpha": round(alpha * by, 1)}} for by in (0.5, 2.0)]
+    recipe = setting.recipe
+    if setting.weights:
+        first, *rest = setting.weights
+        return [{"rival": {"weights": (first * by, *rest)}} for by in (0.5, 2.0)]
     if recipe.loss.name == "kernel":
         return [{"loss": {"temperature": recipe.loss.temperature * by}} for by in (0.5, 2.0)]
-    first, *rest = recipe.loss.weights
-    return [{"loss": {"weights": (first * by, *rest)}} for by in (0.5, 2.0)]
+    alpha = ALPHA_PER_DIM * recipe.projector.widths[-1] if recipe.loss.alpha is None else recipe.loss.alpha
+    return [{"loss": {"alpha": round(alpha * by, 1)}} for by in (0.5, 2.0)]
 
 
-def _decays(recipe: Recipe) -> list[Changes]:
+def _decays(setting: Setting) -> list[Changes]:
     return [{"optim": {"weight_decay": decay}} for decay in (1e-4, 1e-3)]
 
 
-def _batches(recipe: Recipe) -> list[Changes]:
-    return [{"": {"batch": 256}, "optim": {"lr": round(recipe.optim.lr * by, 4)}} for by in (1.0, 2.0)]
+def _batches(setting: Setting) -> list[Changes]:
+    return [{"": {"batch": 256}, "optim": {"lr": round(setting.recipe.optim.lr * by, 4)}} for by in (1.0, 2.0)]
 
 
-def _adam(recipe: Recipe) -> list[Changes]:
+def _adam(setting: Setting) -> list[Changes]:
     return [{"optim": {"name": "adamw", "lr": lr, "start_lr": lr / 100, "weight_decay": 0.05}} for lr in (1e-3, 3e-3)]
 
 
-def _muon(recipe: Recipe) -> list[Changes]:
+def _muon(setting: Setting) -> list[Changes]:
     return [{"optim": {"name": "muon", "lr": lr, "start_lr": lr / 10, "weight_decay": 0.1}} for lr in (0.02, 0.06)]
 
 
-def _crops(recipe: Recipe) -> list[Changes]:
-    """Of the objectives that take more than two views."""
-    return [] if recipe.loss.name in PAIRED else [{"": {"crops": 3}}]
+def _three_views(setting: Setting) -> list[Changes]:
+    return [{"": {"n_views": 3}}]
 
 
-def _starts(recipe: Recipe) -> list[Changes]:
+def _starts(setting: Setting) -> list[Changes]:
     return [{"backbone": {"zero_init_last": False}}]
 
 
-def _method(name: Objective, *projectors: tuple[int, ...], shallow: tuple[tuple[int, ...], ...]) -> Method:
+def _method(name: str, *projectors: tuple[int, ...], shallow: tuple[tuple[int, ...], ...]) -> Method:
     first, *others = projectors
-    loss = Loss() if name == "corinfomax" else Loss(name=name, weights=AUTHORS[name])
-    start = replace(START, loss=loss, projector=Projector(widths=first, batch_norm=True))
+    start = replace(START, projector=Projector(widths=first, batch_norm=True))
+    options = (_projectors(*others), _rates, _weights, _decays, _adam, _starts, _muon)
     return Method(
         name,
-        start,
-        (_projectors(*others), _rates, _weights, _decays, _adam, _starts, _muon, _crops, _batches),
+        Setting(start, AUTHORS.get(name, ())),
+        (*options, _batches) if name in PAIRED else (*options, _three_views, _batches),
         (_projectors(*shallow),),
         (_rates, _weights),
+        lambda setting: Rival(name, setting.weights) if name in AUTHORS else None,
     )
 
 
@@ -159,8 +173,8 @@ KERNEL = replace(
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("paper", PAPER),
-        Method("kernel", KERNEL, (_rates, _weights, _starts), (), (_rates, _weights)),
+        Method("paper", Setting(PAPER)),
+        Method("kernel", Setting(KERNEL), (_rates, _weights, _starts), (), (_rates, _weights)),
         _method("corinfomax", (512, 512, 64), (2048, 2048, 64), (512, 512, 128), shallow=((2048, 64), (2048, 32))),
         _method("vicreg", (2048, 2048, 2048), (512, 512, 512), (512, 512, 128), shallow=((2048, 512), (2048, 256))),
         _method(
@@ -168,7 +182,7 @@ METHODS: dict[str, Method] = {
         ),
         _method("simclr", (2048, 128), (512, 512, 64), (512, 512, 128), shallow=((2048, 64), (4096, 128))),
         _method("sigreg", (2048, 2048, 64), (512, 512, 64), (512, 512, 16), shallow=((2048, 64), (2048, 32))),
-        Method(SUPERVISED, START, (_rates, _decays, _adam, _starts, _muon, _batches), (), (_rates,)),
+        Method(SUPERVISED, Setting(START), (_rates, _decays, _adam, _starts, _muon, _batches), (), (_rates,)),
     )
 }
 
@@ -181,24 +195,24 @@ CHOSEN: dict[str, Changes] = {key: {} for key in METHODS} | {
     },
     "vicreg": {
         "projector": {"widths": (512, 512, 512)},
-        "loss": {"weights": (12.5, 25.0, 1.0)},
+        "rival": {"weights": (12.5, 25.0, 1.0)},
         "optim": {"name": "muon", "lr": 0.02, "start_lr": 0.002, "weight_decay": 0.1},
         "": {"batch": 256},
     },
     "barlow-twins": {
         "projector": {"widths": (2048, 64)},
-        "loss": {"weights": (0.0204,)},
+        "rival": {"weights": (0.0204,)},
         "optim": {"name": "muon", "lr": 0.02, "start_lr": 0.002, "weight_decay": 0.1},
     },
     "simclr": {
-        "loss": {"weights": (0.125,)},
+        "rival": {"weights": (0.125,)},
         "optim": {"name": "muon", "lr": 0.12, "start_lr": 0.006, "weight_decay": 0.1},
         "": {"batch": 256},
     },
     "sigreg": {
         "projector": {"widths": (512, 512, 64)},
         "optim": {"name": "muon", "lr": 0.02, "start_lr": 0.002, "weight_decay": 0.1},
-        "": {"crops": 3},
+        "": {"n_views": 3},
     },
     SUPERVISED: {
         "optim": {"name": "muon", "lr": 0.04, "start_lr": 0.002, "weight_decay": 0.1},
@@ -217,27 +231,19 @@ ABLATIONS: tuple[Changes, ...] = (
     {"projector": {"batch_norm": False}},
     {"projector": {"widths": (512, 512, 32)}},
     {"optim": {"decay_norms": True}},
-    {"optim": {"name": "lars", "lr": 4.0}},
-    {"optim": {"name": "lars", "lr": 16.0}},
     {"optim": {"name": "muon", "lr": 0.02}},
     {"optim": {"name": "muon", "lr": 0.06}},
     {"optim": {"name": "muon", "lr": 0.06, "weight_decay": 0.1}},
-    {"optim": {"name": "muon", "lr": 0.06, "weight_decay": 0.1}, "": {"crops": 3}},
+    {"optim": {"name": "muon", "lr": 0.06, "weight_decay": 0.1}, "": {"n_views": 3}},
     {"optim": {"name": "muon", "lr": 0.06, "weight_decay": 0.1}, "": {"batch": 256}},
     {"loss": {"cov_decay": 0.1, "mean_decay": 0.1}},
     {"loss": {"cov_decay": 0.5, "mean_decay": 0.5}},
-    {"loss": {"name": "ldmi"}},
-    {"loss": {"name": "ldmi"}, "optim": {"lr": 4.8}},
-    {"loss": {"name": "ldmi", "weights": (1e-2,)}, "optim": {"lr": 4.8}},
-    {"": {"teacher": 0.99}},
-    {"": {"teacher": 0.99}, "loss": {"alpha": 2 * ALPHA_PER_DIM * 64}},
-    {"": {"crops": 3}},
-    {"": {"crops": 4}},
+    {"": {"n_views": 3}},
+    {"": {"n_views": 4}},
     {"": {"batch": 64}, "optim": {"lr": 0.6}},
-    {"": {"early_sizes": (12, 16), "early_shares": (0.5, 0.35)}},
 )
 """Changes of `ABLATED`, one each or, where it wants another rate or decay, with that. The search tried rate, alpha,
-decay, AdamW and larger batch and D. First gradients of ldmi are four times smaller, hence a larger rate as well."""
+decay, AdamW and larger batch and D."""
 
 
 def ablated(change: Changes) -> Changes:

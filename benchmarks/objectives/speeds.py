@@ -7,7 +7,6 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +21,14 @@ from benchmarks.objectives.methods import (
     SUPERVISED,
     Changes,
     Method,
+    Setting,
     ablated,
     changed,
     merged,
 )
 from benchmarks.speed import machine
 from corinfomax.images.cache import Splits
-from corinfomax.network import Network, arithmetic, precision
+from corinfomax.network import Network, autocast, choose_precision
 from corinfomax.recipes.fields import Projector, Recipe
 from corinfomax.runtime.seeds import generator, key
 from corinfomax.training import batches
@@ -44,18 +44,18 @@ TRIAL_DATA = "cifar10"
 class Stepper:
     """Steps of a method one at a time, with what the training loop does for each: images, views, update."""
 
-    def __init__(self, name: str, recipe: Recipe, splits: Splits) -> None:
-        self.recipe, self.splits, self.step = recipe, splits, 0
+    def __init__(self, name: str, setting: Setting, splits: Splits) -> None:
+        recipe, self.step = setting.recipe, 0
         if name == SUPERVISED:
             self.advance = supervised(recipe, splits).__next__
         else:
-            learner = build(recipe, CPU)
+            learner = build(recipe, CPU, criterion=METHODS[name].criterion(setting))
 
             def advance() -> object:
                 indices = batches.indices(recipe, self.step, len(splits.train))
                 pixels, sizes = splits.train.batch(indices)
-                crops = batches.make_views(recipe, pixels, sizes, self.step, CPU)
-                return update(recipe, learner, crops, self.step, CPU)
+                views = batches.make_views(recipe, pixels, sizes, self.step, CPU)
+                return update(recipe, learner, views, self.step, CPU)
 
             self.advance = advance
 
@@ -76,7 +76,7 @@ def supervised(recipe: Recipe, splits: Splits) -> Iterator[Network]:
     torch.manual_seed(key(recipe.seed, "weights"))
     network = Network(recipe.backbone, Projector(widths=(len(splits.train.classes),)), size=recipe.size)
     network = network.to(memory_format=torch.channels_last)
-    lower = torch.bfloat16 if precision(recipe, CPU) == "bfloat16" else None
+    lower = torch.bfloat16 if choose_precision(recipe, CPU) == "bfloat16" else None
     optimizer = optim.build(network, recipe.optim, lower)
     step = 0
     while True:
@@ -87,7 +87,7 @@ def supervised(recipe: Recipe, splits: Splits) -> Iterator[Network]:
         lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=per_epoch, epochs=recipe.epochs)
         optim.set_learning_rate(optimizer, lr)
         optimizer.zero_grad(set_to_none=True)
-        with arithmetic(recipe, CPU):
+        with autocast(recipe, CPU):
             logits = network(x)
         F.cross_entropy(logits.float(), labels[indices]).backward()
         optimizer.step()
@@ -95,7 +95,7 @@ def supervised(recipe: Recipe, splits: Splits) -> Iterator[Network]:
         yield network
 
 
-def settings(name: str, data: str) -> Recipe:
+def settings(name: str, data: str) -> Setting:
     """A method as it was chosen, for a set of images."""
     return DATA[data].fit(changed(METHODS[name].start, CHOSEN[name]))
 
@@ -104,33 +104,25 @@ class Kind(NamedTuple):
     """What the cost of a step depends on; the rest of the settings changes next to nothing about it."""
 
     method: str
-    objective: str
     data: str
     size: int
     widths: tuple[int, ...]
     batch: int
-    crops: int
+    n_views: int
     optimizer: str
-    taught: bool
 
 
-def kinds(name: str, data: str, recipe: Recipe) -> dict[Kind, float]:
-    """The kinds of a run's steps, and their shares of it."""
-    shares = [*recipe.early_shares, 1 - sum(recipe.early_shares)]
-    rest = (recipe.projector.widths, recipe.batch, recipe.crops, recipe.optim.name, recipe.teacher is not None)
-    return {
-        Kind(name, recipe.loss.name, data, size, *rest): share
-        for size, share in zip([*recipe.early_sizes, recipe.size], shares, strict=True)
-    }
+def kind_of(name: str, data: str, recipe: Recipe) -> Kind:
+    """The kind of a run's steps."""
+    return Kind(name, data, recipe.size, recipe.projector.widths, recipe.batch, recipe.n_views, recipe.optim.name)
 
 
 def seconds_a_step(name: str, data: str, recipe: Recipe) -> float:
     """Processor seconds, as `measure` found them. SystemExit where it has not been asked."""
-    known = speeds()
-    every = {_text(kind): share for kind, share in kinds(name, data, recipe).items()}
-    if missing := [kind for kind in every if kind not in known]:
-        raise SystemExit(f"no speed is known of {missing[0]}: python -m benchmarks.objectives.frontier measure")
-    return sum(share * known[kind]["seconds"] for kind, share in every.items())
+    known, kind = speeds(), _text(kind_of(name, data, recipe))
+    if kind not in known:
+        raise SystemExit(f"no speed is known of {kind}: python -m benchmarks.objectives.frontier measure")
+    return float(known[kind]["seconds"])
 
 
 def _text(kind: Kind) -> str:
@@ -144,30 +136,28 @@ def speeds() -> dict[str, Any]:
 
 def measure(every: dict[str, Splits], names: Sequence[str], rounds: int = 5) -> None:
     """Processor seconds of a step of each kind of these methods that is not known yet, by turns."""
-    wanted: dict[Kind, Recipe] = {}
+    wanted: dict[Kind, Setting] = {}
 
-    def add_kinds(name: str, data: str, recipe: Recipe) -> None:
-        for kind in kinds(name, data, recipe):
-            at_size = replace(recipe, size=kind.size, early_sizes=(), early_shares=(), seed=0)
-            wanted.setdefault(kind, at_size)
+    def add_kind(name: str, data: str, setting: Setting) -> None:
+        wanted.setdefault(kind_of(name, data, setting.recipe), setting)
 
     for name, method in ((name, METHODS[name]) for name in names):
         for data in every:
-            add_kinds(name, data, settings(name, data))
+            add_kind(name, data, settings(name, data))
         if TRIAL_DATA not in every:
             continue
         chosen = changed(method.start, CHOSEN[name])
         late = (merged(CHOSEN[name], change) for options in method.late for change in options(chosen))
         for changes in (*searched(method), *late):
-            add_kinds(name, TRIAL_DATA, changed(method.start, changes))
+            add_kind(name, TRIAL_DATA, changed(method.start, changes))
     for change in ABLATIONS if TRIAL_DATA in every and "corinfomax" in names else ():
-        add_kinds("corinfomax", TRIAL_DATA, changed(METHODS["corinfomax"].start, ablated(change)))
+        add_kind("corinfomax", TRIAL_DATA, changed(METHODS["corinfomax"].start, ablated(change)))
     known = speeds()
-    new = {kind: recipe for kind, recipe in wanted.items() if _text(kind) not in known}
+    new = {kind: setting for kind, setting in wanted.items() if _text(kind) not in known}
     taken: dict[Kind, list[float]] = {kind: [] for kind in new}
     for turn in range(rounds):
-        for kind, recipe in new.items():
-            stepper = Stepper(kind.method, recipe, every[kind.data])
+        for kind, setting in new.items():
+            stepper = Stepper(kind.method, setting, every[kind.data])
             stepper.seconds(2)
             taken[kind].append(stepper.seconds(3))
         print(f"round {turn + 1} of {rounds}: {len(new)} kinds of steps", flush=True)
@@ -185,12 +175,12 @@ def searched(method: Method) -> Iterator[Changes]:
     def values(part: str, field: str, usual: Any) -> set[Any]:
         return {usual} | {change[part][field] for change in offered if field in change.get(part, {})}
 
-    start = method.start
+    start = method.start.recipe
     every = (
         values("projector", "widths", start.projector.widths),
         values("", "batch", start.batch),
-        values("", "crops", start.crops),
+        values("", "n_views", start.n_views),
         values("optim", "name", start.optim.name),
     )
-    for widths, batch, crops, name in itertools.product(*map(sorted, every)):
-        yield {"projector": {"widths": widths}, "": {"batch": batch, "crops": crops}, "optim": {"name": name}}
+    for widths, batch, n_views, name in itertools.product(*map(sorted, every)):
+        yield {"projector": {"widths": widths}, "": {"batch": batch, "n_views": n_views}, "optim": {"name": name}}

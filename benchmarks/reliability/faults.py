@@ -40,17 +40,18 @@ class Proof(NamedTuple):
 PROMISES = (
     Promise(
         "1, 2 and 4 processes; two agents with two addresses",
-        "loss, every gradient, moments and BatchNorm's statistics over four steps, and a run of twenty, are those of "
-        "one process: 1e-9 in float64; in float32 the loss to 1e-5 over three steps, gradients to 2e-3 over four; an "
-        "uneven split, or other images than the first one's, is one sentence",
+        "loss, all gradients, moments and BatchNorm statistics over four steps, and a run of twenty steps, equal "
+        "those of one process: to 1e-9 in float64; in float32 the loss to 1e-5 over three steps, gradients to 2e-3 "
+        "over four; an uneven split, or images that differ from the first process's, is an error in one sentence",
         ("runtime/test_processes",),
     ),
     Promise(
-        "of two processes one is killed, at any moment; one goes silent",
-        "the other says so and ends, at once or within ten minutes; two go on and end bitwise as if nothing had been",
+        "one of two processes is killed at any moment, or goes silent",
+        "on CPUs (gloo) the other reports it and ends, at once or within ten minutes; NCCL ends it with a message of "
+        "its own; resumed with two processes, the run ends bitwise equal to one that never stopped",
         (
             "training/test_faults::test_nothing_is_lost[lost_rank",
-            "runtime/test_processes::test_a_process_that_goes_silent_is_a_sentence_in_time",
+            "runtime/test_processes::test_a_silent_process_is_reported_in_time",
         ),
     ),
     Promise(
@@ -60,41 +61,42 @@ PROMISES = (
     ),
     Promise(
         "a SLURM script",
-        "the command word by word; it trains where `srun` starts it (a stand-in here); told that its time is up, it "
-        "goes back into the queue and on from there",
-        ("cli/test_slurm",),
+        "it trains when `srun` starts it (a stand-in here); when its time is nearly up, it returns to the queue and "
+        "resumes",
+        ("examples/test_slurm",),
     ),
     Promise(
         "micro-batches",
-        "the whole batch's gradient; BatchNorm sees parts, and its statistics move once for each",
+        "the gradient is that of the whole batch; BatchNorm sees the parts, and updates its statistics once a part",
         ("training/test_micro_batch",),
     ),
     Promise(
-        "`kill -9` at any moment, once or up to three times: in a step, a look, between rows, in the middle of a "
-        "checkpoint's bytes, before the first one",
-        "`pretrain --resume RUN` ends bitwise as a run never stopped: weights, moments, optimiser, every line of "
-        "`metrics.jsonl` but its `seconds` (CPU, same number of processes, without `--compile`)",
+        "`kill -9` at any moment, up to three times: in a step, a diagnosis, between rows, inside a checkpoint's "
+        "bytes, before the first checkpoint",
+        "`pretrain --resume RUN` ends bitwise equal to a run that never stopped: weights, moments, optimiser, and "
+        "every line of `metrics.jsonl` except its `seconds` (CPU, same number of processes, no `--compile`)",
         (
             "training/test_faults::test_nothing_is_lost[killed",
             "training/test_loop::test_a_resumed_run_ends_as_if_it_had_never_stopped",
         ),
     ),
     Promise(
-        "Ctrl-C, SIGTERM, at any moment",
-        "a checkpoint after the step under way, and the command to go on, which ends bitwise as a run never stopped; "
-        "under torchrun the processes agree about once a second",
+        "Ctrl-C or SIGTERM at any moment",
+        "the current step ends, a checkpoint is saved and the command to resume is printed; the resumed run ends "
+        "bitwise equal to one that never stopped; under torchrun the processes agree about once a second",
         (
             "training/test_faults::test_nothing_is_lost[stopped",
             "training/test_signals",
             "training/test_loop::test_a_signal_to_the_command_leaves_a_run_that_goes_on",
             "training/test_loop::test_signal_handlers_are_put_back",
-            "doctor/test_doctor::test_ctrl_c_is_a_word_and_leaves_nothing",
+            "doctor/test_doctor::test_ctrl_c_leaves_no_list",
             "images/test_decode::test_ctrl_c_is_for_the_program_alone",
         ),
     ),
     Promise(
-        "a checkpoint torn, cut short or with a flipped bit, metrics cut short; a pickle",
-        "a checksum tells; it is named and the one before it used; a pickle is refused, not run",
+        "a torn or truncated checkpoint, one with a flipped bit, truncated metrics; a pickle",
+        "a checksum detects it; the file is named and the previous checkpoint is used; a pickle is refused, never "
+        "loaded",
         (
             "training/test_faults::test_nothing_is_lost[torn",
             "weights/test_checkpoint",
@@ -103,25 +105,21 @@ PROMISES = (
         ),
     ),
     Promise(
-        "loss, gradient or weights not finite",
-        "the run stops within `--log-steps` steps and says step, terms, smallest eigenvalue; "
-        "`failed-step-N.safetensors` has the batch and all that the step began with, `pretrain --replay FILE` shows "
-        "its layers; no such weights are saved",
+        "a loss, gradient or weight that is not finite",
+        "the run stops within `--log-steps` steps and reports the step, the terms, the smallest eigenvalue and the "
+        "first bad layer; `failed-step-N.safetensors` holds the batch and the state before that step; no such weights "
+        "are saved",
         (
             "training/test_faults::test_nothing_is_lost[not_a_number",
-            "training/test_step::test_a_failure_seen_late_is_kept_as_it_was_before_its_step",
-            "training/test_step::test_the_replay_is_the_step_of_the_run",
-            "training/test_step::test_a_gradient_that_is_no_number_stops_the_run",
-            "training/test_step::test_the_replay_command_names_the_first_layer_that_is_not_finite",
-            "training/test_step::test_the_first_module_is_the_one_where_it_begins",
+            "training/test_failure",
             "training/test_step::test_weights_that_are_no_numbers_are_never_saved",
             "training/test_loop::test_a_loss_that_is_no_number_stops_the_run_with_its_parts",
             "training/test_loop::test_a_run_that_diverges_says_where_and_what_to_do",
         ),
     ),
     Promise(
-        "gradients too long",
-        "`--optim.clip 1` limits their norm; `gradient_norm` is in every row, clipped or not",
+        "a gradient that is too long",
+        "`--optim.clip 1` limits its norm; every row holds `gradient_norm`, clipped or not",
         (
             "training/test_optimizer::test_clipping_is_torchs_and_gives_the_norm_before_it",
             "training/test_step::test_clipping_in_the_loop_and_its_norm_in_the_metrics",
@@ -129,7 +127,7 @@ PROMISES = (
     ),
     Promise(
         "a float16 gradient overflows",
-        "that update is left out, the scale halved; the scale is in the checkpoint; below 1 the run stops",
+        "the update is skipped and the scale halved; checkpoints hold the scale; below 1 the run stops",
         (
             "training/test_step::test_a_float16_run_resumes_bitwise_with_its_scale",
             "training/test_step::test_the_scale_changes_nothing_but_what_overflows",
@@ -137,8 +135,8 @@ PROMISES = (
         ),
     ),
     Promise(
-        "identical rows, tiny or huge norms, D > N, in float16 and bfloat16",
-        "loss and gradient stay finite and within the format's rounding of float64",
+        "identical rows, tiny or huge norms, D > N, float16 and bfloat16",
+        "loss and gradient stay finite, within the format's rounding of float64",
         (
             "objective/test_covariance::test_degenerate_input_stays_finite",
             "objective/test_covariance::test_half_precision_input_gives_the_loss_of_the_same_numbers_in_float64",
@@ -146,9 +144,9 @@ PROMISES = (
         ),
     ),
     Promise(
-        "a full disk; a folder that may only be read; images that vanish or change; a run folder in use",
-        "one sentence, and the last checkpoint stays whole; decoded images stay mapped; other images and a folder in "
-        "use are refused, and nothing is touched",
+        "a full disk; a read-only folder; images that vanish or change; a run folder in use",
+        "an error in one sentence, and the last checkpoint stays whole; decoded images stay mapped; changed images "
+        "and a folder in use are refused before anything is touched",
         (
             "training/test_faults::test_nothing_is_lost[full",
             "training/test_limits",
@@ -160,23 +158,25 @@ PROMISES = (
         ),
     ),
     Promise(
-        "a process that decodes is killed, or cannot be had; the program is killed while it decodes",
-        "one sentence; threads do it; no process is left behind",
+        "a decoding process is killed or cannot start; the program is killed while decoding",
+        "an error in one sentence; threads decode instead; no process is left behind",
         ("training/test_faults::test_nothing_is_lost[lost_worker", "images/test_decode"),
     ),
     Promise(
         "some images are damaged",
-        "few are named and left out, with the result of `--skip`; more than 1 % are a sentence",
+        "up to 1 % are named and left out, as with `--skip`; more are an error in one sentence",
         ("training/test_faults::test_nothing_is_lost[unreadable",),
     ),
     Promise(
-        "any bytes or words in image files, lists, recipes, checkpoints, weights, metrics and the command line",
-        "a clear error or a right result (hypothesis, 150 examples a test, 60 of the command line; `FUZZ=long` 3,000)",
+        "arbitrary bytes or words in image files, lists, recipes, checkpoints, weights, metrics and on the command "
+        "line",
+        "a clear error or a correct result (hypothesis, 150 examples a test, 60 for the command line; `FUZZ=long` "
+        "3,000)",
         ("images/test_fuzz",),
     ),
     Promise(
-        "`doctor`: unreadable files, copies, leaks between splits, odd images, bombs",
-        "each is found by name and put on a list for `--skip`; memory is bounded",
+        "`doctor` on unreadable files, copies, leaks between splits, odd images, decompression bombs",
+        "each is named and put on a list for `--skip`; memory stays bounded",
         ("doctor/test_doctor",),
     ),
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from corinfomax import network as hardware
+from corinfomax import network
 
 PACKAGES = ("torch", "torchvision", "pillow", "timm", "kornia", "lightly")
 
@@ -25,7 +25,7 @@ def machine(clock: str) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "clock": "processor seconds" if clock == "cpu" else "seconds",
-        "arithmetic": "bfloat16" if hardware.multiplies_bfloat16(torch.device("cpu")) else "float32",
+        "arithmetic": "bfloat16" if network.faster_in_bfloat16(torch.device("cpu")) else "float32",
         "load": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
     }

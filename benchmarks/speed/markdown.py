@@ -17,19 +17,20 @@ TITLES = {
 ABOUT = """\
 # Benchmarks
 
-Each figure is the cost of something else over ours, measured by turns in the same run: more is better, 1 is as good. It
-is the median over n rounds of that round's ratio, with quartiles. Made by `python -m benchmarks --write`;
-`benchmarks/baseline.json` holds the same numbers, and every later run is compared with it.
+A ratio is another program's cost over ours (under Growth, our own cost at a smaller size over that at a larger one):
+above 1, ours is cheaper. Both costs are measured alternately in the same run; the ratio is the median over n rounds,
+with quartiles. `python -m benchmarks --write` makes this page and `benchmarks/speed/baseline.json`. Later runs are
+compared with that file: `python -m benchmarks` exits with code 1 if a figure got worse.
 """
 
 
 def page(metrics: Sequence[Metric], machine: dict[str, str]) -> str:
-    """The whole page: where it was measured, what was agreed and got, then every suite."""
+    """The whole page: the machine, the targets and what was reached, then each suite."""
     where = " · ".join(f"{name} {value}" for name, value in machine.items() if value)
     parts = [ABOUT, f"Measured on: {where}.\n", *notes(machine)]
-    agreed = [m for m in metrics if m.at_least is not None]
-    if agreed:
-        parts += ["## What was agreed, and what was got\n", *table(agreed, goals=True)]
+    targets = [m for m in metrics if m.at_least is not None]
+    if targets:
+        parts += ["## Targets\n", *table(targets, goals=True)]
     for suite, title in TITLES.items():
         rows = [m for m in metrics if m.suite == suite]
         if rows:
@@ -38,24 +39,24 @@ def page(metrics: Sequence[Metric], machine: dict[str, str]) -> str:
 
 
 def notes(machine: dict[str, str]) -> list[str]:
-    """What a reader must know of this machine to read the figures right."""
-    said = []
+    """Sentences that a reader needs to judge figures of this machine."""
+    sentences = []
     if machine.get("clock") == "processor seconds":
-        said.append(
-            "The machine was shared, so costs are processor seconds of the process and its workers: idle cores are not "
-            "counted, for or against anyone.\n"
+        sentences.append(
+            "The machine was shared, so costs are processor seconds of the process and its workers; idle cores do not "
+            "count.\n"
         )
     if machine.get("arithmetic") == "float32":
-        said.append(
-            "This processor does not multiply bfloat16 faster than float32, so all networks ran in float32: what "
-            "bfloat16 gives elsewhere is not in these figures.\n"
+        sentences.append(
+            "This processor is no faster in bfloat16 than in float32, so all networks ran in float32: the figures do "
+            "not show the gain of bfloat16 elsewhere.\n"
         )
     elif "arithmetic" in machine:
-        said.append(
-            "Our networks ran in bfloat16, which is `--precision auto` on this processor; those of the plain baseline "
-            "and of lightly in float32, as they are written.\n"
+        sentences.append(
+            "Our networks ran in bfloat16, which `--precision auto` chooses on this processor; the plain baseline and "
+            "lightly's examples ran in float32, as they are written.\n"
         )
-    return said
+    return sentences
 
 
 def table(metrics: Sequence[Metric], *, goals: bool) -> list[str]:
@@ -76,7 +77,7 @@ def table(metrics: Sequence[Metric], *, goals: bool) -> list[str]:
 
 
 def reached(m: Metric) -> str:
-    """Whether the figure is what was agreed, in a word."""
+    """One word: the aim, yes (the target) or no."""
     if m.aim is not None and m.ratio >= m.aim:
         return "the aim"
     if m.at_least is not None and m.ratio >= m.at_least:

@@ -30,7 +30,7 @@ class Metric(NamedTuple):
     theirs: float
     unit: str
     at_least: float | None = None
-    """What the ratio must reach, where that is agreed."""
+    """Smallest ratio wanted, if there is a target."""
     aim: float | None = None
     commit: str = ""
     """Of what was measured; suites are measured apart."""

@@ -68,7 +68,7 @@ def whole(effort: Effort) -> Recipe:
         small = Backbone(small_stem=True, layers=(1, 1, 1, 1), channels=(8, 8, 8, 16))
         recipe = replace(recipe, batch=8, size=16, cache_side=16, backbone=small, projector=Projector(widths=(32, 8)))
     recipe = replace(recipe, optim=replace(recipe.optim, lr=0.0, start_lr=0.0, min_lr=0.0))
-    return replace(recipe, precision=networks.precision(recipe, CPU))
+    return replace(recipe, precision=networks.choose_precision(recipe, CPU))
 
 
 def as_images(pixels: Tensor) -> Images:

@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from benchmarks.objectives.methods import KERNEL, START
+from corinfomax.diagnosis import verdict
 from corinfomax.evaluation import features, probes
 from corinfomax.images import cache as images
 from corinfomax.images.cache import Images, Splits
+from corinfomax.images.sources import Data
 from corinfomax.recipes.fields import Recipe, View
 from corinfomax.recipes.published import RECIPES
 
-GOOD = frozenset({"healthy", "still warming up", "improving", "saturated"})
+GOOD = frozenset(verdict.GOOD)
 STILL = View(crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0)
 
 
@@ -42,14 +44,14 @@ class Case:
     def splits(self, root: Path, cache: Path | None) -> Splits:
         """The images: a fixed slice of the training split, spoilt if so wanted, and the test split."""
         loaded = images.load(
-            self.data if self.data == "mnist5k" else root / self.data, side=SIDE[self.data], cache=cache
+            Data(self.data if self.data == "mnist5k" else root / self.data, cache=cache), side=SIDE[self.data]
         )
         order = torch.randperm(len(loaded.train), generator=torch.Generator().manual_seed(0))
         assert loaded.test is not None
         return Splits(self.spoil(loaded.train.select(order[: self.images])), self.spoil(loaded.test))
 
 
-Fit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], probes.Linear]
+Fit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], probes.LinearClassifier]
 SIDE = {"cifar10": 32, "mnist5k": 28, "clothing-128": 48, "tiny-imagenet-64-100c": 48}
 
 
@@ -61,7 +63,7 @@ def probe(backbone: nn.Module, splits: Splits, recipe: Recipe, *, most: int, fit
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(2))
         some.append(split.select(order[:most]))
     train, test = some
-    x, y = (features.features(backbone, part, recipe) for part in some)
+    x, y = (features.extract_features(backbone, part, recipe) for part in some)
     assert train.labels is not None and test.labels is not None
     return probes.accuracy(fit(x, train.labels, y).predicted, test.labels)
 

@@ -21,6 +21,7 @@ import torch
 from benchmarks.verdict.cases import CASES, Case, probe
 from corinfomax.diagnosis import verdict
 from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import Options
 from corinfomax.training import loop
 
 CPU = torch.device("cpu")
@@ -44,8 +45,8 @@ def run_case(case: Case, folder: Path, root: Path, cache: Path) -> None:
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     results: dict[str, object] = {}
     try:
-        pace = loop.Pace(log_steps=10, checkpoint_minutes=60.0, scores=0)
-        network = loop.pretrain(case.recipe, splits, folder, device=CPU, pace=pace, facts={})
+        options = Options(log_steps=10, checkpoint_minutes=60.0, scores=0)
+        network = loop.pretrain(case.recipe, splits, folder, device=CPU, options=options)
         sound = replace(case, spoil=lambda split: split).splits(root, cache)  # what it learnt, on images as they are
         results["ridge"] = probe(network.backbone, sound, case.recipe, most=5000)
     except FloatingPointError as error:
@@ -63,11 +64,11 @@ def judge_case(case: Case, folder: Path) -> Outcome:
     for place, row in enumerate(rows):
         found = verdict.judge(rows[: place + 1], case.recipe, steps=steps)
         if found is not None:
-            said.append((row["step"] / steps, found.kind))
+            said.append((row.step / steps, found.kind))
     last = verdict.judge(rows, case.recipe, steps=steps, ended=True, error=done.get("error"))
     assert last is not None
     if "error" in done:
-        said.append((rows[-1]["step"] / steps if rows else 0.0, last.kind))
+        said.append((rows[-1].step / steps if rows else 0.0, last.kind))
     return Outcome(last.kind, said, done.get("ridge"), last.advice)
 
 

@@ -21,6 +21,7 @@ from corinfomax.diagnosis import measures
 from corinfomax.evaluation import probes
 from corinfomax.recipes.fields import Recipe, View
 from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import Options
 from corinfomax.training import loop
 from corinfomax.weights import checkpoint
 
@@ -79,15 +80,15 @@ def run(name: str, data: str, folder: Path, root: Path, cache: Path | None) -> l
     splits = Case(data, recipe, frozenset(), images=COUNT).splits(root, cache)
     folder.mkdir(parents=True, exist_ok=True)
     every = 0.03 if name == "base" else 60.0
-    pace = loop.Pace(checkpoint_minutes=every, keep=10_000, scores=0, diagnoses=0)
-    loop.pretrain(recipe, splits, folder, device=CPU, pace=pace, facts={})
-    part, found = measures.choose(splits, recipe, device=CPU), []
+    options = Options(checkpoint_minutes=every, keep=10_000, scores=0, diagnoses=0)
+    loop.pretrain(recipe, splits, folder, device=CPU, options=options)
+    part, found = measures.choose_sample(splits, recipe, device=CPU), []
     saved = run_folder.checkpoints(folder)
     # Ten checkpoints, evenly over the run; the first stands where a short run's network has just begun.
     places = {round((i + 1) * len(saved) / 10) - 1 for i in range(10)} if name == "base" else {len(saved) - 1}
     for place in sorted(places):
         network, _ = checkpoint.load_network(saved[place])
-        own, same = (measures.look(network, part.images, of, device=CPU) for of in (recipe, BASE))
+        own, same = (measures.look(network, part, of, device=CPU).measures for of in (recipe, BASE))
         score = probe(network.backbone, splits, recipe, most=COUNT, fit=probes.logistic)
         found.append(
             {m: getattr(own, m) for m in MEASURES} | {m + SAME: getattr(same, m) for m in MEASURES} | {"linear": score}

@@ -74,8 +74,8 @@ def test_the_page_says_what_was_reached():
         figure(9.0),
     ]
     page = markdown.page(found, {"arithmetic": "float32", "clock": "processor seconds"})
-    agreed = page.split("## What was agreed")[1].split("## The loss")[0]
-    last = [line.split("|")[-2].strip() for line in agreed.splitlines() if line.startswith("| ")]
+    targets = page.split("## Targets")[1].split("## The loss")[0]
+    last = [line.split("|")[-2].strip() for line in targets.splitlines() if line.startswith("| ")]
     assert last[2:] == ["no", "yes", "the aim"]
     assert "all networks ran in float32" in page and "shared" in page
     other = markdown.page(found, {"arithmetic": "bfloat16", "clock": "seconds"})
@@ -128,8 +128,10 @@ def test_a_million_images_take_no_room(tmp_path):
 
 def test_a_tree_of_links_is_a_data_set(tmp_path):
     from corinfomax.images import cache
+    from corinfomax.images.sources import Data
 
-    loaded = cache.load(sparse.tree(tmp_path, 50, classes=5), side=8, holdout=0.0, cache=tmp_path / "c", progress=False)
+    data = Data(sparse.tree(tmp_path, 50, classes=5), holdout=0.0, cache=tmp_path / "c")
+    loaded = cache.load(data, side=8, progress=False)
     assert len(loaded.train) == 50 and len(loaded.train.classes) == 5
 
 
@@ -174,7 +176,7 @@ def test_every_suite_runs_and_what_is_worse_is_told(tmp_path, capsys):
 
 
 def test_the_committed_page_is_that_of_the_committed_baseline():
-    found, machine = metrics.read(ROOT / "benchmarks" / "baseline.json")
+    found, machine = metrics.read(ROOT / "benchmarks" / "speed" / "baseline.json")
     assert (ROOT / "docs" / "benchmarks.md").read_text("utf-8") == markdown.page(found, machine)
     assert {m.suite for m in found} == set(command.SUITES)
 

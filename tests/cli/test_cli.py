@@ -1,9 +1,11 @@
 """The command line as a person meets it: help at once, one sentence for a mistake, the whole job in one command."""
 
 import ctypes
+import itertools
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -20,26 +22,22 @@ import torch
 
 import corinfomax
 import tiny
-from corinfomax.cli import errors, inputs, pretrain
+from corinfomax.cli import inputs, messages, pretrain
 from corinfomax.cli import main as cli
-from corinfomax.cli.options import Where, parse
-from corinfomax.images import named_sets, sources
+from corinfomax.cli.arguments import DataOptions
+from corinfomax.cli.parse import parse
+from corinfomax.images import named_sets
+from corinfomax.images.sources import Data
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Loss
 from corinfomax.recipes.published import RECIPES
-from corinfomax.runtime import run_folder, shell
+from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import Facts, Options
 from corinfomax.training import batches
 from corinfomax.weights import checkpoint
 
 KNOBS = tiny.KNOBS
 KERNEL = ["--loss.name", "kernel"]
-
-
-def test_an_objective_whose_library_is_not_here_is_a_sentence(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "lightly", None)
-    folder = tiny.folder(tmp_path / "data", {"": 4})
-    assert cli.main(["pretrain", str(folder), "--loss.name", "vicreg", "--out", str(tmp_path / "run")]) == 2
-    assert "needs lightly, the extra baselines: uv run --extra baselines" in capsys.readouterr().err
 
 
 def test_help_answers_in_a_second():
@@ -66,8 +64,8 @@ def test_recipes_shows_every_knob_with_its_value(name, capsys):
     assert shown["--optim.lr"] == str(r.optim.lr)
     # What is shown is what sets it: every flag typed back gives the recipe again.
     words = [word for flag, value in shown.items() for word in typed(flag, value)]
-    command = parse(["pretrain", "x", *words], fields.Recipe())
-    assert command.knobs == r
+    command, flags = parse(["pretrain", "x", *words])
+    assert fields.override(fields.Recipe(), command.settings, flags & fields.flags(r).keys()) == r
 
 
 def typed(flag, value):
@@ -78,11 +76,39 @@ def typed(flag, value):
 
 
 def test_the_recipe_is_the_default_and_flags_override_it():
-    command = parse(["pretrain", "x", "--recipe", "cifar100", "--optim.lr", "0.25", "--views.0.blur", "0.5"])
-    assert command.knobs.loss.alpha == 1000
-    assert command.knobs.optim.lr == 0.25
-    assert command.knobs.views[0].blur == 0.5
-    assert command.knobs.views[1] == RECIPES["cifar100"].recipe.views[1]
+    recipe = planned("--recipe", "cifar100", "--optim.lr", "0.25", "--views.0.blur", "0.5")
+    assert recipe.loss.alpha == 1000
+    assert recipe.optim.lr == 0.25
+    assert recipe.views[0].blur == 0.5
+    assert recipe.views[1] == RECIPES["cifar100"].recipe.views[1]
+
+
+def planned(*words):
+    """The recipe of `pretrain DATA words`; with --recipe no image is looked at."""
+    command, flags = parse(["pretrain", "mnist5k", *words])
+    return pretrain._plan(command, flags, torch.device("cpu")).recipe
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        (["--optim.lr=0.3", "--no_report"], {"optim.lr", "report"}),
+        (["--backbone.no-small-stem", "--n-views", "4"], {"backbone.small-stem", "n-views"}),
+        ([], set()),
+    ],
+)
+def test_typed_flags_are_read_in_every_spelling(words, flags):
+    assert parse(["pretrain", "x", *words])[1] == flags
+
+
+def test_help_lists_at_most_sixty_flags_and_hidden_ones_work(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--help"])
+    shown = re.findall(r"^(?:│ |  )(--?[a-z][\w.-]*)", capsys.readouterr().out, re.M)
+    assert 40 < len(shown) <= 60
+    assert shown.index("--recipe") < shown.index("--epochs") < shown.index("--views.0.blur") < shown.index("--optim.lr")
+    assert "--loss.eps" not in shown
+    assert planned("--recipe", "cifar10", "--loss.eps", "0.5").loss.eps == 0.5
 
 
 @pytest.mark.parametrize(
@@ -98,16 +124,14 @@ def test_the_recipe_is_the_default_and_flags_override_it():
         (["pretrain", "DATA", "--holdout", "1.5", *KNOBS], "holdout is 1.5"),
         (["pretrain", "DATA", "--test-split", "tset", *KNOBS], "no split 'tset'"),
         (["pretrain", "--resume", "nowhere"], "holds no checkpoint"),
-        (["pretrain", "--resume", "nowhere", "--epochs", "3"], "a resumed run keeps its recipe and its splits"),
+        (
+            ["pretrain", "--resume", "nowhere", "--epochs", "3"],
+            "a resumed run keeps its recipe and its splits: --epochs",
+        ),
         (["pretrain", "--resume", "nowhere", "--loss.name", "kernel"], "a resumed run keeps its recipe"),
         (["pretrain", "--resume", "nowhere", "--no-from-files"], "a resumed run keeps its recipe"),
-        (["pretrain", "DATA", "--loss.temperature", "0.2"], "nothing of --loss.temperature; it has"),
-        (["pretrain", "DATA", *KERNEL, "--teacher", "0.9"], "kernel, this recipe's objective, knows no --teacher"),
-        (["bench", "DATA", *KERNEL, "--teacher", "0.9"], "knows no --teacher; --loss.name corinfomax does"),
-        (
-            ["pretrain", "x", "--recipe", "cifar10", "--loss.temperature", "0.3", "--sbatch", "1", "4"],
-            "--loss.name kernel knows it",
-        ),
+        (["pretrain", "DATA", "--loss.cov-decay", "1"], "cov_decay is 1.0; it must be in [0, 1)"),
+        (["pretrain", "DATA", *KERNEL, "--loss.temperature", "0"], "temperature is 0.0; it must be above 0"),
         (["evaluate", "nowhere", "DATA"], "no weights at nowhere"),
         (["embed", "nowhere", "DATA", "--out", "x.csv"], "x.csv must end in"),
         (["recipes", "cifar"], "unknown recipe 'cifar'"),
@@ -165,7 +189,7 @@ def test_one_command_does_the_whole_job(whole_job):
     }
     about = run_folder.read_json(run / "recipe.json")
     assert fields.from_json(about["recipe"]).projector.widths == (32, 8)
-    assert about["command"][0] == "pretrain"
+    assert about["facts"]["recipe_name"] == "cpu-small"
     assert set(run_folder.read_json(run / "results.json")["scores"]) == {"pretrained", "untrained", "raw pixels"}
 
 
@@ -190,7 +214,7 @@ def test_a_run_that_breaks_off_has_a_verdict_too(tmp_path, capsys):
     data = tiny.folder(tmp_path / "flat", {"": 24}, labelled=False)
     words = ["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS, "--optim.lr", "1e30"]
     assert cli.main([*words, "--optim.start-lr", "1e30"]) == 2
-    assert "verdict: diverging: It broke off: " in capsys.readouterr().out
+    assert "verdict: diverging: The run broke off: " in capsys.readouterr().out
     assert run_folder.read_json(tmp_path / "run" / "results.json")["verdict"]["kind"] == "diverging"
 
 
@@ -219,7 +243,7 @@ def test_a_run_folder_in_use_is_not_written_over(whole_job, capsys):
     data, run, _ = whole_job
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert cli.main(["pretrain", str(data), "--out", str(run), *KNOBS]) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
@@ -228,13 +252,14 @@ def test_a_run_goes_on_where_its_images_moved_to(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["pretrain", "data", "--out", "run", "--cache", "cache", *KNOBS]) == 0
     before = run_folder.read_metrics(tmp_path / "run")
-    saved = checkpoint.load(checkpoint.last(tmp_path / "run"))
+    saved = checkpoint.load_last(tmp_path / "run")[1]
     assert saved.recipe.precision in ("float32", "bfloat16")  # what "auto" came to is what goes on elsewhere
-    assert saved.facts["data"] == str(data)
+    assert saved.facts.data == str(data)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    before[-1] |= {"seconds": 600.0}
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
+    before[-1] = before[-1]._replace(seconds=600.0)
+    lines = (json.dumps(row.to_json()) + "\n" for row in before)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines))
     assert cli.main(["pretrain", "--resume", "../run"]) == 0
     assert run_folder.read_metrics(tmp_path / "run") == before
     assert "trained in 10.0 min" in capsys.readouterr().out  # with what was done before it was stopped
@@ -252,7 +277,7 @@ def test_the_version_is_said(capsys):
 
 def test_a_run_folder_in_use_is_refused(whole_job, capsys):
     _, run, _ = whole_job
-    with run_folder.held(run):
+    with run_folder.locked(run):
         assert cli.main(["pretrain", "--resume", str(run)]) == 2
     assert "is in use by another process" in capsys.readouterr().err
     assert cli.main(["pretrain", "--resume", str(run), "--no-evaluate"]) == 0
@@ -266,7 +291,7 @@ def test_other_images_do_not_resume_a_run(whole_job, tmp_path, capsys):
         assert cli.main(["pretrain", "--resume", str(run)]) == 2
     finally:
         extra.unlink()
-    assert "not those that" in capsys.readouterr().err
+    assert "are not the ones that" in capsys.readouterr().err
 
 
 def test_a_folder_without_labels_needs_not_one_word_about_them(tmp_path, capsys, monkeypatch):
@@ -283,7 +308,7 @@ def test_a_folder_without_labels_needs_not_one_word_about_them(tmp_path, capsys,
 def test_a_folder_smaller_than_the_batch_still_trains(tmp_path, capsys):
     data = tiny.folder(tmp_path / "few", {"": 5}, labelled=False)
     assert cli.main(["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS]) == 0
-    assert "batch 8 is more than the 5 images: batch 5" in capsys.readouterr().out
+    assert "batch 8 is more than the 5 images: using batch 5" in capsys.readouterr().out
     one = tiny.folder(tmp_path / "one", {"": 1}, labelled=False)
     assert cli.main(["pretrain", str(one), "--out", str(tmp_path / "run1"), *KNOBS]) == 2
     assert "1 image is not enough" in capsys.readouterr().err
@@ -293,7 +318,7 @@ def test_an_unreadable_image_is_named_and_left_out(tmp_path, capsys):
     data = tiny.folder(tmp_path / "data", {"": 30}, labelled=False)
     (data / "bad.png").write_bytes(b"no image")
     assert cli.main(["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS]) == 0
-    assert "1 unreadable image" in (out := capsys.readouterr().out)
+    assert "left out 1 unreadable image of train" in (out := capsys.readouterr().out)
     assert "bad.png" in out
 
 
@@ -310,14 +335,14 @@ def test_a_published_recipe_starts_on_a_folder_in_imagenets_layout(tmp_path, cap
     assert "100 images to train on, 100 to score on, 100 classes" in capsys.readouterr().out
     about = run_folder.read_json(tmp_path / "run" / "recipe.json")
     assert fields.from_json(about["recipe"]).backbone == RECIPES["imagenet100-r50"].recipe.backbone
-    assert [row["step"] for row in run_folder.read_metrics(tmp_path / "run")][-1] == 2
+    assert [row.step for row in run_folder.read_metrics(tmp_path / "run")][-1] == 2
 
 
 def test_too_little_memory_is_a_sentence(tmp_path, capsys):
     data = tiny.folder(tmp_path / "data", {"train": 16, "test": 4})
     words = ["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS, "--projector.widths", "1000000000000"]
     assert cli.main(words) == 2
-    assert "out of memory; a smaller --batch" in capsys.readouterr().err
+    assert "out of memory: try a smaller --batch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -331,12 +356,12 @@ def test_too_little_memory_is_a_sentence(tmp_path, capsys):
     ],
 )
 def test_each_of_torchs_ways_to_say_so_is_too_little_memory(error):
-    assert (errors.sentence(error) or "").startswith("out of memory; a smaller --batch")
+    assert (messages.message(error) or "").startswith("out of memory: try a smaller --batch")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access"), KeyError("memory")])
 def test_our_own_mistakes_are_no_lack_of_memory(error):
-    assert errors.sentence(error) is None
+    assert messages.message(error) is None
 
 
 def test_a_test_split_without_labels_is_said_before_training(tmp_path, capsys):
@@ -344,7 +369,7 @@ def test_a_test_split_without_labels_is_said_before_training(tmp_path, capsys):
     tiny.folder(data, {"test": 4}, labelled=False)
     words = ["pretrain", str(data), "--out", str(tmp_path / "run"), "--test-split", "test", *KNOBS]
     assert cli.main(words) == 0
-    assert "no scores: the images to score on have no labels" in capsys.readouterr().out
+    assert "no scores: the test images have no labels" in capsys.readouterr().out
 
 
 def test_few_images_are_scored_too(tmp_path, capsys):
@@ -353,24 +378,24 @@ def test_few_images_are_scored_too(tmp_path, capsys):
     assert "raw pixels" in capsys.readouterr().out
 
 
-def test_a_resumed_run_keeps_its_options_but_for_those_typed():
-    argv = ["pretrain", "--resume", "run", "--keep=3", "--scores", "10"]
-    typed = parse(argv)
-    ran = {"log_steps": 1, "keep": 100, "scores": 2, "report": False, "track": "wandb", "checkpoint_minutes": 0.5}
-    again = pretrain._as_it_ran(typed, argv, {"options": ran})
-    assert (again.keep, again.scores) == (3, 10)  # typed now, though these are what they are without a word
-    assert (again.log_steps, again.report, again.track, again.checkpoint_minutes) == (1, False, "wandb", 0.5)
-    assert pretrain._as_it_ran(typed, argv, {}) == typed  # a run of an older version
+def test_a_resumed_run_keeps_its_options_but_for_those_typed(tmp_path, monkeypatch):
+    monkeypatch.setattr("corinfomax.training.trackers.check", lambda name: None)
+    command, flags = parse(["pretrain", "--resume", str(tmp_path), "--keep=3", "--scores", "10"])
+    ran = Options(log_steps=1, keep=100, scores=2, report=False, track="wandb", checkpoint_minutes=0.5)
+    facts = Facts(data="mnist5k", options=ran).to_json()
+    run_folder.write_json(tmp_path / "recipe.json", {"recipe": fields.to_json(tiny.RECIPE), "facts": facts})
+    again = pretrain._plan(command, flags, torch.device("cpu")).options
+    assert again == replace(ran, keep=3, scores=10)  # typed, although these are the defaults
 
 
 def test_the_words_that_go_on_with_a_run_can_be_typed(tmp_path, monkeypatch):
-    run = tmp_path / "My Photos"
-    assert pretrain._go_on(run) == f"corinfomax pretrain --resume '{run}'"
+    words = ["pretrain", "--resume", str(tmp_path / "My Photos")]
+    assert messages.command(*words) == f"corinfomax pretrain --resume '{words[-1]}'"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert pretrain._go_on(run).startswith("torchrun --nproc-per-node 8 -m corinfomax pretrain --resume '")
+    assert messages.command(*words).startswith("torchrun --nproc-per-node 8 -m corinfomax pretrain --resume '")
     monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
-    assert pretrain._go_on(run).startswith("uv run torchrun --nproc-per-node 8 -m corinfomax pretrain --resume '")
-    assert shell.command("embed", "run") == "uv run corinfomax embed run"  # one process embeds
+    assert messages.command(*words).startswith("uv run torchrun --nproc-per-node 8 -m corinfomax pretrain --resume '")
+    assert messages.command("embed", "run") == "uv run corinfomax embed run"  # one process embeds
 
 
 def test_a_recipe_that_was_chosen_is_told_with_what_was_typed_over_it(tmp_path, capsys):
@@ -379,14 +404,14 @@ def test_a_recipe_that_was_chosen_is_told_with_what_was_typed_over_it(tmp_path, 
     assert cli.main(["pretrain", str(data), *words]) == 0
     told = capsys.readouterr().out.splitlines()[0]
     assert told.startswith("recipe cpu-small at 24 px, ")
-    assert told.endswith(", for 8 images of 32 px and no GPU, but for --epochs 2.0 --batch 8; --recipe names another")
+    assert told.endswith(", for 8 images of 32 px and no GPU, with --epochs 2 --batch 8; --recipe names another")
 
 
 @pytest.mark.parametrize(("size", "side", "becomes"), [(24, 32, 32), (32, 16, 36), (100, 16, 64), (64, 64, 64)])
 def test_copies_are_as_large_as_the_views_need(tmp_path, capsys, size, side, becomes):
     data = tiny.folder(tmp_path / "data", {"": 4}, labelled=False, side=64)
     recipe = replace(tiny.RECIPE, size=size, cache_side=side)
-    assert inputs.fit_copies(recipe, str(data), Where()).cache_side == becomes
+    assert inputs.fit_cache(recipe, Data(str(data))).cache_side == becomes
     assert ("--cache-side" in capsys.readouterr().out) == (becomes != side)
 
 
@@ -410,10 +435,10 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path, monkeypatch, capsys)
 
 def test_a_named_set_is_found_again_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert sources.root_of("cifar10", None) == tmp_path / "data"
-    assert sources.root_of("cifar10", Path("sets")) == tmp_path / "sets"
-    assert sources.root_of("mnist5k", None) is None
-    assert sources.root_of("./cifar10", Path("sets")) is None
+    assert Data("cifar10").absolute_root == tmp_path / "data"
+    assert Data("cifar10", Path("sets")).absolute_root == tmp_path / "sets"
+    assert Data("mnist5k").absolute_root is None
+    assert Data("./cifar10", Path("sets")).absolute_root is None
 
 
 def test_a_reader_that_has_heard_enough_is_no_error():
@@ -463,16 +488,16 @@ def test_sigterm_before_and_after_training_says_how_to_go_on(tmp_path, monkeypat
 
 def test_a_signal_in_the_last_step_is_heard(tmp_path, monkeypatch, capsys):
     data, run = tiny.folder(tmp_path / "data", {"": 16}, labelled=False), tmp_path / "run"
-    real = batches.make_views
+    real, steps = batches.apply_views, itertools.count()
 
-    def stop(recipe, pixels, sizes, step, *rest):
-        if step == 3:
+    def stop(*given):
+        if next(steps) == 3:
             signal.raise_signal(signal.SIGTERM)
-        return real(recipe, pixels, sizes, step, *rest)
+        return real(*given)
 
-    monkeypatch.setattr(batches, "make_views", stop)
+    monkeypatch.setattr(batches, "apply_views", stop)
     assert cli.main(["pretrain", str(data), "--out", str(run), *KNOBS]) == 130
-    assert f"to go on: corinfomax pretrain --resume {run}" in capsys.readouterr().out
+    assert f"to resume: corinfomax pretrain --resume {run}" in capsys.readouterr().out
     assert run_folder.step_of(run_folder.checkpoints(run)[-1]) == 4
     assert not (run / "report.html").exists()
 
@@ -487,35 +512,36 @@ def test_minutes_that_protect_nothing_are_refused(tmp_path, capsys, minutes):
     assert not (tmp_path / "run").exists()
 
 
+def load(root, **options):
+    options = DataOptions(**options)
+    return inputs.load_splits(inputs.find_data(str(root), options), tiny.RECIPE, options)
+
+
 def test_labels_for_half_of_the_images_are_a_sentence(tmp_path, capsys):
     half = tiny.folder(tmp_path / "half", {"train": 16})
     for path in (half / "train" / "red").iterdir():
         path.rename(half / "train" / path.name)
-    inputs.load(str(half), Where(), tiny.RECIPE)
+    load(half)
     said = capsys.readouterr().out
-    assert "no labels: 8 of 16 images lie beside the folders, not in one, first train/000.png" in said
+    assert "no labels: 8 of 16 images lie beside the class folders, first train/000.png" in said
 
     flat = tiny.folder(tmp_path / "flat", {"train": 20})
     tiny.folder(flat, {"test": 6}, labelled=False)
-    inputs.load(str(flat), Where(), tiny.RECIPE)
-    assert "no labels in test: 2 training images are scored on instead" in capsys.readouterr().out
-    inputs.load(str(flat), Where(holdout=0.2), tiny.RECIPE)
+    load(flat)
+    assert "no labels in test: scoring on 2 training images instead" in capsys.readouterr().out
+    load(flat, holdout=0.2)
     assert "instead" not in capsys.readouterr().out
 
 
 TUNED = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1000000"}
 
 
-def test_what_an_objective_does_not_know_is_said_before_an_image_is_decoded(tmp_path, capsys, monkeypatch):
+def test_an_impossible_loss_is_an_error_before_an_image_is_decoded(tmp_path, capsys, monkeypatch):
     data, cache = tiny.folder(tmp_path / "data", {"train": 16}), tmp_path / "cache"
     monkeypatch.chdir(tmp_path)
-    for words in (
-        ["pretrain", "--loss.weights", "3"],
-        ["pretrain", "--loss.temperature", "0.2"],
-        ["bench", *KERNEL, "--teacher", "0.9"],
-    ):
-        assert cli.main([words[0], str(data), "--cache", str(cache), *words[1:]]) == 2
-        assert "this recipe's objective, knows" in capsys.readouterr().err
+    for words in (["--loss.cov-decay", "2"], [*KERNEL, "--loss.temperature", "-1"]):
+        assert cli.main(["pretrain", str(data), "--cache", str(cache), *words]) == 2
+        assert "; it must be" in capsys.readouterr().err
         assert not cache.exists()
 
 
@@ -525,7 +551,7 @@ def test_a_typed_word_is_for_the_chosen_recipe_and_not_for_the_one_it_is_read_ov
     monkeypatch.setitem(RECIPES, "mnist5k", entry._replace(recipe=replace(entry.recipe, loss=Loss(name="kernel"))))
     words = ["pretrain", "mnist5k", "--cache", str(tmp_path / "cache"), "--loss.temperature", "0.5", "--out"]
     assert cli.main([*words, str(tmp_path / "run"), "--epochs", "0.0001"]) == 2
-    assert "are none: --epochs" in capsys.readouterr().err
+    assert "makes no step: an epoch has" in capsys.readouterr().err
 
 
 ALWAYS_HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -538,14 +564,16 @@ def test_a_command_keeps_the_memory_that_it_frees(given):
     """Ten times 128 MB that are freed and had again are 330,000 faults of pages, or 33,000."""
     code = """
 import resource, torch
-from corinfomax import cli
+from corinfomax.cli import main as cli
 def faults(argv):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         [torch.empty(1 << 24, dtype=torch.uint8).fill_(1) for _ in range(8)]
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     return 0
-cli._run = faults
+class Command:
+    run = staticmethod(faults)
+cli.parse = lambda words: (Command, frozenset())
 cli.main()
 """
     ours = ("MALLOC_", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")
@@ -573,7 +601,7 @@ def test_a_libc_that_refuses_is_left_as_it_is(monkeypatch, most, asked):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
     for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
         monkeypatch.delenv(name)
-    cli._keep_memory()
+    cli._keep_freed_memory()
     assert heard == asked
     assert cli.main(["recipes", "cifar10"]) == 0  # in another's process, which is left as it is
     assert heard == asked
@@ -588,7 +616,7 @@ def test_commands_compute_without_numbers_that_slow_a_processor_down():
     torch.set_flush_denormal(False)
     look()
     try:
-        inputs.device_of("cpu")
+        inputs.choose_device("cpu")
         for where in (threading.Thread(target=look), threading.Thread(target=look)):
             where.start()
             where.join()
@@ -606,12 +634,12 @@ def test_commands_compute_without_numbers_that_slow_a_processor_down():
 
 
 @pytest.mark.parametrize("words", [["--loss.name", "{}"], ["--loss.name={}"]])
-def test_another_objective_takes_what_it_knows_of_a_recipe(words):
-    typed = ["pretrain", "images", "--recipe", "tiny-imagenet"]  # whose covariance has a decay of its own
+def test_the_name_of_an_objective_alone_switches_a_recipe(words):
+    typed = ["--recipe", "tiny-imagenet"]  # whose covariance has a decay of its own
 
     def loss(name, *more):
-        return parse([*typed, *(word.format(name) for word in words), *more]).knobs.loss
+        return planned(*typed, *(word.format(name) for word in words), *more).loss
 
-    assert loss("kernel", "--loss.temperature", "0.5") == fields.Loss(name="kernel", alpha=500.0, temperature=0.5)
-    assert loss("vicreg") == fields.Loss(name="vicreg")
-    assert loss("corinfomax") == RECIPES["tiny-imagenet"].recipe.loss
+    own = RECIPES["tiny-imagenet"].recipe.loss
+    assert loss("kernel", "--loss.temperature", "0.5") == replace(own, name="kernel", temperature=0.5)
+    assert loss("corinfomax") == own

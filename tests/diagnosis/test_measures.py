@@ -15,6 +15,7 @@ from corinfomax.network import Network
 from corinfomax.objective.covariance import CorInfoMaxLoss
 from corinfomax.recipes.fields import View
 from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import DataMeasures, Measures, Options
 from corinfomax.training import loop
 
 CPU = torch.device("cpu")
@@ -115,12 +116,10 @@ def test_agreement_is_the_share_of_variance_between_images(share):
     assert float(measures.agreement(torch.ones(5, 4, 2, dtype=torch.float64))) == 0
 
 
-def test_alignment_and_uniformity_by_hand():
-    z1 = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).double()
-    z2 = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]).double()
-    assert float(measures.alignment(z1, z2)) == pytest.approx((0 + 2 + 4) / 3)
+def test_uniformity_by_hand():
+    z = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).double()
     # Squared distances of the three pairs: 2, 4, 2.
-    assert float(measures.uniformity(z1)) == pytest.approx(math.log((2 * math.exp(-4) + math.exp(-8)) / 3))
+    assert float(measures.uniformity(z)) == pytest.approx(math.log((2 * math.exp(-4) + math.exp(-8)) / 3))
 
 
 def test_dead_and_duplicate_dimensions_are_counted():
@@ -156,12 +155,12 @@ def test_measure_is_each_measure_of_the_right_rows():
 
 def test_data_measures_know_equal_views_equal_images_and_twins():
     x1, x2, plain = gaussian(40, 50), gaussian(40, 50, seed=1), gaussian(40, 50, seed=2)
-    assert measures.measure_data(x1, x1, plain).views_differ == 0
-    assert measures.measure_data(x1, x2, plain).views_differ == pytest.approx(1, rel=0.05)
-    assert measures.measure_data(x1, x2, plain).images_differ == pytest.approx(1, rel=0.05)
-    assert measures.measure_data(x1, x2, plain[:1].expand(40, 50)) == pytest.approx((1.0, 0, 1), rel=0.05)
-    assert measures.measure_data(x1, x2, torch.cat((plain[:30], plain[:10]))).twins == 0.5
-    json.dumps(measures.measure_data(x1 * 0, x1 * 0, x1 * 0)._asdict(), allow_nan=False)
+    assert measures.measure_pixels(x1, x1, plain).views_differ == 0
+    assert measures.measure_pixels(x1, x2, plain).views_differ == pytest.approx(1, rel=0.05)
+    assert measures.measure_pixels(x1, x2, plain).images_differ == pytest.approx(1, rel=0.05)
+    assert measures.measure_pixels(x1, x2, plain[:1].expand(40, 50)) == pytest.approx((1.0, 0, 1), rel=0.05)
+    assert measures.measure_pixels(x1, x2, torch.cat((plain[:30], plain[:10]))).twins == 0.5
+    json.dumps(measures.measure_pixels(x1 * 0, x1 * 0, x1 * 0)._asdict(), allow_nan=False)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +170,7 @@ def splits(tmp_path_factory):
 
 
 def choose(splits, recipe=tiny.RECIPE):
-    return measures.choose(splits, recipe, device=CPU)
+    return measures.choose_sample(splits, recipe, device=CPU)
 
 
 def test_the_slice_is_held_out_where_it_can_be_and_always_the_same(splits):
@@ -188,15 +187,15 @@ def test_the_slice_is_held_out_where_it_can_be_and_always_the_same(splits):
 @pytest.mark.parametrize("steps", [1, 3, 100, 4300, 100_000])
 def test_looks_are_early_few_and_include_the_last_step(splits, steps):
     part = choose(splits)
-    at = sorted(measures.schedule(steps, 10_000, 25, part))
+    at = sorted(measures.look_steps(steps, 10_000, 25, part))
     assert at[-1] == steps
     assert 1 <= at[0] <= max(1, steps / 20)
     assert len(at) == min(25, steps)
     if steps >= 100:
         assert sum(step <= steps / 5 for step in at) >= 8
-    few = measures.schedule(steps, 2, 1000, part)
+    few = measures.look_steps(steps, 2, 1000, part)
     assert len(few) <= max(measures.LEAST_LOOKS, measures.COST * steps * 2 / (measures.VIEW_COST * 4 * 20))
-    assert measures.schedule(steps, 128, 0, part) == set()
+    assert measures.look_steps(steps, 128, 0, part) == set()
 
 
 def test_a_look_leaves_the_network_and_the_random_numbers_alone(splits):
@@ -204,14 +203,14 @@ def test_a_look_leaves_the_network_and_the_random_numbers_alone(splits):
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     part = choose(splits)
     state = torch.get_rng_state()
-    first = measures.look(network, part.images, tiny.RECIPE, device=CPU)
+    first = measures.look(network, part, tiny.RECIPE, device=CPU)
     assert network.training
     assert torch.get_rng_state().equal(state)
     assert tiny.equal_states(before, network.state_dict())
-    assert measures.look(network, part.images, tiny.RECIPE, device=CPU) == first
+    assert measures.look(network, part, tiny.RECIPE, device=CPU) == first
     with torch.no_grad():
         network.projector[-1].weight.fill_(math.nan)
-    assert measures.look(network, part.images, tiny.RECIPE, device=CPU) is None
+    assert measures.look(network, part, tiny.RECIPE, device=CPU).measures is None
     assert network.training
 
 
@@ -220,12 +219,12 @@ def test_a_look_sees_views_of_the_recipe(splits):
     still = View(crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0)
     network, part = Network(tiny.RECIPE.backbone, tiny.RECIPE.projector), choose(splits)
     none = replace(tiny.RECIPE, views=(still, still))
-    assert measures.look(network, part.images, none, device=CPU).alignment == 0
-    assert measures.look(network, part.images, tiny.RECIPE, device=CPU).alignment > 0
-    assert measures.look_at_data(part.images, none, device=CPU).views_differ == 0
-    assert 0.05 < measures.look_at_data(part.images, tiny.RECIPE, device=CPU).views_differ < 1
+    assert measures.look(network, part, none, device=CPU).measures.alignment == 0
+    assert measures.look(network, part, tiny.RECIPE, device=CPU).measures.alignment > 0
+    assert measures.measure_images(part.images, none, device=CPU).views_differ == 0
+    assert 0.05 < measures.measure_images(part.images, tiny.RECIPE, device=CPU).views_differ < 1
     one = part.images.select(torch.zeros(20, dtype=torch.long))
-    data = measures.look_at_data(one, tiny.RECIPE, device=CPU)
+    data = measures.measure_images(one, tiny.RECIPE, device=CPU)
     assert (data.images_differ, data.twins) == (pytest.approx(0, abs=1e-9), 1)
 
 
@@ -234,13 +233,13 @@ def test_losses_are_bitwise_the_same_with_and_without_looks(splits, tmp_path):
     for diagnoses in (0, 5):
         folder = tmp_path / str(diagnoses)
         folder.mkdir()
-        pace = loop.Pace(log_steps=1, scores=0, diagnoses=diagnoses)
-        network = loop.pretrain(tiny.RECIPE, splits, folder, device=CPU, pace=pace, facts={})
+        options = Options(log_steps=1, scores=0, diagnoses=diagnoses)
+        network = loop.pretrain(tiny.RECIPE, splits, folder, device=CPU, options=options)
         rows.append(run_folder.read_metrics(folder))
         states.append(network.state_dict())
-    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    assert [row.loss for row in rows[0]] == [row.loss for row in rows[1]]
     assert tiny.equal_states(*states)
-    assert not any("ldmi" in row for row in rows[0])
-    looked = [row for row in rows[1] if "ldmi" in row]
-    assert [row["step"] for row in looked] == sorted(measures.schedule(10, 8, 5, choose(splits)))
-    assert set(looked[0]) >= {"held_out", *measures.Measures._fields, *measures.Data._fields}
+    assert not any(row.look is not None for row in rows[0])
+    looked = [row for row in rows[1] if row.look is not None]
+    assert [row.step for row in looked] == sorted(measures.look_steps(10, 8, 5, choose(splits)))
+    assert set(looked[0].to_json()) >= {"held_out", *Measures._fields, *DataMeasures._fields}

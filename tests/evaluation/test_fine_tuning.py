@@ -29,31 +29,31 @@ def backbone():
 def test_a_linear_probe_that_diverges_is_an_error(splits, backbone):
     recipe = replace(tiny.RECIPE, probe=Probe(epochs=9, batch=16, lr=3e38))
     with pytest.raises(FloatingPointError, match="linear probe diverged"):
-        fine_tuning.linear_probe(backbone, *splits, recipe, **CPU, progress=False)
+        fine_tuning.linear_probe(backbone, *splits, recipe, **CPU)
 
 
-def test_the_published_probe_learns_and_leaves_the_backbone_alone(splits, backbone):
+def test_the_linear_probe_learns_and_does_not_change_the_backbone(splits, backbone):
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     recipe = replace(tiny.RECIPE, probe=Probe(epochs=15, batch=16))
-    predicted = fine_tuning.linear_probe(nn.Flatten(), *splits, recipe, **CPU, progress=False)
+    predicted = fine_tuning.linear_probe(nn.Flatten(), *splits, recipe, **CPU)
     assert probes.accuracy(predicted, splits.test.labels) >= 90
-    fine_tuning.linear_probe(backbone, *splits, recipe, **CPU, progress=False)
+    fine_tuning.linear_probe(backbone, *splits, recipe, **CPU)
     assert tiny.equal_states(before, backbone.state_dict())
-    assert predicted.equal(fine_tuning.linear_probe(nn.Flatten(), *splits, recipe, **CPU, progress=False))
+    assert predicted.equal(fine_tuning.linear_probe(nn.Flatten(), *splits, recipe, **CPU))
 
 
 @pytest.mark.parametrize("decay_epochs", [None, 2])
-def test_the_published_probes_schedule(splits, monkeypatch, decay_epochs):
+def test_the_schedule_of_the_linear_probe(splits, monkeypatch, decay_epochs):
     rates = []
-    monkeypatch.setattr(fine_tuning, "_set_rate", lambda _, lr: rates.append(lr))
+    monkeypatch.setattr(fine_tuning, "_step", lambda optimizer, loss, *lr: rates.extend(lr))
     probe = Probe(epochs=4, batch=30, lr=0.2, min_lr=0.002, decay_epochs=decay_epochs)
-    fine_tuning.linear_probe(nn.Flatten(), *splits, replace(tiny.RECIPE, probe=probe), **CPU, progress=False)
+    fine_tuning.linear_probe(nn.Flatten(), *splits, replace(tiny.RECIPE, probe=probe), **CPU)
     cosine = [0.2, 0.002 + 0.198 * (1 + 2**-0.5) / 2, 0.101, 0.002 + 0.198 * (1 - 2**-0.5) / 2]
-    each = cosine if decay_epochs is None else [0.2, 0.2, 0.02, 0.02]
-    assert rates == pytest.approx([lr for lr in each for _ in range(2)])
+    rates_of_epochs = cosine if decay_epochs is None else [0.2, 0.2, 0.02, 0.02]
+    assert rates == pytest.approx([lr for lr in rates_of_epochs for _ in range(2)])
 
 
-def test_a_share_of_the_labels_has_some_of_each_class():
+def test_a_share_of_the_labels_has_at_least_one_per_class():
     labels = torch.tensor([0] * 500 + [1] * 40 + [5] * 3)
     few = fine_tuning.labelled_share(labels, 0.01, 0)
     assert labels[few].bincount().tolist() == [5, 1, 0, 0, 0, 1]  # 40 and 3 images would round to none
@@ -67,26 +67,24 @@ def test_fine_tuning_trains_a_copy_and_learns(splits, backbone, monkeypatch):
     monkeypatch.setattr(fine_tuning, "FEWEST_STEPS", 160)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     recipe = replace(tiny.RECIPE, size=8)
-    predicted = fine_tuning.fine_tune(backbone, *splits, recipe, share=0.1, **CPU, progress=False)
+    predicted = fine_tuning.fine_tune(backbone, *splits, recipe, share=0.1, **CPU)
     assert tiny.equal_states(before, backbone.state_dict())
     assert probes.accuracy(predicted, splits.test.labels) >= 90
 
 
-def test_fine_tuning_repeats_itself(splits, backbone, monkeypatch):
+def test_fine_tuning_is_reproducible(splits, backbone, monkeypatch):
     monkeypatch.setattr(fine_tuning, "FEWEST_STEPS", 4)
-    first, again = (
-        fine_tuning.fine_tune(backbone, *splits, tiny.RECIPE, share=0.1, **CPU, progress=False) for _ in range(2)
-    )
+    first, again = (fine_tuning.fine_tune(backbone, *splits, tiny.RECIPE, share=0.1, **CPU) for _ in range(2))
     assert first.equal(again)
 
 
 @pytest.mark.parametrize(("share", "times"), [(0.01, 0.4), (0.1, 0.8)])
 def test_the_schedule_of_fine_tuning(splits, backbone, monkeypatch, share, times):
     rates = []
-    monkeypatch.setattr(fine_tuning, "_set_rate", lambda _, lr: rates.append(lr))
+    monkeypatch.setattr(fine_tuning, "_step", lambda optimizer, loss, *lr: rates.extend(lr))
     monkeypatch.setattr(fine_tuning, "FEWEST_STEPS", 24)
     recipe = replace(tiny.RECIPE, size=8, probe=Probe(lr=25.0))
-    fine_tuning.fine_tune(backbone, *splits, recipe, share=share, **CPU, progress=False)
+    fine_tuning.fine_tune(backbone, *splits, recipe, share=share, **CPU)
     head, body = rates[::2], rates[1::2]
     assert len(head) == len(body) == 24  # one batch an epoch, and 24 epochs rather than 20
     # The published 10 and 20 times 0.1, and 0.005 times 0.2, at each quarter.
@@ -98,4 +96,4 @@ def test_fine_tuning_that_diverges_is_an_error(splits, backbone, monkeypatch):
     monkeypatch.setattr(fine_tuning, "FEWEST_STEPS", 4)
     recipe = replace(tiny.RECIPE, size=8, probe=Probe(lr=1e38))
     with pytest.raises(FloatingPointError, match="fine-tuning diverged"):
-        fine_tuning.fine_tune(backbone, *splits, recipe, share=0.1, **CPU, progress=False)
+        fine_tuning.fine_tune(backbone, *splits, recipe, share=0.1, **CPU)

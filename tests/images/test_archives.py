@@ -4,7 +4,6 @@ import os
 import shutil
 import tarfile
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,9 @@ import torch
 from PIL import Image
 
 import tiny
-from corinfomax.images import archives, cache, files, sources
+from corinfomax.images import archives, cache, files
 from corinfomax.images.files import DataError, MissingDataError
+from corinfomax.images.sources import Data
 
 
 def zipped(folder, out, *, inside="", method=zipfile.ZIP_STORED):
@@ -28,6 +28,10 @@ def tarred(folder, out, *, inside="", form=tarfile.PAX_FORMAT):
     with tarfile.open(out, "w", format=form) as archive:
         archive.add(folder, inside or ".")
     return out
+
+
+def find(path):
+    return Data(path).splits()
 
 
 FORMS = {
@@ -51,21 +55,18 @@ def test_an_archive_is_the_folder(tmp_path, form, splits, labelled):
     (folder / ".hidden.png").write_bytes(b"no")
     (folder / "notes.txt").write_text("no")
     out = FORMS[form](folder, tmp_path / f"data{'.tar' if 'tar' in form else '.zip'}")
-    for again in range(2):  # the second time from the kept index
-        want = cache.load(folder, side=16, cache=tmp_path / "a", progress=False)
-        got = cache.load(out, side=16, cache=tmp_path / "b", progress=False)
-        for ours, theirs in zip(got, want, strict=True):
-            if theirs is None:
-                assert ours is None
-                continue
-            assert ours.paths == theirs.paths
-            assert ours.classes == theirs.classes
-            assert ours.fingerprint == theirs.fingerprint
-            assert torch.equal(ours.pixels, theirs.pixels)
-            assert theirs.labels is None if ours.labels is None else torch.equal(ours.labels, theirs.labels)
-        assert len(list((tmp_path / "b").glob("index-*.npz"))) == 1, again
-        archives._splits.cache_clear()
-    assert sources.survey(str(out), cache=tmp_path / "b").short_side == 16
+    want = cache.load(Data(folder, cache=tmp_path / "a"), side=16, progress=False)
+    got = cache.load(Data(out, cache=tmp_path / "b"), side=16, progress=False)
+    for ours, theirs in zip(got, want, strict=True):
+        if theirs is None:
+            assert ours is None
+            continue
+        assert ours.paths == theirs.paths
+        assert ours.classes == theirs.classes
+        assert ours.fingerprint == theirs.fingerprint
+        assert torch.equal(ours.pixels, theirs.pixels)
+        assert theirs.labels is None if ours.labels is None else torch.equal(ours.labels, theirs.labels)
+    assert Data(str(out)).survey().short_side == 16
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -73,10 +74,8 @@ def test_an_archive_without_images_says_so(tmp_path, form):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "notes.txt").write_text("no image")
     out = FORMS[form](tmp_path / "data", tmp_path / f"data{'.tar' if 'tar' in form else '.zip'}")
-    for _ in range(2):  # no index of it is kept
-        with pytest.raises(MissingDataError, match="no image found in"):
-            sources.find(out, cache=tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("index-*"))
+    with pytest.raises(MissingDataError, match="no image"):
+        find(out)
 
 
 def test_another_archive_of_the_same_size_and_time_is_another(tmp_path):
@@ -90,29 +89,20 @@ def test_another_archive_of_the_same_size_and_time_is_another(tmp_path):
         zipped(tmp_path / name, out)
         os.utime(out, (1, 1))
         size = out.stat().st_size
-        archives._splits.cache_clear()
-        labels.append(sources.find(out, cache=tmp_path / "cache")["train"].labels)
+        labels.append(find(out)["train"].labels)
     assert zipped(tmp_path / "one", tmp_path / "again.zip").stat().st_size == size
     assert labels == [("blue", "rose"), ("tall", "wide")]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_archive_s_index_is_read_once(tmp_path, monkeypatch, form):
+def test_an_archive_is_read_once_for_each_data(tmp_path, monkeypatch, form):
     folder = tiny.folder(tmp_path / "data", {"": 5})
-    out = FORMS[form](folder, tmp_path / f"data{'.tar' if 'tar' in form else '.zip'}")
-    archives._splits.cache_clear()
-    first = sources.find(out, cache=tmp_path / "cache")["train"]
-    for reader in ("_tar", "_zip"):
+    data = Data(FORMS[form](folder, tmp_path / f"data{'.tar' if 'tar' in form else '.zip'}"))
+    paths = data.splits()["train"].paths
+    for reader in ("_read_tar", "_read_zip"):
         monkeypatch.setattr(archives, reader, lambda *a, **k: pytest.fail("read again"))
-    with monkeypatch.context() as within_a_command:
-        within_a_command.setattr(archives, "_kept", lambda *a, **k: pytest.fail("its index read again"))
-        assert sources.find(out, cache=tmp_path / "cache")["train"].paths == first.paths
-    archives._splits.cache_clear()  # the next command
-    again = sources.find(out, cache=tmp_path / "cache")["train"]
-    assert again.paths == first.paths and np.array_equal(again.stored.places, first.stored.places)
-    os.utime(out, (1, 1))  # changed, for all that is known
-    with pytest.raises(pytest.fail.Exception):
-        sources.find(out, cache=tmp_path / "cache")
+    assert data.splits()["train"].paths == paths
+    assert data.survey().images == data.whole_splits["train"].labels.count("red") + 2 == 5
 
 
 def shard(out, rows, first):
@@ -135,7 +125,9 @@ def test_shards_are_one_set_with_the_classes_beside_the_images(tmp_path, named):
     for place, name in enumerate(names):
         rows = [(pictures[i], i % 2) for i in range(4 * place, 4 * place + 4)]
         shard(tmp_path / f"{name}.tar", rows, 4 * place)
-    train, test = cache.load(tmp_path, side=16, cache=tmp_path / "cache", progress=False, holdout=None if named else 0)
+    train, test = cache.load(
+        Data(tmp_path, cache=tmp_path / "cache", holdout=None if named else 0), side=16, progress=False
+    )
     assert train.classes == ("0", "1")
     assert len(train) == (8 if named else 12) and (test is None) != named
     seen = {}
@@ -154,7 +146,7 @@ def test_a_damaged_image_in_an_archive_is_skipped_by_name(tmp_path):
     folder = tiny.folder(tmp_path / "data", {"": 120})
     (folder / "red" / "000.png").write_bytes(b"no image")
     for out in (zipped(folder, tmp_path / "a.zip", method=zipfile.ZIP_DEFLATED), tarred(folder, tmp_path / "a.tar")):
-        train, _ = cache.load(out, side=16, cache=tmp_path / "cache", progress=False, holdout=0)
+        train, _ = cache.load(Data(out, cache=tmp_path / "cache", holdout=0), side=16, progress=False)
         assert len(train) == 119 and train.skipped == (("red/000.png", "not an image"),)
 
 
@@ -166,40 +158,40 @@ def test_a_torn_archive_is_a_sentence(tmp_path, make, cut):
         cut = 5000  # within the second image; the last bytes of a tar are padding
     out.write_bytes(out.read_bytes()[:cut])
     with pytest.raises(DataError, match=r"a\.(zip|tar)"):
-        cache.load(out, side=16, cache=tmp_path / "cache", progress=False)
+        cache.load(Data(out, cache=tmp_path / "cache"), side=16, progress=False)
 
 
 def test_what_cannot_be_read_in_place_says_what_to_do(tmp_path):
     folder = tiny.folder(tmp_path / "data", {"": 4})
-    with pytest.raises(DataError, match="compressed by method 12; zip it with deflate"):
-        sources.find(zipped(folder, tmp_path / "b.zip", method=zipfile.ZIP_BZIP2))
+    with pytest.raises(DataError, match="method 12; zip it with deflate"):
+        find(zipped(folder, tmp_path / "b.zip", method=zipfile.ZIP_BZIP2))
     packed = tmp_path / "c.tar.gz"
     with tarfile.open(packed, "w:gz") as archive:
         archive.add(folder, "c")
-    with pytest.raises(DataError, match="cannot be read in place; unpack it"):
-        sources.find(packed)
+    with pytest.raises(DataError, match=r"c\.tar\.gz .*unpack it"):
+        find(packed)
     packed.rename(tmp_path / "d.tar")
     with pytest.raises(DataError, match=r"d\.tar is compressed"):
-        sources.find(tmp_path / "d.tar")
+        find(tmp_path / "d.tar")
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "a.txt").write_text("")
-    with pytest.raises(MissingDataError, match="no image found in"):
-        sources.find(zipped(empty, tmp_path / "e.zip"))
+    with pytest.raises(MissingDataError, match="no image"):
+        find(zipped(empty, tmp_path / "e.zip"))
     encrypted = bytearray(zipped(folder, tmp_path / "f.zip").read_bytes())
     for at in range(len(encrypted)):
         if encrypted[at : at + 4] == b"PK\x01\x02":
             encrypted[at + 8] |= 1
     (tmp_path / "f.zip").write_bytes(encrypted)
-    with pytest.raises(DataError, match="is encrypted"):
-        sources.find(tmp_path / "f.zip")
+    with pytest.raises(DataError, match="encrypted"):
+        find(tmp_path / "f.zip")
 
 
 def test_a_shards_split_is_the_word_in_its_name():
     names = {"train-01.tar": "train", "TEST_2.zip": "test", "set-v1-validation-00.tar": "val", "valley1.tar": "train"}
-    assert {name: archives._split_of(Path(name)) for name in names} == names
-    with pytest.raises(DataError, match="says test and train"):
-        archives._split_of(Path("train-test.tar"))
+    assert {name: archives.split_of(Path(name)) for name in names} == names
+    with pytest.raises(DataError, match="test and train"):
+        archives.split_of(Path("train-test.tar"))
 
 
 def entries(out, paths, folder):
@@ -226,7 +218,7 @@ def entries(out, paths, folder):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_names_as_other_programs_write_them(tmp_path, paths, found):
     out = entries(tmp_path / "a.zip", paths, tiny.folder(tmp_path / "data", {"": 1}))
-    splits = sources.find(out)
+    splits = find(out)
     assert {name: list(splits[name].paths) for name in found} == found
     assert set(splits) == ({"train", "test"} if "\\" in paths[0] else {"train"})
 
@@ -238,23 +230,9 @@ def test_hard_links_and_appended_files_are_those_that_unpacking_leaves(tmp_path)
     (folder / "001.png").write_bytes((folder / "002.png").read_bytes())
     with tarfile.open(out, "a") as archive:
         archive.add(folder / "001.png", "001.png")
-    ours, _ = cache.load(out, side=16, cache=tmp_path / "cache", progress=False)
-    theirs, _ = cache.load(folder, side=16, cache=tmp_path / "cache", progress=False)
+    ours, _ = cache.load(Data(out, cache=tmp_path / "cache"), side=16, progress=False)
+    theirs, _ = cache.load(Data(folder, cache=tmp_path / "cache"), side=16, progress=False)
     assert ours.fingerprint == theirs.fingerprint and "link.png" in ours.paths
-
-
-def test_an_index_that_cannot_be_kept_is_no_reason_to_stop(tmp_path):
-    out = tarred(tiny.folder(tmp_path / "data", {"": 4}), tmp_path / "a.tar")
-    (tmp_path / "file").touch()
-    assert len(sources.find(out, cache=tmp_path / "file")["train"].paths) == 4
-
-
-def test_many_may_read_an_index_at_once(tmp_path):
-    out = tarred(tiny.folder(tmp_path / "data", {"": 40}), tmp_path / "a.tar")
-    with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(lambda _: sources.find(out, cache=tmp_path / "cache")["train"].paths, range(24)))
-    assert all(paths == found[0] for paths in found) and len(found[0]) == 40
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npz"]
 
 
 def test_what_is_not_clear_is_asked(tmp_path):
@@ -263,18 +241,18 @@ def test_what_is_not_clear_is_asked(tmp_path):
     beside.mkdir()
     tarred(folder, beside / "a.tar")
     shutil.copy(next(folder.rglob("*.png")), beside / "thumb.png")
-    with pytest.raises(DataError, match="1 images and also 1 archives"):
-        sources.find(beside)
+    with pytest.raises(DataError, match=r"1 images and also 1 archives, first a\.tar"):
+        find(beside)
     inner = tmp_path / "inner" / "train"
     inner.mkdir(parents=True)
     tarred(folder, inner / "0.tar")
-    with pytest.raises(DataError, match="archives in its folders, first"):
-        sources.find(tmp_path / "inner")
+    with pytest.raises(DataError, match=r"0\.tar.*named by its split"):
+        find(tmp_path / "inner")
     shard(tmp_path / "some.tar", [(image, 1) for image in tiny.pictures(3)], 0)
     with tarfile.open(tmp_path / "some.tar", "a") as archive:
         archive.add(next(folder.rglob("*.png")), "000009.png")
     with pytest.raises(DataError, match=r"3 of the 4 images .* 000009\.png has none"):
-        sources.find(tmp_path / "some.tar", cache=tmp_path / "cache")
+        find(tmp_path / "some.tar")
 
 
 def test_a_packed_bomb_is_unreadable_and_no_memory_error(tmp_path, monkeypatch):
@@ -282,5 +260,5 @@ def test_a_packed_bomb_is_unreadable_and_no_memory_error(tmp_path, monkeypatch):
     folder = tiny.folder(tmp_path / "data", {"": 120})
     (folder / "red" / "000.png").write_bytes(bytes(1_000_000))
     out = zipped(folder, tmp_path / "a.zip", method=zipfile.ZIP_DEFLATED)
-    train, _ = cache.load(out, side=16, cache=tmp_path / "cache", progress=False, holdout=0)
+    train, _ = cache.load(Data(out, cache=tmp_path / "cache", holdout=0), side=16, progress=False)
     assert train.skipped[0][0] == "red/000.png" and "once unpacked" in train.skipped[0][1]

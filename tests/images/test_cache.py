@@ -17,9 +17,10 @@ import torch
 from PIL import Image, ImageColor, ImageOps
 
 from corinfomax.images import cache as module
-from corinfomax.images.cache import Images, load
+from corinfomax.images.cache import Images, load, set_aside
 from corinfomax.images.decode import decode
 from corinfomax.images.files import DataError, default_cache
+from corinfomax.images.sources import Data
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -40,7 +41,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         calls.append(image.size)
         return decode(image, side)
 
-    monkeypatch.setattr("corinfomax.images.decode.FEW", 10**9)  # all in this process, where they can be counted
+    monkeypatch.setattr("corinfomax.images.decode.FORK_ABOVE", 10**9)  # all in this process, where they can be counted
     monkeypatch.setattr("corinfomax.images.cache.decode", counted)
     return calls
 
@@ -252,7 +253,7 @@ def test_an_unreadable_image_is_skipped_and_named_also_from_a_warm_cache(
     root = folder_of(tmp_path / "good", 9)
     (tmp_path / "bad" / bad).rename(root / "ant" / bad)
     for expected in ("cold", "warm"):
-        train, test = load(root, side=8, holdout=0.0, progress=False)
+        train, test = load(Data(root, holdout=0.0), side=8, progress=False)
         assert test is None
         assert len(train) == 9, expected
         ((path, reason),) = train.skipped
@@ -323,18 +324,18 @@ def test_a_changed_file_another_side_and_another_folder_are_other_caches(
     tmp_path: Path, decoded: list[tuple[int, int]], cache: Path
 ) -> None:
     root = folder_of(tmp_path / "a", 4)
-    first = load(root, side=8, holdout=0.0, progress=False).train.fingerprint
+    first = load(Data(root, holdout=0.0), side=8, progress=False).train.fingerprint
     os.utime(root / "ant/000.png", ns=(1, 1))
-    touched = load(root, side=8, holdout=0.0, progress=False).train.fingerprint
+    touched = load(Data(root, holdout=0.0), side=8, progress=False).train.fingerprint
     assert len(decoded) == 8
-    smaller = load(root, side=4, holdout=0.0, progress=False).train.fingerprint
+    smaller = load(Data(root, holdout=0.0), side=4, progress=False).train.fingerprint
     assert len(decoded) == 12
     root.rename(tmp_path / "b")
-    moved = load(tmp_path / "b", side=4, holdout=0.0, progress=False).train.fingerprint
+    moved = load(Data(tmp_path / "b", holdout=0.0), side=4, progress=False).train.fingerprint
     assert len(decoded) == 16
     first_file, *_, last_file = sorted((tmp_path / "b").rglob("*.png"))
     shutil.copy(first_file, last_file)
-    other = load(tmp_path / "b", side=4, holdout=0.0, progress=False).train.fingerprint
+    other = load(Data(tmp_path / "b", holdout=0.0), side=4, progress=False).train.fingerprint
     assert len(decoded) == 20
     assert len(list(cache.iterdir())) == 5
     # What the network will see decides, not where it lies nor when it was written.
@@ -349,13 +350,13 @@ def test_a_torn_cache_is_built_again(
     tmp_path: Path, decoded: list[tuple[int, int]], cache: Path, file: str, cut: int | None
 ) -> None:
     root = folder_of(tmp_path, 6)
-    whole = load(root, side=8, holdout=0.0, progress=False).train.pixels.clone()
+    whole = load(Data(root, holdout=0.0), side=8, progress=False).train.pixels.clone()
     (folder,) = cache.iterdir()
     if cut is None:
         (folder / file).unlink()
     else:
         os.truncate(folder / file, max(0, (folder / file).stat().st_size - cut))
-    assert torch.equal(load(root, side=8, holdout=0.0, progress=False).train.pixels, whole)
+    assert torch.equal(load(Data(root, holdout=0.0), side=8, progress=False).train.pixels, whole)
     assert len(decoded) == 12
     assert list(cache.iterdir()) == [folder]
 
@@ -379,7 +380,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "data", 2)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot write the image cache in .*Not a directory.*CORINFOMAX_CACHE"):
-        load(root, side=8, cache=tmp_path / "file" / "cache", progress=False)
+        load(Data(root, cache=tmp_path / "file" / "cache"), side=8, progress=False)
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +399,7 @@ def test_what_a_killed_build_left_is_swept_after_a_day(tmp_path: Path, cache: Pa
         (cache / name / "pixels.bin").write_bytes(b"x")
         for path in (cache / name / "pixels.bin", cache / name):
             os.utime(path, (time.time() - age,) * 2)
-    load(folder_of(tmp_path, 2), side=8, holdout=0.0, progress=False)
+    load(Data(folder_of(tmp_path, 2), holdout=0.0), side=8, progress=False)
     assert {path.name for path in cache.glob("*.part")} == {"alive.part"}
 
 
@@ -416,7 +417,7 @@ def test_the_loser_of_a_race_takes_the_winners_cache(
     monkeypatch.setattr(module, "_publish", together)
     found: list[Images] = []
     threads = [
-        threading.Thread(target=lambda: found.append(load(root, side=8, holdout=0.0, progress=False).train))
+        threading.Thread(target=lambda: found.append(load(Data(root, holdout=0.0), side=8, progress=False).train))
         for _ in range(2)
     ]
     for thread in threads:
@@ -462,10 +463,10 @@ def test_a_batch_of_unequal_sizes_is_each_image_at_the_top_left_of_zeros(tmp_pat
 
 
 def test_a_batch_of_equal_sizes_is_one_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = load(folder_of(tmp_path, 12), side=8, holdout=0.0, progress=False).train
+    train = load(Data(folder_of(tmp_path, 12), holdout=0.0), side=8, progress=False).train
     indices = torch.tensor([5, 0, 11, 5])
     expected = np.stack([planar(np.asarray(Image.open(tmp_path / train.paths[index]))) for index in indices])
-    monkeypatch.setattr(torch.Tensor, "new_zeros", None)  # the way of unequal sizes
+    monkeypatch.setattr(module, "padded", None)  # the way of unequal sizes
     batch, sizes = train.batch(indices)
     np.testing.assert_array_equal(batch, expected)
     assert sizes.tolist() == [[8, 8]] * 4
@@ -483,13 +484,13 @@ def test_equal_images_among_unequal_ones(tmp_path: Path) -> None:
 
 
 def test_an_index_beyond_the_images_is_an_error(tmp_path: Path) -> None:
-    part = load(folder_of(tmp_path, 6), side=8, holdout=0.0, progress=False).train.select(torch.arange(3))
+    part = load(Data(folder_of(tmp_path, 6), holdout=0.0), side=8, progress=False).train.select(torch.arange(3))
     with pytest.raises(IndexError):
         part.batch(torch.tensor([3]))
 
 
 def test_a_selection_is_consistent(tmp_path: Path) -> None:
-    train = load(folder_of(tmp_path, 6), side=8, holdout=0.0, progress=False).train
+    train = load(Data(folder_of(tmp_path, 6), holdout=0.0), side=8, progress=False).train
     part = train.select(torch.tensor([4, 1]))
     assert len(part) == 2
     assert part.paths == (train.paths[4], train.paths[1])
@@ -521,40 +522,39 @@ def test_the_test_split_else_val_else_a_tenth(tmp_path: Path) -> None:
     assert (len(train), len(test)) == (60, 20)
     assert {path.split("/")[0] for path in test.paths} == {"test"}
     assert train.classes == test.classes == ("ant", "bee")
-    assert load(root, side=4, test_split="val", progress=False).test.paths[0].startswith("val/")  # type: ignore[union-attr]
+    assert load(Data(root, test_split="val"), side=4, progress=False).test.paths[0].startswith("val/")  # type: ignore[union-attr]
     (root / "test").rename(root / "other")
     assert load(root, side=4, progress=False).test.paths[0].startswith("val/")  # type: ignore[union-attr]
     (root / "val").rename(root / "another")
     train, test = load(root, side=4, progress=False)
     assert test is not None
     assert (len(train), len(test)) == (54, 6)
-    assert load(root, side=4, holdout=0.0, progress=False).test is None
+    assert load(Data(root, holdout=0.0), side=4, progress=False).test is None
 
 
 def test_a_holdout_is_disjoint_and_keyed_and_opens_no_other_split(
     tmp_path: Path, decoded: list[tuple[int, int]]
 ) -> None:
     root = three_splits(tmp_path)
-    train, test = load(root, side=4, holdout=0.25, seed=3, progress=False)
+    train, test = load(Data(root, holdout=0.25), side=4, progress=False)
     assert len(decoded) == 60
     assert test is not None
     assert len(test) == 15
     assert sorted(train.paths + test.paths) == sorted(
         path.relative_to(root).as_posix() for path in root.glob("train/*/*")
     )
-    again, other = (load(root, side=4, holdout=0.25, seed=seed, progress=False).test for seed in (3, 4))
-    assert again is not None
-    assert other is not None
-    assert again.paths == test.paths
-    assert other.paths != test.paths
-    assert (again.fingerprint == test.fingerprint) and (other.fingerprint != test.fingerprint)
+    whole = load(Data(root / "train", holdout=0.0), side=4, progress=False).train
+    first, again, other = (set_aside(whole, 0.25, seed).test for seed in (3, 3, 4))
+    assert first is not None and again is not None and other is not None
+    assert again.paths == first.paths != other.paths
+    assert again.fingerprint == first.fingerprint != other.fingerprint
 
 
 def test_without_labels_there_is_no_default_holdout(tmp_path: Path) -> None:
     root = folder_of(tmp_path, 10, classes=("one",))
     train, test = load(root, side=8, progress=False)
     assert (train.labels, train.classes, test) == (None, (), None)
-    held_out = load(root, side=8, holdout=0.3, progress=False).test
+    held_out = load(Data(root, holdout=0.3), side=8, progress=False).test
     assert held_out is not None
     assert len(held_out) == 3
 
@@ -567,7 +567,7 @@ def test_a_test_split_without_labels_is_passed_over_for_one_with(tmp_path: Path)
     test = load(root, side=4, progress=False).test
     assert test is not None
     assert test.paths[0].startswith("val/")
-    chosen = load(root, side=4, test_split="test", progress=False).test
+    chosen = load(Data(root, test_split="test"), side=4, progress=False).test
     assert chosen is not None
     assert (chosen.labels, chosen.classes) == (None, ())
 
@@ -580,24 +580,24 @@ def test_a_class_that_only_the_test_has_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("choices", "side", "message"),
     [
-        ({"test_split": "dev"}, r"no split 'dev' to test on: it has test, val"),
-        ({"test_split": "test", "holdout": 0.1}, r"both say what to test on"),
-        ({"holdout": 1.0}, r"holdout is 1\.0"),
-        ({"holdout": -0.1}, r"holdout is -0\.1"),
-        ({"side": 0}, r"side is 0"),
+        ({"test_split": "dev"}, 4, r"'dev' .*test, val"),
+        ({"test_split": "test", "holdout": 0.1}, 4, r"holdout 0\.1 and test_split 'test'"),
+        ({"holdout": 1.0}, 4, r"holdout is 1\.0"),
+        ({"holdout": -0.1}, 4, r"holdout is -0\.1"),
+        ({}, 0, r"side is 0"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_meant_is_refused(tmp_path: Path, choices: dict[str, Any], side: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load(three_splits(tmp_path), **{"side": 4, "progress": False} | options)
+        load(Data(three_splits(tmp_path), **choices), side=side, progress=False)
 
 
 def test_one_image_cannot_be_split(tmp_path: Path) -> None:
     save(tmp_path / "a.png", noise(4, 4))
     with pytest.raises(DataError, match="there is only 1"):
-        load(tmp_path, side=4, holdout=0.5, progress=False)
+        load(Data(tmp_path, holdout=0.5), side=4, progress=False)
 
 
 def test_mnist5k_is_read_once(decoded: list[tuple[int, int]]) -> None:

@@ -16,14 +16,15 @@ from PIL import Image, ImageOps
 
 import tiny
 from corinfomax.cli.main import main
-from corinfomax.images import cache
-from corinfomax.images import crops as cuts
+from corinfomax.images import cache, decode
 from corinfomax.images.files import DataError, scan
+from corinfomax.images.sources import Data
 from corinfomax.recipes.fields import View
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.seeds import generator
 from corinfomax.training import batches
-from corinfomax.training.replay import replay
+from corinfomax.training.batches import Batch, Pixels
+from corinfomax.training.prefetch import Prefetch
 from corinfomax.views import operations
 from corinfomax.weights import checkpoint
 
@@ -54,9 +55,9 @@ def test_a_crop_is_that_of_the_whole_image(tmp_path, height, width, ending, turn
         drawn = [operations.draw(View(jitter=0.0), size, generator(seed, "view", v)) for v in range(2)]
         boxes = np.stack([p.box[0].numpy() for p in drawn])
         with Image.open(path) as image:
-            found = cuts.cut(image, boxes, 24)
+            found = decode.read_crops(image, boxes, 24)
         for p, (pixels, part) in zip(drawn, found, strict=True):
-            assert min(pixels.shape[1:]) >= min(cuts.FINE * 24, int(p.box[0, 2:].min())) - 1
+            assert min(pixels.shape[1:]) >= min(decode.OVERSIZE * 24, int(p.box[0, 2:].min())) - 1
             made = []
             for x, box in ((upright, p.box), (pixels, torch.tensor([part]))):
                 x = torch.from_numpy(x)[None]
@@ -71,7 +72,7 @@ def test_exact_where_nothing_is_reduced(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     with Image.open(path) as image:
-        ((found, box),) = cuts.cut(image, np.array([[3, 5, 40, 60]]), 24)
+        ((found, box),) = decode.read_crops(image, np.array([[3, 5, 40, 60]]), 24)
     assert box == (0, 0, 40, 60)
     assert np.array_equal(found, noise[3:43, 5:65].transpose(2, 0, 1))
 
@@ -92,24 +93,25 @@ def folder(tmp_path):
 RECIPE = replace(tiny.RECIPE, from_files=True, cache_side=20)
 
 
-def load(folder, **knobs):
-    return cache.load(folder, side=20, copies=False, progress=False, cache=folder.parent / "cache", **knobs)
+def load(folder, **choices):
+    data = Data(folder, cache=folder.parent / "cache", **choices)
+    return cache.load(data, side=20, from_files=True, progress=False)
 
 
-def test_no_copies_are_kept_and_nothing_is_looked_at_again(folder, monkeypatch):
+def test_nothing_is_cached_and_no_file_is_checked_again(folder, monkeypatch):
     splits = load(folder)
     assert len(splits.train) == 40 and splits.train.sizes[0].tolist() == [90, 60]  # the first is on its side
     kept = sum(path.stat().st_size for path in (folder.parent / "cache").rglob("*") if path.is_file())
     assert kept < 100 * 52
-    monkeypatch.setattr(cache, "each", lambda *a, **k: pytest.fail("looked at again"))
+    monkeypatch.setattr(cache, "map_images", lambda *a, **k: pytest.fail("checked again"))
     again = load(folder)
     assert again.train.fingerprint == splits.train.fingerprint
     pixels, sizes = again.train.batch(torch.tensor([0, 7]))
     assert sizes.amin(1).tolist() == [20, 20] and pixels.shape[0] == 2
 
 
-def test_batches_are_those_of_copies(folder, tmp_path):
-    ours, theirs = load(folder), cache.load(folder, side=20, progress=False, cache=tmp_path / "copies")
+def test_batches_are_those_of_cached_images(folder, tmp_path):
+    ours, theirs = load(folder), cache.load(Data(folder, cache=tmp_path / "copies"), side=20, progress=False)
     assert ours.train.paths == theirs.train.paths and ours.train.labels.equal(theirs.train.labels)
     indices = torch.tensor([3, 0, 39])
     for one, other in zip(ours.train.batch(indices), theirs.train.batch(indices), strict=True):
@@ -122,15 +124,15 @@ def test_a_run_is_fed_by_files_and_resumes_bitwise(folder, tmp_path, monkeypatch
     splits = load(folder)
     whole = tiny.run(splits, tmp_path / "whole", RECIPE, scores=1, diagnoses=2)
     rows = run_folder.read_metrics(tmp_path / "whole")
-    assert len(rows) == 10 and "knn" in rows[-1] and "ldmi" in rows[-1]
-    real = batches.cut_views
+    assert len(rows) == 10 and rows[-1].knn is not None and rows[-1].look is not None
+    take = Prefetch.take
 
-    def stop(recipe, given, sizes, step, *rest):
+    def stop(self, step):
         if step == 6:
             raise DataError("gone")
-        return real(recipe, given, sizes, step, *rest)
+        return take(self, step)
 
-    monkeypatch.setattr(batches, "cut_views", stop)
+    monkeypatch.setattr(Prefetch, "take", stop)
     with pytest.raises(DataError, match="gone"):
         tiny.run(splits, tmp_path / "stopped", RECIPE, scores=1, diagnoses=2)
     monkeypatch.undo()
@@ -150,7 +152,7 @@ def test_a_lost_file_is_named(folder, tmp_path):
         splits.train.batch(torch.tensor([17]))
 
 
-def test_a_torn_file_is_found_at_the_first_look(folder):
+def test_a_torn_file_is_found_before_training(folder):
     path = folder / "train" / "odd" / "17.jpg"
     path.write_bytes(path.read_bytes()[:900])
     shutil.rmtree(folder / "test")
@@ -161,44 +163,49 @@ def test_a_torn_file_is_found_at_the_first_look(folder):
     assert train_images.skipped[0][0] == "train/odd/17.jpg"
 
 
-def test_the_step_that_failed_is_replayed_from_its_crops(folder, tmp_path):
+def test_the_file_of_a_failed_step_holds_its_crops(folder, tmp_path):
+    """They give the views of that step bit for bit, even when the images are gone."""
     splits = load(folder)
     wild = replace(RECIPE, optim=replace(RECIPE.optim, lr=1e30, start_lr=1e30))
-    with pytest.raises(FloatingPointError, match="--replay"):
+    with pytest.raises(FloatingPointError, match=r"; the batch is saved in .*failed-step-0.safetensors"):
         tiny.run(splits, tmp_path / "run", wild)
-    (kept,) = (tmp_path / "run").glob("failed-step-*.safetensors")
+    views = batches.apply_views(wild, batches.read_batch(wild, splits.train, 0, CPU), CPU)
     shutil.rmtree(folder)
-    seen = replay(kept, CPU)
-    assert seen.failed
+    failed = checkpoint.load_checkpoint(tmp_path / "run" / "failed-step-0.safetensors")
+    pixels = [Pixels(*(failed.loop[f"{name}{i}"] for name in ("pixels", "sizes", "boxes"))) for i in range(len(views))]
+    parameters = batches.draw_views(failed.recipe, failed.loop["sizes"], 0)
+    batch = Batch(failed.loop["indices"], failed.loop["sizes"], tuple(parameters), tuple(pixels))
+    again = batches.apply_views(failed.recipe, batch, CPU)
+    assert all(one.equal(other) for one, other in zip(views, again, strict=True))
 
 
 def test_what_cannot_be_cut_says_so(tmp_path, capsys):
-    with pytest.raises(ValueError, match="cannot be rotated first"):
+    with pytest.raises(ValueError, match=r"from_files .*rotate"):
         replace(RECIPE, views=(View(rotate=10.0), View()))
-    assert cache.load("mnist5k", side=28, copies=False, progress=False).train.files is None
+    assert cache.load("mnist5k", side=28, from_files=True, progress=False).train.files is None
     assert main(["pretrain", "mnist5k", "--recipe", "cpu-small", "--from-files", "--out", str(tmp_path / "run")]) == 2
-    assert "no files to cut crops from" in capsys.readouterr().err
+    assert "leave out --from-files" in capsys.readouterr().err
     assert main(["bench", "--from-files"]) == 2
 
 
 def test_huge_images_are_small_crops():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8))
-    found = cuts.cut(image, np.array([[0, 0, 1500, 2000], [700, 900, 50, 60]]), 24)
+    found = decode.read_crops(image, np.array([[0, 0, 1500, 2000], [700, 900, 50, 60]]), 24)
     assert max(found[0][0].shape[1:]) < 6 * 24 and found[1][0].shape == (3, 50, 60)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads decode elsewhere")
 def test_a_killed_decoder_loses_nothing(folder, tmp_path, monkeypatch):
-    splits, real = load(folder), batches.cut_views
+    splits, take = load(folder), Prefetch.take
 
-    def kill(recipe, given, sizes, step, *rest):
-        if step == 3:
+    def kill(self, step):
+        if step == 4:
             multiprocessing.active_children()[0].kill()
             time.sleep(0.3)
-        return real(recipe, given, sizes, step, *rest)
+        return take(self, step)
 
-    monkeypatch.setattr(batches, "cut_views", kill)
-    with pytest.raises(DataError, match="was killed, perhaps for want of memory"):
+    monkeypatch.setattr(Prefetch, "take", kill)
+    with pytest.raises(DataError, match="killed, perhaps for want of memory"):
         tiny.run(splits, tmp_path / "run", replace(RECIPE, epochs=20))
     assert checkpoint.load_last(tmp_path / "run")[1].step >= 3
     assert not multiprocessing.active_children()
@@ -219,7 +226,7 @@ def test_signals_are_for_the_parent(folder, tmp_path):
         said, _ = running.communicate(timeout=60)
     finally:
         running.kill()
-    assert "to go on: corinfomax pretrain --resume" in said
+    assert "to resume: corinfomax pretrain --resume" in said
     assert checkpoint.load_last(tmp_path / "run")[1].step > 20
 
 
@@ -228,46 +235,46 @@ def unequal(root, sizes):
     root.mkdir()
     for i, (height, width) in enumerate(8 * sizes):
         smooth(height, width, seed=i).save(root / f"{i:02}.png")
-    return cache.load(root, side=16, holdout=0, progress=False).train
+    return cache.load(Data(root, holdout=0), side=16, progress=False).train
 
 
-CUDA = torch.device("cuda")  # where copies are cut on the CPU, whether there is one or not
+CUDA = torch.device("cuda")  # for it cached images are cropped on the CPU, with or without a GPU
 
 
 @pytest.mark.parametrize(("apply", "apart"), [(operations.apply, 0), (operations.compose, 1e-4)])
-@pytest.mark.parametrize("here", [slice(None), slice(2, 5)])
-def test_views_of_copies_cut_for_a_gpu_are_those_of_the_whole(tmp_path, monkeypatch, apply, apart, here):
+@pytest.mark.parametrize("part", [slice(None), slice(2, 5)])
+def test_views_of_crops_for_a_gpu_are_those_of_the_whole(tmp_path, monkeypatch, apply, apart, part):
     """To the bit; the reference to rounding."""
     monkeypatch.setattr(operations, "apply", apply)
     train = unequal(tmp_path / "data", [(16, 90), (70, 16), (16, 20)])
-    recipe = replace(tiny.RECIPE, crops=3)
+    recipe = replace(tiny.RECIPE, n_views=3)
     for step in range(2):
-        sizes = train.sizes[batches.indices(recipe, step, len(train))]
-        (whole,) = batches.read(recipe, train, step, CPU, here)
-        given = batches.read(recipe, train, step, CUDA, here)
-        assert whole.boxes is None and len(given) == 3
-        if here == slice(None):
-            assert sum(cut.pixels.nbytes for cut in given) < whole.pixels.nbytes / 2
-        for cut in given:
-            assert len(cut.pixels) == len(range(8)[here])
-            for image, (height, width) in zip(cut.pixels, cut.sizes.tolist(), strict=True):
-                image[:, height:], image[:, :, width:] = 255, 255  # what lies there is not said
-        want, got = (batches.views_of(recipe, read, sizes, step, CPU, here) for read in ([whole], given))
+        whole = batches.read_batch(recipe, train, step, CPU, part)
+        cropped = batches.read_batch(recipe, train, step, CUDA, part)
+        assert [len(whole.pixels), len(cropped.pixels)] == [1, 3] and whole.pixels[0].boxes is None
+        if part == slice(None):
+            assert sum(crop.images.nbytes for crop in cropped.pixels) < whole.pixels[0].images.nbytes / 2
+        for crop in cropped.pixels:
+            assert len(crop.images) == len(range(8)[part])
+            for image, (height, width) in zip(crop.images, crop.sizes.tolist(), strict=True):
+                image[:, height:], image[:, :, width:] = 255, 255  # undefined there
+        want, got = (batches.apply_views(recipe, batch, CPU) for batch in (whole, cropped))
         torch.testing.assert_close(got, want, rtol=0, atol=apart)
 
 
-def test_copies_go_to_a_gpu_whole_where_that_takes_no_more_room_or_they_are_turned(tmp_path):
+def test_cached_images_go_to_a_gpu_whole_if_that_takes_no_more_room_or_they_are_rotated(tmp_path):
     wide, alike = unequal(tmp_path / "wide", [(16, 90), (70, 16)]), unequal(tmp_path / "alike", [(16, 18), (18, 16)])
     turned = replace(tiny.RECIPE, views=tuple(replace(view, rotate=5.0) for view in tiny.RECIPE.views))
-    nine, twelve = (replace(tiny.RECIPE, crops=crops) for crops in (9, 12))  # 3,927 and 5,250 pixels an image of 4,096
-    for recipe, given, cut in (
+    # 3,927 and 5,250 pixels an image of 4,096
+    nine, twelve = (replace(tiny.RECIPE, n_views=n_views) for n_views in (9, 12))
+    for recipe, images, cropped in (
         (tiny.RECIPE, wide, True),
         (turned, wide, False),
         (tiny.RECIPE, alike, False),
         (nine, wide, True),
         (twelve, wide, False),
     ):
-        read = batches.read(recipe, given, 0, CUDA)
-        assert [each.boxes is not None for each in read] == ([True] * recipe.crops if cut else [False])
-        if not cut:
-            assert read[0].pixels.equal(given.batch(batches.indices(recipe, 0, len(given)))[0])
+        batch = batches.read_batch(recipe, images, 0, CUDA)
+        assert [crop.boxes is not None for crop in batch.pixels] == ([True] * recipe.n_views if cropped else [False])
+        if not cropped:
+            assert batch.pixels[0].images.equal(images.batch(batches.indices(recipe, 0, len(images)))[0])

@@ -5,16 +5,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tiny
-from corinfomax.images import cache, decode, sources
+from corinfomax.images import cache, decode
 from corinfomax.images.files import DataError
+from corinfomax.images.sources import Data
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+
+SMALL = partial(decode.decode, side=8)
 
 
 @pytest.fixture
@@ -22,16 +26,15 @@ def source(tmp_path):
     root = tiny.folder(tmp_path / "data", {"train": 150})
     (root / "train" / "red" / "broken.png").write_bytes(b"nothing")
     (root / "train" / "red" / "empty.png").touch()
-    found = sources.find(str(root))
-    return found["train"]
+    return Data(str(root)).splits()["train"]
 
 
 def test_processes_make_what_one_thread_makes(source, monkeypatch):
-    monkeypatch.setattr(decode, "FEW", 10)
+    monkeypatch.setattr(decode, "FORK_ABOVE", 10)
     monkeypatch.setattr(decode, "cores", lambda: 3)
-    several = list(decode.decode_all(source, 8, progress=False))
-    monkeypatch.setattr(decode, "FEW", 10**9)
-    alone = list(decode.decode_all(source, 8, progress=False))
+    several = list(decode.map_images(source, SMALL, progress=False))
+    monkeypatch.setattr(decode, "FORK_ABOVE", 10**9)
+    alone = list(decode.map_images(source, SMALL, progress=False))
     assert len(several) == len(alone) == 152
     assert sum(isinstance(made, str) for made in alone) == 2
     for a, b in zip(several, alone, strict=True):
@@ -39,26 +42,26 @@ def test_processes_make_what_one_thread_makes(source, monkeypatch):
 
 
 def test_a_process_that_dies_is_one_sentence(source, monkeypatch):
-    monkeypatch.setattr(decode, "FEW", 10)
+    monkeypatch.setattr(decode, "FORK_ABOVE", 10)
     monkeypatch.setattr(decode, "cores", lambda: 2)
 
     def die(image):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(DataError, match="a process that was decoding images was killed, perhaps for want of memory"):
-        list(decode.each(source, die, progress=False))
+    with pytest.raises(DataError, match="killed, perhaps for want of memory"):
+        list(decode.map_images(source, die, progress=False))
 
 
 def test_a_killed_process_is_not_taken_for_a_full_disk(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(decode, "FEW", 10)
+    monkeypatch.setattr(decode, "FORK_ABOVE", 10)
     monkeypatch.setattr(decode, "cores", lambda: 2)
     monkeypatch.setattr(cache, "decode", lambda image, side: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(DataError, match="was killed, perhaps for want of memory"):
-        cache.load(tmp_path / "data", side=8, cache=tmp_path / "cache", progress=False)
+    with pytest.raises(DataError, match="killed, perhaps for want of memory"):
+        cache.load(Data(tmp_path / "data", cache=tmp_path / "cache"), side=8, progress=False)
 
 
 def test_where_no_more_processes_can_be_had_threads_do_it(source, monkeypatch):
-    monkeypatch.setattr(decode, "FEW", 10)
+    monkeypatch.setattr(decode, "FORK_ABOVE", 10)
     monkeypatch.setattr(decode, "cores", lambda: 4)
     fork, forks = os.fork, []
 
@@ -69,7 +72,7 @@ def test_where_no_more_processes_can_be_had_threads_do_it(source, monkeypatch):
         return pid
 
     monkeypatch.setattr(os, "fork", at_most_two)
-    made = list(decode.decode_all(source, 8, progress=False))
+    made = list(decode.map_images(source, SMALL, progress=False))
     assert len(made) == 152 and sum(isinstance(each, str) for each in made) == 2
     assert len(forks) == 2
     assert all(map(gone, forks))
@@ -77,10 +80,11 @@ def test_where_no_more_processes_can_be_had_threads_do_it(source, monkeypatch):
 
 SLOW = """
 import os, signal, sys, time
+from functools import partial
 from pathlib import Path
-from corinfomax import decode, images, sources
-from corinfomax.files import DataError
-decode.FEW = 10
+from corinfomax.images import decode
+from corinfomax.images.sources import Data
+decode.FORK_ABOVE = 10
 decode.cores = lambda: 2
 
 def slow(image):
@@ -90,7 +94,7 @@ def slow(image):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
-        list(decode.each(sources.find(sys.argv[1])["train"], slow, progress=False))
+        list(decode.map_images(Data(sys.argv[1]).splits()["train"], slow, progress=False))
     except KeyboardInterrupt:
         print("stopped")
 """

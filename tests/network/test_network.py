@@ -1,25 +1,25 @@
-"""Backbones as timm builds them, the small stem, and the paper's projector."""
+"""Backbones against timm's, the small stem, and the paper's projector."""
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from corinfomax import network as networks
+from corinfomax import network
 from corinfomax.recipes.fields import Backbone, Projector
 from corinfomax.recipes.published import RECIPES
 
 
-def test_blocks_begin_as_identities_unless_told_otherwise():
+def test_blocks_begin_as_identities_by_default():
     for zero in (True, False):
-        model = networks.build_backbone(Backbone(name="resnet18", zero_init_last=zero))
+        model = network.build_backbone(Backbone(name="resnet18", zero_init_last=zero))
         lasts = [block.bn2.weight for stage in (model.layer1, model.layer2) for block in stage]
         assert all(bool((weight == (0 if zero else 1)).all()) for weight in lasts)
 
 
 def test_a_backbone_is_timms_own():
     torch.manual_seed(0)
-    ours = networks.build_backbone(Backbone(name="resnet18"))
+    ours = network.build_backbone(Backbone(name="resnet18"))
     torch.manual_seed(0)
     theirs = timm.create_model("resnet18", num_classes=0)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
@@ -28,32 +28,32 @@ def test_a_backbone_is_timms_own():
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_small_stem_keeps_small_images_large(stride):
-    model = networks.build_backbone(Backbone(small_stem=True, stem_stride=stride, layers=(1, 1, 1, 1)))
+    model = network.build_backbone(Backbone(small_stem=True, stem_stride=stride, layers=(1, 1, 1, 1)))
     assert model.conv1.kernel_size == (3, 3)
-    seen = []
-    model.layer1.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    shapes = []
+    model.layer1.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
     features = model(torch.zeros(2, 3, 32, 32))
-    assert seen == [(2, 64, 32 // stride, 32 // stride)]
+    assert shapes == [(2, 64, 32 // stride, 32 // stride)]
     assert features.shape == (2, 512)
 
 
 def test_residual_branches_start_at_zero():
-    model = networks.build_backbone(Backbone(name="resnet18"))
+    model = network.build_backbone(Backbone(name="resnet18"))
     assert all((block.bn2.weight == 0).all() for block in model.layer1)
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224", "mobilenetv3_small_050", "resnet26"])
-def test_any_timm_network_will_do(name):
-    network = networks.Network(Backbone(name=name), Projector(widths=(32, 8)))
-    assert network.backbone(torch.zeros(2, 3, 224, 224)).shape == (2, networks.feature_width(network.backbone))
-    assert network(torch.randn(2, 3, 224, 224)).shape == (2, 8)
+def test_any_timm_network_works(name):
+    model = network.Network(Backbone(name=name), Projector(widths=(32, 8)))
+    assert model.backbone(torch.zeros(2, 3, 224, 224)).shape == (2, network.feature_width(model.backbone))
+    assert model(torch.randn(2, 3, 224, 224)).shape == (2, 8)
 
 
 def test_the_projector_is_the_papers():
-    layers = networks.build_projector(512, Projector(widths=(2048, 2048, 64)))
+    layers = network.build_projector(512, Projector(widths=(2048, 2048, 64)))
     assert [type(layer) for layer in layers] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
     assert [layer.bias is not None for layer in layers if isinstance(layer, nn.Linear)] == [True, True, False]
-    with_norm = networks.build_projector(512, Projector(widths=(8192, 8192, 512), batch_norm=True))
+    with_norm = network.build_projector(512, Projector(widths=(8192, 8192, 512), batch_norm=True))
     norm = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
     assert [type(layer) for layer in with_norm] == [*norm, *norm, nn.Linear]
 
@@ -61,8 +61,8 @@ def test_the_projector_is_the_papers():
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipes_network_gives_projections(name):
     recipe = RECIPES[name].recipe
-    network = networks.Network(recipe.backbone, recipe.projector)
-    assert network(torch.randn(2, 3, 64, 64)).shape == (2, recipe.projector.widths[-1])
+    model = network.Network(recipe.backbone, recipe.projector)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, recipe.projector.widths[-1])
 
 
 @pytest.mark.parametrize(
@@ -77,21 +77,21 @@ def test_every_recipes_network_gives_projections(name):
         (Backbone(layers=(1, 1, 1, 0), channels=(8, 8, 8, 16)), "stage 3 has no block, so its width stays 8"),
     ],
 )
-def test_impossible_backbones_are_errors(backbone, message):
+def test_impossible_backbones_are_refused(backbone, message):
     with pytest.raises(ValueError, match=message):
-        networks.build_backbone(backbone)
+        network.build_backbone(backbone)
 
 
-def test_the_small_stem_is_as_wide_as_the_first_of_given_channels():
-    narrow = networks.build_backbone(Backbone(small_stem=True, layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)))
+def test_the_small_stem_is_as_wide_as_the_first_of_the_channels():
+    narrow = network.build_backbone(Backbone(small_stem=True, layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)))
     assert narrow.conv1.weight.shape == (16, 3, 3, 3)
     assert narrow.layer1[0].downsample is None
     assert narrow(torch.zeros(2, 3, 16, 16)).shape == (2, 128)
     # timm's initialisation: variance 2 / (fan out)
     for convolution in (narrow.conv1, narrow.layer1[0].conv1):
         assert float(convolution.weight.detach().std()) == pytest.approx((2 / (16 * 9)) ** 0.5, rel=0.15)
-    # A Bottleneck's first block has a shortcut to widen, so its stem keeps timm's width.
-    wide = networks.build_backbone(
+    # A Bottleneck's shortcut widens 64 channels, so its stem keeps timm's width.
+    wide = network.build_backbone(
         Backbone(name="resnet50", small_stem=True, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
     )
     assert wide.conv1.out_channels == 64
@@ -99,5 +99,5 @@ def test_the_small_stem_is_as_wide_as_the_first_of_given_channels():
 
 
 def test_a_network_of_fixed_input_size_gets_the_views_size():
-    model = networks.build_backbone(Backbone(name="vit_tiny_patch16_224"), size=32)
+    model = network.build_backbone(Backbone(name="vit_tiny_patch16_224"), size=32)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 192)

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import tiny
-from corinfomax.cli import pretrain
 from corinfomax.objective.covariance import NotFiniteInputError
 from corinfomax.objective.kernel import KernelLoss
 from corinfomax.recipes.fields import Loss
-from corinfomax.report import page
+from corinfomax.report import charts
 from corinfomax.runtime import run_folder
 from corinfomax.training import micro_batch, step
 from corinfomax.weights import checkpoint
@@ -136,52 +135,42 @@ def test_wrong_input_is_an_error(without_shape_check):
             without_shape_check(criterion, *views)
     broken = a.detach().clone()
     broken[2, 1] = math.nan
-    with pytest.raises(NotFiniteInputError, match="z2 has nan or infinity in 1 of its 11 rows"):
+    with pytest.raises(NotFiniteInputError, match="z2 has nan or infinity in 1 of 11 rows"):
         criterion(a, broken)
 
 
 def test_micro_batches_have_the_gradient_of_the_whole():
-    crops = torch.randn(2, 12, 3, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64).unbind()
+    views = torch.randn(2, 12, 3, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64).unbind()
     nets = []
     for part in (5, 12):
         torch.manual_seed(0)
         nets.append(net := nn.Sequential(nn.Flatten(), nn.Linear(12, D)).double())
-        micro_batch.backward(lambda x, i, net=net: net(x), net, KernelLoss(D), crops, part)
+        micro_batch.backward(lambda x, i, net=net: net(x), net, KernelLoss(D), views, part)
     torch.testing.assert_close(nets[0][1].weight.grad, nets[1][1].weight.grad, rtol=1e-10, atol=1e-13)
 
 
 def test_a_run_and_its_resumption(tmp_path):
-    recipe = dataclasses.replace(tiny.RECIPE, loss=Loss(name="kernel", temperature=0.5, alpha=30.0), crops=3, epochs=3)
+    loss = Loss(name="kernel", temperature=0.5, alpha=30.0)
+    recipe = dataclasses.replace(tiny.RECIPE, loss=loss, n_views=3, epochs=3)
     criterion = step.build_criterion(recipe)
     assert isinstance(criterion, KernelLoss) and criterion.alpha == 30.0 and criterion.temperature == 0.5
     assert criterion.eps == KernelLoss(D).eps == 1e-3
     splits = tiny.splits(tmp_path / "images")
     network = tiny.run(splits, tmp_path / "run", recipe, diagnoses=2, checkpoint_minutes=0.0)
     rows = run_folder.read_metrics(tmp_path / "run")
-    assert all(row["big_bang"] >= criterion.floor and "gap" not in row for row in rows) and "ldmi" in rows[-1]
-    titles = {chart["title"] for chart in page.curves(rows, recipe)}
-    assert "Its two terms" in titles and not any("2·ln D" in title for title in titles)
+    assert all(row.big_bang >= criterion.floor and row.gap is None for row in rows) and rows[-1].look is not None
+    titles = {chart.plot.title for chart in charts.charts(rows, recipe)}
+    assert "Loss terms" in titles and not any("2·ln D" in title for title in titles)
     first = min(run_folder.checkpoints(tmp_path / "run"), key=run_folder.step_of)
-    assert run_folder.step_of(first) < rows[-1]["step"]
-    again = tiny.run(splits, tmp_path / "again", recipe, resume=checkpoint.load(first))
+    assert run_folder.step_of(first) < rows[-1].step
+    again = tiny.run(splits, tmp_path / "again", recipe, resume=checkpoint.load_checkpoint(first))
     assert tiny.equal_states(network.state_dict(), again.state_dict())
 
 
-def build(loss, **changes):
-    return step.build_criterion(dataclasses.replace(tiny.RECIPE, loss=loss, **changes))
-
-
-def test_knobs_that_are_not_its_own_are_refused():
-    with pytest.raises(ValueError, match=r"nothing of --loss\.cov-decay; it has --loss\.alpha, .*corinfomax knows it"):
-        build(Loss(name="kernel", cov_decay=0.5))
-    with pytest.raises(ValueError, match=r"corinfomax.*nothing of --loss\.temperature;.*--loss\.name kernel knows it"):
-        build(Loss(temperature=0.1))
-    with pytest.raises(ValueError, match=r"kernel.* knows no --teacher; --loss\.name corinfomax does"):
-        build(Loss(name="kernel"), teacher=0.9)
-
-
-def test_a_run_that_was_not_looked_at_is_not_told_that_its_objective_has_no_verdict(tmp_path, capsys):
-    run_folder.append_metrics(tmp_path, {"step": 10, "loss": 3.0})
-    for name, said in (("kernel", False), ("vicreg", True)):
-        pretrain._conclude(tmp_path, dataclasses.replace(tiny.RECIPE, loss=Loss(name=name)), 80)
-        assert ("no verdict" in capsys.readouterr().out) == said
+def test_each_objective_ignores_the_settings_of_the_other():
+    covariance = dataclasses.replace(tiny.RECIPE, loss=Loss(temperature=0.9, alpha=30.0, cov_decay=0.5, cov_init=2.0))
+    kernel = dataclasses.replace(covariance, loss=dataclasses.replace(covariance.loss, name="kernel"))
+    with_it, without = step.build_criterion(covariance), dataclasses.replace(covariance.loss, temperature=0.25)
+    assert repr(with_it) == repr(step.build_criterion(dataclasses.replace(covariance, loss=without)))
+    own = Loss(name="kernel", temperature=0.9, alpha=30.0)
+    assert repr(step.build_criterion(kernel)) == repr(step.build_criterion(dataclasses.replace(kernel, loss=own)))

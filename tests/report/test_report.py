@@ -1,4 +1,4 @@
-"""The page of a run: what it holds, that nothing in a file name can do anything, and that it works in a browser."""
+"""The page of a run: its content, safety against hostile file names, and its scripts in a real browser."""
 
 import base64
 import gzip
@@ -8,7 +8,9 @@ import os
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,16 +19,25 @@ from PIL import Image
 
 import tiny
 from corinfomax.cli.main import main
+from corinfomax.cli.parse import parse
 from corinfomax.evaluation import maps
+from corinfomax.evaluation.features import extract_features
 from corinfomax.images import cache
-from corinfomax.report import gather, page, pictures
+from corinfomax.recipes import fields
+from corinfomax.recipes.fields import Optim, Recipe, View
+from corinfomax.recipes.published import RECIPES
+from corinfomax.report import charts, gather, page, thumbnails
+from corinfomax.report.content import Subject
+from corinfomax.report.thumbnails import Pool
 from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import DataMeasures, Facts, Look, Measures, Options, Row, Verdict
 from corinfomax.training import batches
 from corinfomax.views import operations
 from corinfomax.weights import checkpoint
 
 KNOBS = [*tiny.KNOBS, "--log-steps", "1"]
-SECTIONS = ["verdict", "scores", "curves", "spectrum", "views", "map", "neighbours", "twins", "time", "knobs", "repeat"]
+SECTIONS = ["verdict", "scores", "curves", "spectrum", "views", "map", "neighbours"]
+SECTIONS += ["duplicates", "outliers", "time", "settings", "repeat"]
 HOSTILE_CLASS = "<img src=x onerror=alert(1)>&amp;'\""
 HOSTILE = (
     "<script>alert(1)</script>.png",  # the slash makes a folder of the first half
@@ -39,14 +50,14 @@ HOSTILE = (
 )
 
 
-def neighbour_map_stand_in(name, x, *, seed):
+def neighbour_map_stand_in(x, *, seed):
     return maps.principal(x)[0].flip(1)
 
 
 def pretrain(data, run, *more):
     with pytest.MonkeyPatch.context() as patch:
         # A real one compiles itself for a minute; test_similar tests it where it is installed.
-        patch.setattr(maps, "neighbour_maps", lambda: ["PaCMAP"])
+        patch.setattr(maps, "pacmap_installed", lambda: True)
         patch.setattr(maps, "neighbour_map", neighbour_map_stand_in)
         assert main(["pretrain", str(data), "--out", str(run), *KNOBS, *more]) == 0
     return run
@@ -54,7 +65,7 @@ def pretrain(data, run, *more):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A run on labelled images whose files and one class are named to do harm; one picture is there twice."""
+    """A run on labelled images with harmful names of files and of one class, and one image twice."""
     root = tmp_path_factory.mktemp("hostile")
     data = tiny.folder(root / "data", {"train": 40, "test": 12})
     for split in ("train", "test"):
@@ -103,23 +114,24 @@ def payload(text):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
 
 
-def test_the_page_has_every_part_in_its_order(hostile):
+def test_the_page_has_all_sections_in_order(hostile):
     text = read(hostile[1])
     assert [a["id"] for tag, a in Reader(text).elements if tag == "section"] == SECTIONS
     said = " ".join(Reader(text).text)
-    results = run_folder.read_json(hostile[1] / "results.json")
+    results = run_folder.read_results(hostile[1])
     for expected in (
-        results["verdict"]["evidence"],
-        results["verdict"]["advice"],
-        results["comparisons"][0]["sentence"],
+        results.verdict.evidence,
+        results.verdict.advice,
+        results.sentences[0],
         "effective rank",
-        f"{results['scores']['raw pixels']['ridge']['mean']:.1f}",
-        "2 images in 1 group that are likely one picture each",
-        "reaches across splits, which flatters a score",
-        "1 has more than one class",
+        f"{results.table['raw pixels']['ridge'].mean:.1f}",
+        "1 group with 2 images in all",
+        "1 group spans several splits, which inflates the scores.",
+        "1 group has images of more than one class.",
+        "A green frame marks the query's class",
         "--optim.lr",
-        run_folder.read_json(hostile[1] / "recipe.json")["facts"]["fingerprint"],
-        "--recipe cpu-small",
+        checkpoint.load_network(hostile[1])[1].facts.fingerprint,
+        "--log-steps 1 --recipe cpu-small --epochs 2 --batch 8",
     ):
         assert expected in said
 
@@ -164,11 +176,14 @@ def test_json_in_a_page_ends_no_element_and_comes_back_whole(text):
     assert json.loads(script) == {"name": text, "inside": [text]}
 
 
-def test_numbers_that_json_does_not_know_are_null():
+def test_numbers_beyond_json_are_null_and_named_tuples_are_objects():
     assert page.as_script([float("nan"), float("inf"), 0.1234567]) == "[null,null,0.12346]"
+    assert json.loads(page.as_script([charts.Curve("loss", [1.0, None], 1.0)])) == [
+        {"name": "loss", "values": [1.0, None], "last": 1.0}
+    ]
 
 
-def test_without_labels_the_page_says_no_word_about_them(flat):
+def test_without_labels_the_page_does_not_mention_them(flat):
     reader = Reader(read(flat))
     assert [a["id"] for tag, a in reader.elements if tag == "section"] == [s for s in SECTIONS if s != "scores"]
     seen = [value for _, a in reader.elements for name, value in a.items() if name in ("alt", "title", "aria-label")]
@@ -178,7 +193,7 @@ def test_without_labels_the_page_says_no_word_about_them(flat):
     assert "label" not in said.replace("--label", "")
 
 
-def test_the_map_holds_every_image_where_it_belongs(hostile):
+def test_the_map_holds_every_image_in_its_place(hostile):
     data, run = hostile
     drawn = payload(read(run))["map"]
     network, saved = checkpoint.load_network(run)
@@ -193,41 +208,41 @@ def test_the_map_holds_every_image_where_it_belongs(hostile):
     assert np.ptp(xy[0], axis=0).max() == 65535  # the wider axis fills the square
     assert np.abs(xy[0][:, ::-1].astype(int) - xy[1]).max() <= 1
     # Far apart in the map are far apart in the features: the first axis is their first principal component.
-    features = torch.cat([gather.embed.features(network.backbone, part, saved.recipe) for part in splits])
+    features = torch.cat([extract_features(network.backbone, part, saved.recipe) for part in splits])
     first = maps.principal(features)[0][:, 0].numpy()
     assert np.corrcoef(first, xy[0][:, 0])[0, 1] > 0.9999
-    pictured = np.frombuffer(base64.b64decode(drawn["pictured"]), "<u4")
-    assert pictured.tolist() == list(range(53))
+    rows = np.frombuffer(base64.b64decode(drawn["thumbnail_rows"]), "<u4")
+    assert rows.tolist() == list(range(53))
     colours = np.frombuffer(base64.b64decode(drawn["colours"]), "u1").reshape(-1, 3)
     place = paths.index("train/green/001.png")
     mean = np.array(Image.open(data / "train" / "green" / "001.png")).mean((0, 1))
     assert np.abs(colours[place] - mean).max() <= 2
 
 
-def test_the_contact_sheet_shows_what_training_was_given(hostile, monkeypatch):
+def test_the_contact_sheet_shows_the_views_of_training(hostile, monkeypatch):
     data, run = hostile
     network, saved = checkpoint.load_network(run)
     splits = cache.load(data, side=16)
-    subject = gather.Subject(run, network, saved.recipe, saved.step, saved.facts, splits, same_images=True)
-    monkeypatch.setattr(pictures, "webp", lambda pixels, side, quality=0: pixels)
-    monkeypatch.setattr(gather, "operations", lambda view, p, size, place: p)
-    rows = gather.contact_sheet(subject, device=torch.device("cpu"))
+    subject = Subject(run, network, saved.recipe, saved.step, saved.facts, splits, same_images=True)
+    monkeypatch.setattr(gather, "webp", lambda pixels, side, quality=0: pixels)
+    monkeypatch.setattr(gather, "view_caption", lambda view, p, size, i: p)
+    sheet = gather.contact_sheet(subject, device=torch.device("cpu"))
     recipe, step = saved.recipe, saved.step - 1
     indices = batches.indices(recipe, step, 40)
-    assert [row["path"] for row in rows] == [splits.train.paths[i] for i in indices]
+    assert [row.path for row in sheet] == [splits.train.paths[i] for i in indices]
     pixels, sizes = splits.train.batch(indices)
-    given = batches.make_views(recipe, pixels, sizes, step, torch.device("cpu"))
-    for v, x in enumerate(given):
-        again = pictures.normalised_to_bytes(x, mean=recipe.mean, std=recipe.std)
-        assert all((row["views"][v]["image"] == shown).all() for row, shown in zip(rows, again, strict=True))
-        # The captions' parameters are those that the views were made with.
-        p = rows[0]["views"][v]["said"]
+    expected = batches.make_views(recipe, pixels, sizes, step, torch.device("cpu"))
+    for v, x in enumerate(expected):
+        shown = thumbnails.view_pixels(x, recipe)
+        assert all((row.views[v][0] == image).all() for row, image in zip(sheet, shown, strict=True))
+        # The captions describe the parameters of these very views.
+        p = sheet[0].views[v][1]
         stats = {"size": recipe.size, "mean": recipe.mean, "std": recipe.std}
         assert operations.apply(pixels, sizes, p, **stats).equal(x)
 
 
-def test_what_was_done_to_a_view_is_said():
-    p = operations.Parameters(
+def test_a_view_has_its_operations_as_caption():
+    p = operations.ViewParameters(
         angle=torch.tensor([-3.4]),
         box=torch.tensor([[0, 0, 8, 8]]),
         flip=torch.tensor([True]),
@@ -239,29 +254,28 @@ def test_what_was_done_to_a_view_is_said():
         sigma=torch.tensor([1.26]),
         solarize=torch.tensor([False]),
     )
-    view = gather.View(rotate=10)
-    assert (
-        gather.operations(view, p, torch.tensor([16, 16]), 0) == "crop 25 % · turned −3° · flipped · grey · blur 1.3 px"
-    )
+    caption = gather.view_caption(View(rotate=10), p, torch.tensor([16, 16]), 0)
+    assert caption == "crop 25 % · rotated −3° · flipped · grey · blur 1.3 px"
 
 
-def test_pictures_keep_to_their_budget(tmp_path):
+def test_thumbnails_keep_to_their_budget(tmp_path):
     splits = cache.load(tiny.folder(tmp_path / "large", {"": 30}, labelled=False, side=120), side=120)
-    pool = gather.Pool(("train",), (splits.train,))
+    pool = Pool({"train": splits.train})
     sides = []
     for budget in (400_000, 60_000, 20_000):
-        texts, side = pictures.thumbnails(pool, range(30), budget=budget)
+        texts = thumbnails.webp_thumbnails(pool, range(30), budget=budget)
         assert sum(map(len, texts)) <= budget
-        with Image.open(io.BytesIO(base64.b64decode(texts[7]))) as picture:
-            assert max(picture.size) == min(side, 120)
-        sides.append(side)
+        with Image.open(io.BytesIO(base64.b64decode(texts[7]))) as image:
+            sides.append(max(image.size))
+    assert sides[0] == 120  # no thumbnail is enlarged
     assert sides[0] > sides[1] > sides[2]
+    assert thumbnails.webp_thumbnails(pool, [], budget=1) == []
 
 
-def test_a_lonely_point_of_a_large_map_has_its_picture():
+def test_a_lonely_point_of_a_large_map_has_a_thumbnail():
     plane = torch.rand(5000, 2, generator=torch.Generator().manual_seed(0)) * 0.2
     plane[1234] = torch.tensor([0.99, 0.97])
-    rows = gather._spread(plane, 300, torch.Generator().manual_seed(1))
+    rows = gather._spread_rows(plane, 300, torch.Generator().manual_seed(1))
     assert len(set(rows)) == 300
     assert 1234 in rows
     assert rows == sorted(rows)
@@ -269,26 +283,56 @@ def test_a_lonely_point_of_a_large_map_has_its_picture():
 
 def test_the_pool_draws_evenly_from_all_splits(hostile):
     splits = cache.load(hostile[0], side=16)
-    pool = pictures.pool(splits._asdict(), most=30, generator=torch.Generator().manual_seed(0))
+    pool = Pool(splits._asdict()).sample(30, torch.Generator().manual_seed(0))
     assert len(pool) == 30
-    assert pool.splits == ("train", "test")
-    assert [pool.path(row) for row in range(30)] == [path for part in pool.parts for path in part.paths]
+    assert list(pool.splits) == ["train", "test"]
+    assert [pool.path(row) for row in range(30)] == [path for images in pool.splits.values() for path in images.paths]
     assert len({pool.path(row) for row in range(30)}) == 30
 
 
-def test_long_curves_are_thinned_to_means():
-    rows = [
-        {"step": i + 1, "loss": float(i), "knn": 5.0} if i % 2 else {"step": i + 1, "loss": float(i)}
-        for i in range(2500)
-    ]
-    chart = page._chart(rows, "Loss", "", True, (("loss", "loss"), ("kNN", "knn")))
-    assert len(chart["x"]) == 834  # three rows a point
-    assert chart["x"][:2] == [3, 6]
-    assert chart["series"][0]["values"][:2] == [1.0, 4.0]
-    assert set(chart["series"][1]["values"]) == {5.0, None} - (
-        {None} if None not in chart["series"][1]["values"] else set()
+def row(step, **values):
+    return Row(
+        **{"step": step, "loss": 1.0, "attraction": 0.1, "gradient_norm": 1.0, "lr": 0.1, "seconds": 1.0, **values}
     )
-    assert chart["last"] == {"loss": 2499.0, "kNN": 5.0}
+
+
+def look(**values):
+    numbers = dict.fromkeys(Measures._fields, 0.5) | {"spectrum": [1.0], "spectrum_features": [1.0]}
+    return Look(True, DataMeasures(1.0, 1.0, 0.0), Measures(**numbers | values))
+
+
+def test_long_curves_are_thinned_to_means():
+    rows = [row(i + 1, loss=float(i), knn=5.0 if i % 2 else None) for i in range(2500)]
+    drawn = {chart.plot.title: chart for chart in charts.charts(rows, tiny.RECIPE)}
+    loss, knn = drawn["Loss"], drawn["kNN score"]
+    assert len(loss.x) == 834  # three rows a point
+    assert loss.x[:2] == [3, 6]
+    assert loss.curves[0].values[:2] == [1.0, 4.0]
+    assert loss.curves[0].last == 2499.0
+    assert set(knn.curves[0].values) == {5.0}
+
+
+def test_every_number_of_a_row_has_a_chart():
+    full = row(1, big_bang=2.0, gap=0.1, scale=1024.0, knn=50.0, look=look())
+    hidden = {"seconds", "attraction", *DataMeasures._fields}  # its clock, drawn weighted, and constants of the data
+    assert set(full.numbers()) - hidden | {"weighted_attraction"} == {
+        column for plot in charts.PLOTS for column in plot.columns.values()
+    }
+    drawn = charts.charts([full], Recipe())
+    assert [chart.plot for chart in drawn] == list(charts.PLOTS)
+    assert drawn[1].curves[0].last == pytest.approx(0.1 * 3.906 * 64)  # alpha of None is 3.906·D
+
+
+def test_an_objective_without_a_bound_has_no_gap():
+    drawn = charts.charts([row(1, big_bang=2.0, look=look())], Recipe())
+    assert "Gap to 2·ln D" not in {chart.plot.title for chart in drawn}
+
+
+def test_speed_is_images_over_the_time_between_rows():
+    rows = [row(10, seconds=2.0), row(20, seconds=2.0), row(40, seconds=3.0)]
+    chart = charts.speed_chart(rows, batch=8)
+    assert (chart.x, chart.curves[0].values) == ([10, 40], [40.0, 160.0])
+    assert charts.speed_chart([], batch=8) is None
 
 
 @pytest.mark.parametrize(
@@ -296,7 +340,7 @@ def test_long_curves_are_thinned_to_means():
     [("healthy", "good"), ("still warming up", "pending"), ("complete collapse", "bad"), ("over-invariant", "bad")],
 )
 def test_the_verdict_has_its_colour(kind, tone):
-    assert page.tone({"kind": kind}) == tone
+    assert page.tone(Verdict(kind, "", "", {})) == tone
 
 
 def test_a_collapsed_network_has_a_page_too(flat, tmp_path, capsys):
@@ -304,19 +348,19 @@ def test_a_collapsed_network_has_a_page_too(flat, tmp_path, capsys):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.zero_()
-    splits = cache.load(saved.facts["data"], side=16)
-    subject = gather.Subject(flat, network, saved.recipe, saved.step, saved.facts, splits, same_images=True)
-    out = gather.write(subject, tmp_path / "page.html", device=torch.device("cpu"), progress=False)
+    splits = cache.load(saved.facts.data, side=16)
+    subject = Subject(flat, network, saved.recipe, saved.step, saved.facts, splits, same_images=True)
+    out = gather.write_page(subject, tmp_path / "page.html", device=torch.device("cpu"))
     assert "effective rank 1.0 of" in out.read_text()
 
 
 def test_equal_features_have_no_map_of_neighbours(monkeypatch):
-    monkeypatch.setattr(gather.maps, "neighbour_maps", lambda: ["PaCMAP"])
-    monkeypatch.setattr(gather.maps, "neighbour_map", lambda name, x, seed: x[:, :2])
+    monkeypatch.setattr(gather.maps, "pacmap_installed", lambda: True)
+    monkeypatch.setattr(gather.maps, "neighbour_map", lambda x, seed: x[:, :2])
     features = torch.full((40, 4), 0.5)
-    assert [layout["name"] for layout in gather._layouts(features, tiny.RECIPE)] == ["PCA"]
+    assert [layout.name for layout in gather._layouts(features, tiny.RECIPE)] == ["PCA"]
     features[7] = 0.25
-    assert [layout["name"] for layout in gather._layouts(features, tiny.RECIPE)] == ["PCA", "PaCMAP"]
+    assert [layout.name for layout in gather._layouts(features, tiny.RECIPE)] == ["PCA", "PaCMAP"]
 
 
 def test_a_run_that_was_stopped_has_a_page_without_a_verdict(flat, tmp_path, capsys):
@@ -327,15 +371,16 @@ def test_a_run_that_was_stopped_has_a_page_without_a_verdict(flat, tmp_path, cap
     assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()
     assert "holds no verdict" in text
+    assert "unfinished" not in text  # all steps are done
     assert not (run / "report.html").exists()
 
 
-def test_other_images_are_said_to_be_others(flat, tmp_path, capsys):
+def test_other_images_are_named_as_such(flat, tmp_path, capsys):
     other = tiny.folder(tmp_path / "other", {"": 9}, labelled=False)
     assert main(["report", str(flat), str(other), "--out", str(tmp_path / "page.html")]) == 0
-    assert "not the images that the run was trained on" in capsys.readouterr().out
+    assert "the run was trained on other images" in capsys.readouterr().out
     text = (tmp_path / "page.html").read_text()
-    assert "not the images that the run was trained on" in text
+    assert "The run was trained on other images" in text
     assert 'id="views"' not in text
 
 
@@ -343,7 +388,7 @@ def test_a_report_that_fails_loses_nothing_of_the_run(tmp_path, capsys, monkeypa
     def fail(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(gather, "gather", fail)
+    monkeypatch.setattr(gather, "gather_content", fail)
     data = tiny.folder(tmp_path / "data", {"": 24}, labelled=False)
     assert main(["pretrain", str(data), "--out", str(tmp_path / "run"), *KNOBS]) == 0
     err = capsys.readouterr().err
@@ -351,12 +396,12 @@ def test_a_report_that_fails_loses_nothing_of_the_run(tmp_path, capsys, monkeypa
     assert "Traceback" not in err
     assert (tmp_path / "run" / "results.json").exists()
     assert not (tmp_path / "run" / "report.html").exists()
-    # Nor is one written that was not asked for.
+    # --no-report writes none.
     assert main(["pretrain", str(data), "--out", str(tmp_path / "run2"), *KNOBS, "--no-report"]) == 0
     assert "report" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("place", "message"), [("nowhere", "is no folder"), ("", "holds no checkpoint")])
+@pytest.mark.parametrize(("place", "message"), [("nowhere", "is not a folder"), ("", "holds no checkpoint")])
 def test_no_run_is_a_sentence(tmp_path, capsys, place, message):
     assert main(["report", str(tmp_path / place)]) == 2
     assert message in capsys.readouterr().err
@@ -379,7 +424,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser):
-    """Opens a run's page; whatever it complained of, asked of the network or popped up fails the test at its end."""
+    """Open a run's page; a console message, network request or dialog fails the test at its end."""
     contexts, trouble = [], []
 
     def open_page(run, *, width=1280, scheme="light", touch=False):
@@ -410,7 +455,7 @@ def test_the_page_fits_any_screen_and_both_themes(visit, hostile, width, scheme)
     tab.locator("summary").click()  # the folded charts are drawn when they are opened
     assert tab.locator(".uplot canvas").count() == tab.locator("figure.chart").count()
     assert tab.evaluate("document.documentElement.scrollWidth") == width
-    wide = "e => [...e.querySelectorAll('section *')].filter(x => !x.closest('.scroll, .uplot, #legend, .said'))"
+    wide = "e => [...e.querySelectorAll('section *')].filter(x => !x.closest('.scroll, .uplot, #legend, .line'))"
     beyond = (
         f"({wide})(document).filter(x => x.getBoundingClientRect().right > {width}).map(x => x.outerHTML.slice(0, 99))"
     )
@@ -429,7 +474,7 @@ def background(tab):
 
 
 def ink(tab, selector):
-    """What a canvas shows, as text that is equal when the picture is."""
+    """The pixels of a canvas as text."""
     tab.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     return tab.evaluate(f"document.querySelector('{selector}').toDataURL()")
 
@@ -447,7 +492,7 @@ def test_the_theme_is_chosen_and_charts_and_map_follow(visit, hostile):
 
 
 def point_at_an_image(tab, wanted=None):
-    """Move over the map until a picture shows, of the group `wanted` if one is given; where the pointer then is."""
+    """Move over the map until an image shows, of the group `wanted` if any; returns the pointer's place."""
     tab.locator("#canvas").scroll_into_view_if_needed()
     box = tab.locator("#canvas").bounding_box()
     for y in np.arange(0.05, 1, 0.06):
@@ -466,12 +511,12 @@ def test_hovering_over_the_map_shows_the_image_and_its_name(visit, hostile):
     path = tab.locator("#tip bdi").inner_text()
     assert path in {page.visible(name) for part in cache.load(hostile[0], side=16) for name in part.paths}
     assert tab.evaluate("document.querySelector('#tip img').naturalWidth") == 16
-    assert tab.locator("#told").inner_text().endswith(path)
-    # It is that image and no other: the picture in the page is the file, up to WebP's loss.
+    assert tab.locator("#status").inner_text().endswith(path)
+    # It is the thumbnail of that image.
     shown = tab.locator("#tip img").get_attribute("src").partition(",")[2]
     drawn = payload(read(hostile[1]))["map"]
     place = unpack_names(drawn).index(path)
-    assert shown == drawn["thumbs"][place]
+    assert shown == drawn["thumbnails"][place]
     tab.mouse.move(5, 5)
     assert tab.locator("#tip").is_hidden()
 
@@ -480,10 +525,10 @@ def test_the_map_is_walked_by_keys_and_tapped(visit, hostile):
     tab = visit(hostile[1], width=390, touch=True)
     tab.focus("#canvas")
     tab.keyboard.press("ArrowRight")
-    seen = [tab.locator("#told").inner_text()]
+    seen = [tab.locator("#status").inner_text()]
     for way in ("ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp") * 2:
         tab.keyboard.press(way)
-        seen.append(tab.locator("#told").inner_text())
+        seen.append(tab.locator("#status").inner_text())
     assert all(seen)
     assert len(set(seen)) > 2
     before = ink(tab, "#canvas")
@@ -521,31 +566,31 @@ def test_the_legend_filters_the_map_and_layouts_switch(visit, hostile):
     assert ink(tab, "#canvas") == all_shown
     tab.click("#layout button:has-text('PCA')")
     assert ink(tab, "#canvas") != all_shown
-    tab.click("#colour button:has-text('picture')")
-    assert tab.locator("#colour button[aria-pressed=true]").inner_text() == "picture's colour"
+    tab.click("#colour button:has-text('image')")
+    assert tab.locator("#colour button[aria-pressed=true]").inner_text() == "image colour"
 
 
-def test_knobs_are_sorted_searched_and_sifted(visit, hostile):
+def test_settings_are_sorted_searched_and_filtered(visit, hostile):
     tab = visit(hostile[1])
 
     def shown(column):
-        rows = tab.locator("#knob-table tbody tr:visible")
+        rows = tab.locator("#settings-table tbody tr:visible")
         return [row.locator("th, td").nth(column).inner_text() for row in rows.all()]
 
     count = len(shown(0))
-    tab.click("#knob-table button:has-text('knob')")
+    tab.click("#settings-table button:has-text('setting')")
     names = shown(0)
     assert names == sorted(names, key=str.lower)
-    tab.click("#knob-table button:has-text('knob')")
+    tab.click("#settings-table button:has-text('setting')")
     assert shown(0) == names[::-1]
-    tab.click("#knob-table button:has-text('value')")
+    tab.click("#settings-table button:has-text('value')")
     numbers = [float(value) for value in shown(1) if re.fullmatch(r"[\d.e+-]+", value)]
     assert numbers == sorted(numbers)  # as numbers: 8 before 16
     assert tab.locator("th[aria-sort]").all_inner_texts()[0].startswith("value")
-    tab.fill("#find", "optim lr")
+    tab.fill("#search", "optim lr")
     assert sorted(shown(0)) == ["--optim.lr", "--optim.min-lr", "--optim.start-lr"]
-    assert tab.locator("#found").inner_text() == f"3 of {count} knobs"
-    tab.fill("#find", "")
+    assert tab.locator("#shown").inner_text() == f"3 of {count} settings"
+    tab.fill("#search", "")
     tab.check("#changed")
     assert {"--size", "--batch", "--projector.widths"} <= set(shown(0))
     assert "--seed" not in shown(0)
@@ -583,33 +628,39 @@ def test_paper_is_light(visit, flat):
     assert tab.locator("#theme").is_hidden()
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["pretrain", "a b", "--out", "runs/x", "--no-evaluate", "--root", "here"],
-        [
-            "pretrain",
-            "a b",
-            "--recipe=cifar10",
-            "--optim.no-decay-norms",
-            "--early-sizes",
-            "16",
-            "--early-shares",
-            "0.2",
-        ],
-        ["pretrain", "--views.0.blur", "0.5", "a b", "--optim.clip", "2", "--projector.widths", "8", "4"],
-    ],
-)
-def test_the_command_of_the_page_makes_the_same_recipe(words):
-    from corinfomax.cli import options
-    from corinfomax.recipes import published
+CHANGED = Recipe(n_views=3, views=(View(blur=0.5), View()), optim=Optim(clip=2, decay_norms=False), from_files=True)
 
-    asked = options.parse(words)
-    chosen = published.choose("a b", 3000, 128, cuda=False)[1] if asked.recipe is None else asked.knobs
-    recipe = options.parse(words, chosen).knobs
-    name = asked.recipe or "cpu-small"
-    _, *again = shlex.split(page.command(words, recipe, name))
-    repeated = options.parse(again)
-    assert repeated.knobs == recipe
-    assert (repeated.data, repeated.evaluate, repeated.where) == ("a b", asked.evaluate, asked.where)
-    assert repeated.recipe == name and repeated.out is None
+
+@pytest.mark.parametrize("name", ["cifar10", "cpu-small", "one of my own"])
+def test_the_command_of_the_page_repeats_the_run(tmp_path, name):
+    facts = Facts(
+        data="/a b",
+        recipe_name=name,
+        options=Options(log_steps=3, evaluate=False, track="wandb"),
+        root="/sets",
+        holdout=0.1,
+        skip="skip.txt",
+    )
+    program, *words = shlex.split(page.repeat_command(tmp_path, facts, CHANGED))
+    command, typed = parse(words)
+    assert program == "corinfomax"
+    assert (command.data, command.out, command.resume) == ("/a b", None, None)
+    assert command.options == facts.options
+    images = command.images
+    assert (str(images.root), images.holdout, images.skip) == ("/sets", 0.1, tmp_path / "skip.txt")
+    assert command.recipe == (name if name in RECIPES else None)
+    base = RECIPES[name].recipe if name in RECIPES else Recipe()
+    assert fields.override(base, command.settings, typed & set(fields.flags(base))) == CHANGED
+
+
+def test_the_command_of_an_unchanged_run_names_its_recipe_alone():
+    facts = Facts(data="cifar10", recipe_name="cifar10")
+    command = page.repeat_command(Path("/run"), facts, RECIPES["cifar10"].recipe)
+    assert command == "corinfomax pretrain cifar10 --recipe cifar10"
+
+
+def test_settings_show_the_change_to_the_recipe():
+    recipe = replace(RECIPES["cifar10"].recipe, epochs=7)
+    changes = [row for row in page.settings(recipe, "cifar10") if row[1] != row[2]]
+    assert changes == [("--epochs", 7, RECIPES["cifar10"].recipe.epochs)]
+    assert all(value == usual for _, value, usual in page.settings(recipe, "my own"))

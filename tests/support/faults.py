@@ -23,6 +23,7 @@ import torch
 import tiny
 from corinfomax.cli.main import main
 from corinfomax.diagnosis import measures
+from corinfomax.evaluation import table
 from corinfomax.images import cache, decode
 from corinfomax.runtime import run_folder
 from corinfomax.training import batches, loop
@@ -35,12 +36,12 @@ KNOBS = [*tiny.KNOBS[:-3], "--projector.widths", "300", "8", "--epochs", "6", "-
 KNOBS += ["--optim.lr", "0.003", "--checkpoint-minutes", "0", "--log-steps", "4", "--scores", "3", "--diagnoses", "6"]
 KNOBS += ["--no-evaluate", "--no-report"]
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "views": (batches, "make_views", STEPS),
+    "views": (batches, "apply_views", STEPS),
     "update": (loop, "update", STEPS),
-    "look": (measures, "row", 6),
-    "score": (loop, "quick_knn", 3),
+    "look": (measures, "look", 6),
+    "score": (table, "quick_knn", 3),
     "row": (run_folder, "append_metrics", 10),
-    "save": (checkpoint, "save", STEPS),
+    "save": (checkpoint, "save_checkpoint", STEPS),
     "bytes": (checkpoint, "save_file", STEPS),
     "sync": (run_folder, "_sync", 2 * STEPS),
     "remove": (Path, "unlink", STEPS),
@@ -102,7 +103,7 @@ def _life(words: list[str], said: Path, wire: Wire | None, seed: int, world: dic
     os.dup2(out, 2)
     torch.set_num_threads(1)
     os.environ |= world
-    decode.FEW = 1  # processes for few images too
+    decode.FORK_ABOVE = 1  # processes for few images too
     if wire is not None:
         spring(wire, random.Random(seed))
     raise SystemExit(main(words))
@@ -179,7 +180,7 @@ def lines(run: Path) -> list[str]:
 def same_end(run: Path, whole: Path) -> None:
     """Bit for bit the same: metrics, weights, moments, optimiser; and nothing half written is left."""
     assert lines(run) == lines(whole)
-    ours, theirs = (checkpoint.load(checkpoint.last(each)) for each in (run, whole))
+    ours, theirs = (checkpoint.load_last(each)[1] for each in (run, whole))
     assert (ours.step, ours.recipe) == (theirs.step, theirs.recipe) == (STEPS, theirs.recipe)
     for part in ("network", "criterion", "optimizer", "loop"):
         assert tiny.equal_states(getattr(ours, part), getattr(theirs, part)), part
@@ -249,11 +250,11 @@ def torn(case: Case) -> None:
 
 
 def stopped(case: Case) -> None:
-    """SIGTERM at any moment of training: a checkpoint, the command to go on, exit code 130."""
+    """SIGTERM at any moment of training: a checkpoint, the command to resume, exit code 130."""
     (end,) = case.go({0: draw(case.rng, "stop")})
     assert end.code in (130, 0), end
     if end.code:
-        assert f"to go on: corinfomax pretrain --resume {case.run}" in end.said, end.said
+        assert f"to resume: corinfomax pretrain --resume {case.run}" in end.said, end.said
         case.end()
     else:  # it never came by
         same_end(case.run, case.world.whole())
@@ -276,7 +277,7 @@ def not_a_number(case: Case) -> None:
     assert end.code == 2, end
     sentence(end)
     assert f"step {nth - 1}" in end.said, end.said
-    kept = checkpoint.load(case.run / f"failed-step-{nth - 1}.safetensors")
+    kept = checkpoint.load_checkpoint(case.run / f"failed-step-{nth - 1}.safetensors")
     assert all(tensor.isfinite().all() for part in (kept.network, kept.optimizer) for tensor in part.values())
     assert case.step() < nth
     case.end()
@@ -340,7 +341,7 @@ def lost_rank(case: Case) -> None:
     assert other.code in (2, 0), other  # 0: it had done its part
     if other.code:
         sentence(other)
-        assert "another process of this run is gone" in other.said, other.said
+        assert "another process of this run has ended" in other.said, other.said
     if case.step() < STEPS:
         case.end(processes=2)
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from corinfomax.images import cache
 from corinfomax.images.cache import Splits
 from corinfomax.network import Network
 from corinfomax.recipes.fields import Backbone, Loss, Optim, Projector, Recipe
 from corinfomax.recipes.published import RECIPES
+from corinfomax.runtime.records import Options
 from corinfomax.training import loop
 from corinfomax.weights.checkpoint import Checkpoint
 
@@ -19,8 +21,6 @@ RECIPE: Recipe = replace(
     RECIPES["cpu-small"].recipe,
     size=16,
     test_scale=1.0,
-    early_sizes=(),
-    early_shares=(),
     cache_side=16,
     backbone=Backbone(small_stem=True, stem_stride=2, layers=(1, 1, 1, 1), channels=(8, 8, 8, 16)),
     projector=Projector(widths=(32, 8)),
@@ -76,13 +76,19 @@ def splits(root: Path) -> Splits:
 
 
 def run(
-    splits: Splits, folder: Path, recipe: Recipe = RECIPE, *, resume: Checkpoint | None = None, **pace: float
+    splits: Splits,
+    folder: Path,
+    recipe: Recipe = RECIPE,
+    *,
+    resume: Checkpoint | None = None,
+    criterion: nn.Module | None = None,
+    **options: float,
 ) -> Network:
-    """Train into `folder` with a row of metrics a step, and neither scores nor looks unless `pace` says so."""
+    """Train into `folder` with a row of metrics per step; no scores and no looks by default."""
     folder.mkdir(exist_ok=True)
-    given = loop.Pace(**{"log_steps": 1, "scores": 0, "diagnoses": 0, **pace})  # type: ignore[arg-type]
+    chosen = Options(**{"log_steps": 1, "scores": 0, "diagnoses": 0, **options})  # type: ignore[arg-type]
     device = torch.device("cpu")
-    return loop.pretrain(recipe, splits, folder, device=device, pace=given, facts={"data": "tiny"}, resume=resume)
+    return loop.pretrain(recipe, splits, folder, device=device, options=chosen, resume=resume, criterion=criterion)
 
 
 def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -36,6 +36,6 @@ def test_two_processes_begin_and_one_goes_on(world, tmp_path):
     stopped = case.step()
     assert stopped == faults.STEPS
     ours, theirs = (run_folder.read_metrics(run) for run in (case.run, world.whole(2)))
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    assert [row.step for row in ours] == [row.step for row in theirs]
     for mine, other in zip(ours[:3], theirs[:3], strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert mine.loss == pytest.approx(other.loss, rel=1e-3)

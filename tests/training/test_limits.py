@@ -1,6 +1,7 @@
 """What stops a run from outside costs one sentence, exit code 2, and nothing that was saved."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,9 @@ import pytest
 import tiny
 from corinfomax.cli.main import main
 from corinfomax.images import cache as images
+from corinfomax.images.sources import Data
 from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import Row
 from corinfomax.training import loop
 from corinfomax.weights import checkpoint
 
@@ -55,7 +58,7 @@ def sentence(capsys):
 def whole(run):
     """Every checkpoint of a run can be read, and nothing half-written is left."""
     assert not list((run / "checkpoints").glob(".*.part"))
-    return [checkpoint.load(path).step for path in run_folder.checkpoints(run)]
+    return [checkpoint.load_checkpoint(path).step for path in run_folder.checkpoints(run)]
 
 
 def test_a_disk_that_fills_up(data, small_disk, capsys):
@@ -65,13 +68,13 @@ def test_a_disk_that_fills_up(data, small_disk, capsys):
     assert main(["pretrain", str(data), "--out", str(run), *KNOBS, *PACE, "--keep", "100"]) == 2
     said = sentence(capsys)
     assert "cannot write" in said and "No space left" in said
-    assert f"when that is mended: corinfomax pretrain --resume {run}" in said
+    assert f"once that is mended: corinfomax pretrain --resume {run}" in said
     steps = whole(run)
     assert steps == list(range(1, len(steps) + 1)) and 1 <= len(steps) < 10
     small_disk("size=50m")
     assert main(["pretrain", "--resume", str(run), *PACE, "--no-evaluate", "--no-report", "--keep", "100"]) == 0
     assert whole(run) == list(range(1, 11))
-    assert [row["step"] for row in run_folder.read_metrics(run)] == [2, 4, 6, 8, 10]
+    assert [row.step for row in run_folder.read_metrics(run)] == [2, 4, 6, 8, 10]
 
 
 @pytest.mark.parametrize("what", ["save_file", "_sync"])
@@ -124,7 +127,7 @@ def test_images_that_vanish_while_running_are_not_missed(data, tmp_path, monkeyp
     assert main(["pretrain", str(mine), "--out", str(run), *words]) == 0
     monkeypatch.undo()
     assert main(["pretrain", str(data), "--out", str(kept), *KNOBS, *PACE]) == 0
-    ours, theirs = (checkpoint.load(checkpoint.last(folder)) for folder in (run, kept))
+    ours, theirs = (checkpoint.load_last(folder)[1] for folder in (run, kept))
     assert tiny.equal_states(ours.network, theirs.network)
     capsys.readouterr()
     assert main(["pretrain", "--resume", str(run)]) == 2  # but to go on with a run they must be there
@@ -139,43 +142,48 @@ def test_a_refused_resume_touches_nothing(data, tmp_path, capsys):
     assert main(["pretrain", str(mine), "--out", str(run), *KNOBS, *PACE]) == 0
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     capsys.readouterr()
-    with run_folder.held(run):
+    with run_folder.locked(run):
         assert main(["pretrain", "--resume", str(run)]) == 2
     assert "is in use by another process" in sentence(capsys)
     next((mine / "train").rglob("*.png")).unlink()
     assert main(["pretrain", "--resume", str(run)]) == 2
-    assert "are not those that" in sentence(capsys)
+    assert "are not the ones that" in sentence(capsys)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
 
 
 def test_the_cache_says_so_when_its_disk_is_full(data, small_disk):
     disk = small_disk("size=8k")
     with pytest.raises(ValueError, match=r"cannot write the image cache.*No space left.*CORINFOMAX_CACHE"):
-        images.load(data, side=16, progress=False, cache=disk)
+        images.load(Data(data, cache=disk), side=16, progress=False)
+
+
+def line_of(step):
+    row = Row(step=step, loss=1.0, attraction=0.1, gradient_norm=1.0, lr=0.1, seconds=1.0)
+    return json.dumps(row.to_json()).encode() + b"\n"
 
 
 @pytest.mark.parametrize(
     ("end", "left"),
-    [(b"", 2), (b'{"step": 3, "lo', 2), (b"\0" * 40, 2), (b"\0\n\0\n", 2), (b'{"step": 3}\n', 3)],
+    [(b"", 2), (b'{"step": 3, "lo', 2), (b"\0" * 40, 2), (b"\0\n\0\n", 2), (line_of(3), 3)],
 )
 def test_the_end_of_the_metrics_that_was_never_written_is_left_out(tmp_path, end, left):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n' + end)
-    assert [row["step"] for row in run_folder.read_metrics(tmp_path)] == [1, 2, 3][:left]
+    (tmp_path / "metrics.jsonl").write_bytes(line_of(1) + line_of(2) + end)
+    assert [row.step for row in run_folder.read_metrics(tmp_path)] == [1, 2, 3][:left]
 
 
 @pytest.mark.parametrize("line", [b"\0\0", b"{}", b'"step"', b'{"step": "1"}', b"\xff"])
 def test_a_line_of_the_metrics_that_is_damaged_is_named(tmp_path, line):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is no row of metrics"):
+    (tmp_path / "metrics.jsonl").write_bytes(line_of(1) + line + b"\n" + line_of(3))
+    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is not a row of metrics"):
         run_folder.read_metrics(tmp_path)
 
 
 def test_a_second_command_leaves_the_folder_to_the_one_that_is_about_to_begin(tmp_path):
     run = tmp_path / "run"
-    with run_folder.begun(run):
+    with run_folder.new_run(run):
         before = (run / ".lock").stat().st_ino
         for _ in range(2):
-            with pytest.raises(ValueError, match="is in use by another process"), run_folder.begun(run):
+            with pytest.raises(ValueError, match="is in use by another process"), run_folder.new_run(run):
                 pass
         assert (run / ".lock").stat().st_ino == before
     assert not run.exists(), "nothing began"
@@ -193,10 +201,10 @@ def test_a_lock_that_was_taken_away_holds_nobody(tmp_path, monkeypatch):
         return real(file, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with run_folder.held(tmp_path):
+    with run_folder.locked(tmp_path):
         assert len(calls) == 2
         monkeypatch.undo()
-        with pytest.raises(ValueError, match="in use"), run_folder.held(tmp_path):
+        with pytest.raises(ValueError, match="in use"), run_folder.locked(tmp_path):
             pass
 
 
@@ -226,12 +234,12 @@ def test_all_checkpoints_damaged_is_a_sentence_that_says_what_to_do(tmp_path):
     for step in (1, 2):
         (folder / f"step-{step:08d}.safetensors").write_bytes(b"nothing")
     (folder / f"step-{3:08d}.safetensors").symlink_to("nowhere")
-    with pytest.raises(ValueError, match=r"no other of the 3 in .* is whole: put a good copy back, or take them away"):
-        checkpoint.load_begun(tmp_path)
+    with pytest.raises(ValueError, match=r"none of the 3 checkpoints in .* is whole: put a good copy back, or"):
+        checkpoint.load_resumable(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"recipe": {}}', "nothing"])
 def test_a_damaged_recipe_file_is_named(tmp_path, content):
     (tmp_path / "recipe.json").write_text(content)
     with pytest.raises(ValueError, match=r"recipe\.json"):
-        checkpoint.load_begun(tmp_path)
+        checkpoint.load_resumable(tmp_path)

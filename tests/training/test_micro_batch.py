@@ -8,8 +8,10 @@ from torch import nn
 
 import tiny
 from corinfomax.images import cache
+from corinfomax.images.sources import Data
 from corinfomax.objective.covariance import CorInfoMaxLoss
 from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import Options
 from corinfomax.training import loop, micro_batch
 
 CPU = torch.device("cpu")
@@ -32,18 +34,18 @@ def projector_of(net):
 def in_parts(norm, part, count=12, views=2):
     net, criterion = network(norm), CorInfoMaxLoss(6, views=views)
     rng = torch.Generator().manual_seed(1)
-    crops = torch.randn(views, count, 3, 8, 8, generator=rng, dtype=torch.float64).unbind()
-    terms = micro_batch.backward(projector_of(net), net, criterion, crops, part)
-    return net, criterion, terms, crops
+    x = torch.randn(views, count, 3, 8, 8, generator=rng, dtype=torch.float64).unbind()
+    terms = micro_batch.backward(projector_of(net), net, criterion, x, part)
+    return net, criterion, terms, x
 
 
 @pytest.mark.parametrize("views", [2, 3])
 @pytest.mark.parametrize("part", [2, 5, 12])
 def test_the_gradient_is_the_whole_batchs(part, views):
-    net, criterion, terms, crops = in_parts(lambda c: nn.GroupNorm(2, c), part, views=views)
+    net, criterion, terms, images = in_parts(lambda c: nn.GroupNorm(2, c), part, views=views)
     whole, once = network(lambda c: nn.GroupNorm(2, c)), CorInfoMaxLoss(6, views=views)
     # Dropout is drawn for each part: the whole batch gets the same masks by running the parts with their graphs.
-    split = [x.split(part) for x in crops]
+    split = [x.split(part) for x in images]
     each = len(split[0])
     z = [torch.cat([projector_of(whole)(x, v * each + i) for i, x in enumerate(view)]) for v, view in enumerate(split)]
     want = once(*z)
@@ -72,20 +74,20 @@ def test_batch_norm_sees_the_parts_and_its_statistics_move_once_for_each():
 
 
 def test_a_run_in_micro_batches_trains_and_one_as_large_as_the_batch_is_the_run_itself(tmp_path):
-    splits = cache.load(tiny.folder(tmp_path / "data", {"train": 32}), side=16, progress=False, holdout=0.0)
+    splits = cache.load(Data(tiny.folder(tmp_path / "data", {"train": 32}), holdout=0.0), side=16, progress=False)
     losses = {}
     for part in (None, 8, 4):
         recipe = replace(tiny.RECIPE, micro_batch=part)
         (tmp_path / str(part)).mkdir()
-        loop.pretrain(recipe, splits, tmp_path / str(part), device=CPU, pace=loop.Pace(1, diagnoses=0), facts={})
-        losses[part] = [row["loss"] for row in run_folder.read_metrics(tmp_path / str(part))]
+        loop.pretrain(recipe, splits, tmp_path / str(part), device=CPU, options=Options(log_steps=1, diagnoses=0))
+        losses[part] = [row.loss for row in run_folder.read_metrics(tmp_path / str(part))]
     assert losses[8] == losses[None]
     assert losses[4] != losses[None]
     assert losses[4] == pytest.approx(losses[None], rel=0.5)
 
 
 def test_a_part_of_one_image_is_a_mistake_and_no_divergence(tmp_path):
-    splits = cache.load(tiny.folder(tmp_path / "data", {"train": 9}), side=16, progress=False, holdout=0.0)
+    splits = cache.load(Data(tiny.folder(tmp_path / "data", {"train": 9}), holdout=0.0), side=16, progress=False)
     recipe = replace(tiny.RECIPE, batch=9, micro_batch=4)
-    with pytest.raises(ValueError, match="9 images in parts of 4 leave a part of one"):
-        loop.pretrain(recipe, splits, tmp_path, device=CPU, pace=loop.Pace(), facts={})
+    with pytest.raises(ValueError, match="9 images in micro-batches of 4 leave one image"):
+        loop.pretrain(recipe, splits, tmp_path, device=CPU, options=Options())

@@ -79,15 +79,6 @@ def stepped(name, **knobs):
     return before, [p.detach() for p in model.parameters()], [p.grad for p in model.parameters()]
 
 
-def test_lars_steps_are_a_share_of_the_weights_norm_and_vectors_step_plainly():
-    (matrix, *vectors), (after, *others), (gradient, *rest) = stepped("lars", weight_decay=1e-4)
-    pulled = gradient + 1e-4 * matrix
-    share = 0.001 * matrix.norm() / (gradient.norm() + 1e-4 * matrix.norm())
-    torch.testing.assert_close(after, matrix - 0.1 * share * pulled, rtol=1e-4, atol=1e-7)
-    for vector, other, grad in zip(vectors, others, rest, strict=True):
-        torch.testing.assert_close(other, vector - 0.1 * grad)
-
-
 def test_muon_steps_are_orthogonal_and_of_the_length_of_adamws():
     (matrix, *_), (after, *_), _ = stepped("muon", weight_decay=0.0)
     values = torch.linalg.svdvals((after - matrix).flatten(1)) / (0.1 * 0.2 * 27**0.5)

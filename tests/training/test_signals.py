@@ -43,14 +43,14 @@ def test_processes_ask_about_once_a_second(monkeypatch, a_step, most):
 def test_each_process_has_the_gpu_of_its_own_place_and_touches_no_other(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name in ("cuda", "cpu"):
-        assert processes.own(torch.device(name)) == torch.device(name)  # without torchrun
+        assert processes.own_device(torch.device(name)) == torch.device(name)  # without torchrun
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert processes.own(torch.device("cuda")) == torch.device("cuda", 1)
-    assert processes.own(torch.device("cpu")) == torch.device("cpu")
+    assert processes.own_device(torch.device("cuda")) == torch.device("cuda", 1)
+    assert processes.own_device(torch.device("cpu")) == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="process 2 of this machine has no GPU of its own: there are 2"):
-        processes.own(torch.device("cuda"))
+        processes.own_device(torch.device("cuda"))
 
 
 @pytest.fixture

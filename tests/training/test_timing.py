@@ -1,4 +1,4 @@
-"""`corinfomax bench`: the words follow from the timings, and the timings are of what training runs."""
+"""`corinfomax bench`: its sentences follow from the timings, and the timings are those of training."""
 
 import json
 import time
@@ -11,133 +11,124 @@ import tiny
 from corinfomax import network
 from corinfomax.cli.main import main
 from corinfomax.training import batches, timing
-from corinfomax.training.bottleneck import PARTS, Setting, Timings, advise, as_text, look, quartiles
 from corinfomax.training.step import build
+from corinfomax.training.timing import PARTS, Setting, Speed, Timings, advice, as_text, efficiency, forecast
 
 CPU = torch.device("cpu")
-SETTING = Setting(
-    batch=100,
-    size=32,
-    image_bytes=3072,
-    device="cpu",
-    precision="float32",
-    threads=2,
-    cores=2,
-    native_bfloat16=False,
-)
+SETTING = Setting(batch=100, device="cpu", threads=2, cores=2)
 
 
-def timings(*, loop=None, saved=None, rounds=3, **parts):
-    """Rounds of one second a step each, all spent in the network but for what is given."""
-    given = {part: parts.get(part, 0.0) for part in PARTS}
-    rest = 1 - sum(given.values())
-    given["forward"] += rest / 3
-    given["backward"] += rest * 2 / 3
-    ready = sum(given[part] for part in ("forward", "loss", "backward", "optimizer"))
-    loop = sum(given.values()) if loop is None else loop
-    samples = {part: [seconds] * rounds for part, seconds in given.items()}
-    return Timings(
-        samples, [ready] * rounds, [loop] * rounds, {name: [s] * rounds for name, s in (saved or {}).items()}
-    )
+def timings(*, loop=1.0, ready=None, **parts):
+    """Three equal rounds; a step takes a second, all of it in the update except for `parts`."""
+    ready = loop - sum(parts.values()) if ready is None else ready
+    seconds = {"forward": ready / 3, "backward": ready * 2 / 3, **parts}
+    samples = {part: [seconds.get(part, 0.0)] * 3 for part in PARTS}
+    return Timings(samples, [ready] * 3, [loop] * 3)
+
+
+FED = "Bound by what feeds the network"
 
 
 @pytest.mark.parametrize(
     ("measured", "changes", "words"),
     [
-        (timings(views=0.3), {}, ["--size", "300 of a step's 1,000 ms", "at most 43 % more"]),
-        (timings(views=0.3, saved={"blur": 0.15, "jitter": 0.02}), {}, ["without blur", "50 % of that to blur"]),
-        (timings(views=0.3, saved={"blur": 0.03}), {}, ["--size"]),
-        (timings(read=0.25), {}, ["Read faster", "--cache-side", "at 1 MB/s", "at most 33 % more"]),
-        (timings(loop=1.4), {}, ["--log-steps", "400 ms go to neither", "at most 40 % more"]),
-        (timings(optimizer=0.5), {}, ["--batch 200", "33 % more images"]),
-        (timings(loss=0.4), {}, ["last width of the projector", "the loss is 40 %"]),
-        (timings(views=0.02), {}, ["Only a smaller network", "a GPU", "the network is 98 %", "at most 2 % more"]),
-        (timings(), {"device": "cuda"}, ["a faster device"]),
-        (timings(), {"native_bfloat16": True}, ["--precision bfloat16", "100 % of a step"]),
-        (timings(), {"native_bfloat16": True, "precision": "bfloat16"}, ["Only a smaller network"]),
-        (timings(views=0.3), {"threads": 1}, ["OMP_NUM_THREADS=2", "1 of 2"]),
-        (timings(views=0.3), {"threads": 1, "load": 1.5}, ["views"]),  # the other core is taken
+        (timings(views=0.3), {}, [FED, "waits 30 %", "making views takes 30 %", "--size"]),
+        (timings(views=0.1, read=0.25), {}, [FED, "waits 35 %", "reading takes 25 %", "--cache-side"]),
+        (timings(ready=1.0, loop=1.6), {}, [FED, "waits 38 %", "bookkeeping takes 38 %", "--log-steps"]),
+        (timings(views=0.04), {}, ["Bound by the network, 96 % of a step", "smaller network", "a GPU"]),
+        (timings(), {"device": "cuda"}, ["Bound by the network, 100 %", "a faster device"]),
+        (timings(views=0.3), {"threads": 1}, [FED, "OMP_NUM_THREADS=2", "1 of 2 cores"]),
+        (timings(), {"threads": 1}, ["Bound by the network, and torch", "OMP_NUM_THREADS=2"]),
+        (timings(views=0.3), {"threads": 1, "load": 1.5}, ["views"]),  # another program uses the other core
         (timings(views=0.3), {"threads": 1, "device": "cuda"}, ["views"]),  # there the CPU's threads do not compute
     ],
 )
 def test_the_advice_follows_from_the_numbers(measured, changes, words):
-    said = advise(measured, replace(SETTING, **changes))
-    assert said.count(". ") == 0 and said.endswith(".")  # one sentence
+    sentence = advice(measured, SETTING._replace(**changes))
+    assert sentence.count(". ") == 0 and sentence.endswith(".")  # one sentence
     for word in words:
-        assert word in said
+        assert word in sentence
 
 
-def test_what_follows_from_the_medians():
-    now = look(timings(views=0.2, read=0.1, loop=1.5, rounds=1))
-    assert now.efficiency == pytest.approx(0.7 / 1.5)
-    assert now.rest == pytest.approx(0.5)
-    # A loop that once met a busy machine is no reason to blame what cannot be seen.
-    assert look(timings(views=0.2, rounds=4)._replace(loop=[1.0, 1.0, 1.8, 1.9])).rest == pytest.approx(0.0)
-    # Feeding that overlaps the update costs nothing: the loop is then shorter than the sum of its parts.
-    overlapped = look(timings(views=0.3, loop=0.7))
-    assert overlapped.efficiency == pytest.approx(1.0)
-    assert overlapped.rest == 0.0
+def test_efficiency_is_the_updates_share_of_the_loop():
+    assert efficiency(timings(views=0.2, read=0.1)) == pytest.approx(0.7)
+    # A round that met a busy machine is slow in both: the ratio does not suffer.
+    assert efficiency(Timings({}, [0.8, 8.0, 0.8, 4.0], [1.0, 10.0, 1.0, 5.0])) == pytest.approx(0.8)
+    # Feeding that overlaps the update costs nothing: the loop is then no longer than the update.
+    assert efficiency(timings(ready=0.7, views=0.3, loop=0.69)) == 1.0
 
 
-def test_quartiles():
-    assert quartiles([3.0]) == (3.0, 3.0, 3.0)
-    assert quartiles([5.0, 1.0, 2.0, 3.0, 4.0]) == (2.0, 3.0, 4.0)
-
-
-def test_the_table_has_every_part_with_its_share_and_says_what_the_bound_is():
+def test_the_table_has_every_part_with_its_share_and_the_bound():
     text = as_text(timings(views=0.25), SETTING)
     rows = {line.split()[0]: line.split() for line in text.splitlines()[1:7]}
     assert list(rows) == list(PARTS)
-    assert rows["views"][-2:] == ["25", "%"] and "2500.0" in rows["views"]
+    assert rows["views"] == ["views", "250.0", "250.0", "–", "250.0", "2,500.0", "25", "%"]
     assert "100 images/s; the network alone would do 133: the pipeline's efficiency is 0.75" in text
-    assert "what feeds the network is the bound" in text
-    assert "the network is the bound" in as_text(timings(), SETTING)
-    assert "differ" not in text
-    steady = timings()
-    assert "trust shares only" in as_text(steady._replace(loop=[1.0, 1.5, 2.0]), SETTING)
-    assert "other programs want 6.0 of the 2 cores" in as_text(steady, replace(SETTING, load=6.0))
-    assert "40 µs an image on all cores" in as_text(steady, replace(SETTING, decode=4e-5))
+    assert f"→ {FED}" in text
+    assert "differ" not in text and "other programs" not in text and "decoding" not in text
+
+
+def test_medians_and_quartiles_are_those_of_the_rounds():
+    loop = [0.003, 0.001, 0.002, 0.005, 0.004]
+    text = as_text(timings()._replace(ready=loop, loop=loop), SETTING)
+    assert "whole training loop             3.0           2.0 – 4.0          30.0   100 %" in text
+    assert "trust only the shares" in text
+
+
+def test_notes_on_the_machine():
+    busy = as_text(timings(), SETTING._replace(load=6.0))
+    assert "other programs want 6.0 of the 2 cores" in busy
+    assert "40 µs an image on all cores" in as_text(timings(), SETTING._replace(decode=4e-5))
 
 
 def test_measured_is_what_training_runs(monkeypatch):
-    original = batches.make_views
+    original = batches.apply_views
 
     def slow(*arguments):
         time.sleep(0.05)
         return original(*arguments)
 
     images = timing.made_up(tiny.RECIPE)
-    monkeypatch.setattr(batches, "make_views", slow)
+    monkeypatch.setattr(batches, "apply_views", slow)
     measured = timing.measure(tiny.RECIPE, images, CPU, seconds=0.1)
     assert list(measured.parts) == list(PARTS)
-    assert {len(samples) for samples in (*measured.parts.values(), measured.ready, measured.loop)} == {3}
+    assert {len(samples) for samples in (*measured.parts.values(), measured.ready, measured.loop)} == {timing.ROUNDS}
     assert min(map(min, measured.parts.values())) >= 0
-    now = look(measured)
-    assert now.parts["views"] > 0.05  # where the sleep is …
-    assert now.loop > now.ready + 0.03  # … training pays it, and the update alone does not
-    assert set(measured.operations) == {"jitter"}  # of cpu-small's views
+    assert sorted(measured.parts["views"])[2] > 0.05  # where the sleep is …
+    ready, loop = (sorted(samples)[2] for samples in (measured.ready, measured.loop))
+    assert loop > ready + 0.03  # … training pays it, and the update alone does not
+
+    speed = timing.speed(tiny.RECIPE, CPU, seconds=0.0)
+    assert speed.step > 0.03 and speed.steps == 2
+    assert speed.memory is None or speed.memory > 1e7
 
 
-def test_the_update_leaves_the_recipes_network_as_it_was():
-    learner = build(replace(tiny.RECIPE, optim=replace(tiny.RECIPE.optim, lr=0.0)), CPU)
+def test_the_measurement_leaves_the_network_as_it_was():
+    learner = build(timing._without_learning(tiny.RECIPE), CPU)
     before = {name: p.clone() for name, p in learner.network.named_parameters()}
-    R = learner.criterion.R
-    timing._step_apart(tiny.RECIPE, learner, timing.made_up(tiny.RECIPE), 0, CPU)
+    timing._time_parts(tiny.RECIPE, learner, timing.made_up(tiny.RECIPE), 0, CPU)
     assert tiny.equal_states(before, dict(learner.network.named_parameters()))
-    assert not learner.criterion.R.equal(R) and learner.criterion.training
+
+
+@pytest.mark.parametrize(("step", "duration"), [(0.5, "8.3 min"), (60.0, "16.7 hours")])
+def test_the_forecast_is_steps_times_seconds(step, duration):
+    recipe = replace(tiny.RECIPE, epochs=100, batch=8)
+    sentence = forecast(Speed(step, 6, 2_500_000_000), recipe, 84, CPU)  # ten steps an epoch
+    assert f"about {duration} and 2.5 GB of memory on this cpu" in sentence
+    assert f"1,000 steps of 8, each {1e3 * step:,.0f} ms by 6 steps" in sentence
+    assert "memory" not in forecast(Speed(step, 6, None), recipe, 84, CPU)
 
 
 def test_the_command_on_made_up_images_and_on_a_folder(tmp_path, capsys):
     words = ["--size", "16", "--cache-side", "16", "--batch", "8", "--seconds", "0.1", "--device", "cpu"]
-    words += ["--backbone.layers", "1", "1", "1", "1", "--backbone.channels", "8", "8", "8", "16"]
     words += ["--projector.widths", "32", "8"]
     out = tmp_path / "bench.json"
     assert main(["bench", *words, "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "recipe cpu-small" in said and "images/s" in said and "→" in said and "decoding" not in said
+    text = capsys.readouterr().out
+    assert "recipe cpu-small" in text and "images/s" in text and "→" in text and "decoding" not in text
     content = json.loads(out.read_text())
-    assert content["setting"]["batch"] == 8 and len(content["timings"]["loop"]) == 3
-    assert content["recipe"]["size"] == 16
+    assert content["setting"]["batch"] == 8 and len(content["timings"]["loop"]) == timing.ROUNDS
+    assert content["recipe"]["size"] == 16 and "Bound by" in content["advice"]
 
     tiny.folder(tmp_path / "data", {"": 12})
     assert main(["bench", str(tmp_path / "data"), "--recipe", "cpu-small", *words]) == 0
@@ -154,9 +145,9 @@ def test_mistakes_are_a_sentence(capsys):
 @pytest.mark.gpu
 def test_on_a_gpu_each_part_waits_for_the_device():
     device = torch.device("cuda")
-    recipe = replace(tiny.RECIPE, precision=network.precision(replace(tiny.RECIPE, precision="auto"), device))
+    recipe = replace(tiny.RECIPE, precision=network.choose_precision(replace(tiny.RECIPE, precision="auto"), device))
     measured = timing.measure(recipe, timing.made_up(recipe), device, seconds=1.0)
-    now = look(measured)
+    parts = {part: sorted(samples)[2] for part, samples in measured.parts.items()}
     # Launching alone takes microseconds: a forward pass that was not waited for would be far below the update's half.
-    assert sum(now.parts[part] for part in PARTS[2:]) > 0.7 * now.ready
-    assert 0 < now.efficiency <= 1
+    assert sum(parts[part] for part in PARTS[2:]) > 0.7 * sorted(measured.ready)[2]
+    assert 0 < efficiency(measured) <= 1

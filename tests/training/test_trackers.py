@@ -9,13 +9,19 @@ import pytest
 import tiny
 from corinfomax.cli.main import main
 from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import DataMeasures, Look, Measures, Row
 from corinfomax.training import trackers
 
-ROW = {"step": 10, "loss": 1.5, "ldmi": None, "spectrum": [0.5, 0.5], "gap": float("nan"), "kind": "healthy", "knn": 40}
+ROW = Row(step=10, loss=1.5, attraction=0.1, gradient_norm=None, lr=0.2, seconds=3, gap=float("nan"), knn=40)
+SENT = {"loss": 1.5, "attraction": 0.1, "lr": 0.2, "seconds": 3.0, "knn": 40.0}
 
 
 def test_numbers_are_what_a_curve_can_show():
-    assert trackers.numbers(ROW) == {"loss": 1.5, "knn": 40.0}
+    assert trackers.finite_numbers(ROW) == SENT
+    data, measures = DataMeasures(0.5, 0.9, 0.0), Measures(**dict.fromkeys(Measures._fields, 0.5) | {"req": None})
+    looked = ROW._replace(look=Look(True, data, measures._replace(spectrum=[0.5], spectrum_features=[1.0])))
+    sent = trackers.finite_numbers(looked)
+    assert sent["ldmi"] == 0.5 and not {"req", "spectrum", "held_out", "step"} & set(sent)
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -25,7 +31,7 @@ def test_wandb_and_trackio_are_told_and_closed(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, fake)
     with (
         pytest.raises(RuntimeError, match="in training"),
-        trackers.to(name, tmp_path / "run", {"optim.lr": "0.6"}) as tell,
+        trackers.tracking(name, tmp_path / "run", {"optim.lr": "0.6"}) as tell,
     ):
         tell(ROW)
         raise RuntimeError("in training")
@@ -34,18 +40,18 @@ def test_wandb_and_trackio_are_told_and_closed(name, tmp_path, monkeypatch):
     assert told["name"] == "run"
     assert told["config"] == {"optim.lr": "0.6"}
     assert ("id" in told) == (name == "wandb")
-    fake.log.assert_called_once_with({"loss": 1.5, "knn": 40.0}, step=10)
+    fake.log.assert_called_once_with(SENT, step=10)
     fake.finish.assert_called_once_with()
 
 
 def test_mlflow_is_told(tmp_path, monkeypatch):
     fake = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "mlflow", fake)
-    with trackers.to("mlflow", tmp_path / "run", {"epochs": "3"}) as tell:
+    with trackers.tracking("mlflow", tmp_path / "run", {"epochs": "3"}) as tell:
         tell(ROW)
     fake.start_run.assert_called_once_with(run_name="run")
     fake.log_params.assert_called_once_with({"epochs": "3"})
-    fake.log_metrics.assert_called_once_with({"loss": 1.5, "knn": 40.0}, step=10)
+    fake.log_metrics.assert_called_once_with(SENT, step=10)
 
 
 def test_a_tracker_that_is_not_installed_is_a_sentence_before_training(tmp_path, monkeypatch, capsys):
@@ -68,8 +74,8 @@ def test_a_run_is_followed_in_tensorboard_row_by_row(tmp_path):
     seen = EventAccumulator(str(run / "tensorboard"))
     seen.Reload()
     rows = run_folder.read_metrics(run)
-    assert [event.step for event in seen.Scalars("loss")] == [row["step"] for row in rows]
-    assert [event.value for event in seen.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
+    assert [event.step for event in seen.Scalars("loss")] == [row.step for row in rows]
+    assert [event.value for event in seen.Scalars("loss")] == pytest.approx([row.loss for row in rows])
     assert len(seen.Scalars("ldmi") if "ldmi" in seen.Tags()["scalars"] else seen.Scalars("rank")) >= 1
 
 
@@ -78,12 +84,12 @@ def test_a_tracker_that_is_lost_ends_no_run(tmp_path, monkeypatch, capsys):
     fake.log.side_effect = ConnectionError("gone")
     fake.finish.side_effect = ConnectionError("still gone")
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    with trackers.to("trackio", tmp_path / "run", {}) as tell:
+    with trackers.tracking("trackio", tmp_path / "run", {}) as tell:
         tell(ROW)
         tell(ROW)
     fake.log.assert_called_once()
     said = capsys.readouterr().err
-    assert "the run goes on: ConnectionError: gone" in said
+    assert "the run continues: ConnectionError: gone" in said
     assert "could not be closed: ConnectionError: still gone" in said
 
 
@@ -91,8 +97,8 @@ def test_a_tracker_that_does_not_begin_is_a_sentence(tmp_path, monkeypatch):
     fake = mock.MagicMock()
     fake.init.side_effect = RuntimeError("no login")
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with pytest.raises(ValueError, match="--track wandb could not begin: RuntimeError: no login"):
-        trackers.to("wandb", tmp_path / "run", {}).__enter__()
+    with pytest.raises(ValueError, match="--track wandb could not start: RuntimeError: no login"):
+        trackers.tracking("wandb", tmp_path / "run", {}).__enter__()
 
 
 def test_a_run_is_the_same_to_wandb_each_time_and_another_elsewhere(tmp_path):

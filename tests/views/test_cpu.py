@@ -1,4 +1,4 @@
-"""A CPU's views are the ones that `views` defines, whatever the shape, the threads and the memory's order."""
+"""Compiled views on a CPU against the plain operations: any shape, any number of threads, any order of memory."""
 
 import os
 import subprocess
@@ -19,19 +19,21 @@ EVERYTHING = View(rotate=20.0, jitter=1.0, grey=0.3, blur=0.7)
 CLOSE = {"rtol": 0, "atol": 1e-4}  # 2e-5 of a value in [0, 1], over the smallest std
 
 
-def pictures(n: int, h: int, w: int) -> Tensor:
+def noise(n: int, h: int, w: int) -> Tensor:
+    """Images of random bytes."""
     return torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8, generator=generator(0, "pictures", 1000 * h + w))
 
 
-def given(n: int, h: int, w: int, view: View) -> tuple[Tensor, Tensor, operations.Parameters]:
+def sample(n: int, h: int, w: int, view: View) -> tuple[Tensor, Tensor, operations.ViewParameters]:
+    """n images, their sizes, and parameters of one view of each."""
     sizes = torch.tensor([[h, w]]).expand(n, 2)
-    return pictures(n, h, w), sizes, operations.draw(view, sizes, generator(1, "fused"))
+    return noise(n, h, w), sizes, operations.draw(view, sizes, generator(1, "fused"))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 7, 13, 32, 50])
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (3, 2), (32, 32), (5, 190), (301, 7), (90, 130)])
 def test_any_shape(h, w, size):
-    images, sizes, p = given(9, h, w, EVERYTHING)
+    images, sizes, p = sample(9, h, w, EVERYTHING)
     got = operations.apply(images, sizes, p, size=size, **STATS)
     want = operations.compose(images, sizes, p, size=size, **STATS)
     # grid_sample's float32 coordinates, in units of half an image, are off by some 1e-5 pixels of noise in a tall one.
@@ -55,15 +57,15 @@ def test_any_shape(h, w, size):
 )
 def test_each_operation(change):
     nothing = View(flip=0, jitter=0, grey=0, crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0))
-    images, sizes, p = given(12, 40, 40, replace(nothing, **change))
-    got, plain = (operations.apply(images, sizes, q, size=32, **STATS) for q in (p, given(12, 40, 40, nothing)[2]))
+    images, sizes, p = sample(12, 40, 40, replace(nothing, **change))
+    got, plain = (operations.apply(images, sizes, q, size=32, **STATS) for q in (p, sample(12, 40, 40, nothing)[2]))
     torch.testing.assert_close(got, operations.compose(images, sizes, p, size=32, **STATS), **CLOSE)
     assert (got - plain).abs().mean() > 0.05, "the operation does something"
 
 
 @pytest.mark.parametrize("byte", [0, 127, 128, 129, 255])
 def test_solarize_at_its_threshold(byte):
-    """An image of one value: its crop has that value but for rounding, which the threshold itself cannot bear."""
+    """An image of one value: its crop has that value up to rounding, and at the threshold rounding decides."""
     images = torch.full((1, 3, 24, 24), byte, dtype=torch.uint8)
     p = operations.draw(View(flip=0, jitter=0, grey=0, solarize=1.0), torch.tensor([[24, 24]]), generator(0, "one"))
     got = operations.apply(images, torch.tensor([[24, 24]]), p, size=16, mean=(0, 0, 0), std=(1, 1, 1))
@@ -71,68 +73,68 @@ def test_solarize_at_its_threshold(byte):
     torch.testing.assert_close(got, torch.full_like(got, want), rtol=0, atol=0.004 if byte == 128 else 1e-6)
 
 
-def test_the_bits_do_not_depend_on_threads_or_on_the_memorys_order(monkeypatch):
-    images, sizes, p = given(11, 40, 30, EVERYTHING)
+def test_bits_depend_neither_on_threads_nor_on_the_order_of_memory(monkeypatch):
+    images, sizes, p = sample(11, 40, 30, EVERYTHING)
     before = images.clone()
     want = operations.apply(images, sizes, p, size=24, **STATS)
     assert images.equal(before)
     for threads in (1, 2, 3, 16):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert operations.apply(images, sizes, p, size=24, **STATS).equal(want), threads
-    other = images.contiguous(memory_format=torch.channels_last)
-    assert operations.apply(other, sizes, p, size=24, **STATS).equal(want)
+    reordered = images.contiguous(memory_format=torch.channels_last)
+    assert operations.apply(reordered, sizes, p, size=24, **STATS).equal(want)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("sizes", [[21, 20]]), ("box", [[0, 0, 0, 5]]), ("box", [[3, 3, 18, 5]]), ("box", [[-1, 0, 5, 5]])],
 )
-def test_what_lies_beyond_an_image_is_refused(field, value):
-    images, sizes, p = given(1, 20, 20, EVERYTHING)
+def test_a_window_that_leaves_its_image_is_refused(field, value):
+    images, sizes, p = sample(1, 20, 20, EVERYTHING)
     sizes, p = (torch.tensor(value), p) if field == "sizes" else (sizes, p._replace(box=torch.tensor(value)))
     with pytest.raises(ValueError, match="of image 0"):
         operations.apply(images, sizes, p, size=8, **STATS)
 
 
 def test_as_many_parameters_as_images():
-    images, sizes, p = given(3, 20, 20, EVERYTHING)
+    images, sizes, p = sample(3, 20, 20, EVERYTHING)
     with pytest.raises(ValueError, match="3 images need as many rows"):
         operations.apply(images, sizes, p.take(slice(0, 2)), size=8, **STATS)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_makes_views_too():
-    """As torch's DataLoader would: the parent's threads are not there."""
+    """A worker of torch's DataLoader inherits the pool, but none of its threads."""
     program = """
 import os, torch
-from corinfomax import fused, views
-from corinfomax.knobs import View
-from corinfomax.seeds import generator
+from corinfomax.recipes.fields import View
+from corinfomax.runtime.seeds import generator
+from corinfomax.views import operations
 torch.set_num_threads(2)
 sizes = torch.tensor([[20, 20]]).expand(8, 2)
 images = torch.randint(0, 256, (8, 3, 20, 20), dtype=torch.uint8)
-p = views.draw(View(), sizes, generator(0, "fork"))
-made = lambda: views.apply(images, sizes, p, size=16, mean=(0, 0, 0), std=(1, 1, 1))
-want = made()
+p = operations.draw(View(), sizes, generator(0, "fork"))
+views = lambda: operations.apply(images, sizes, p, size=16, mean=(0, 0, 0), std=(1, 1, 1))
+want = views()
 child = os.fork()
 if child == 0:
-    torch.set_num_threads(1)  # as DataLoader does: torch's own threads cannot be used after a fork
+    torch.set_num_threads(1)  # as DataLoader does: torch's own threads do not survive a fork
     torch.get_num_threads = lambda: 2
-    os._exit(0 if made().equal(want) else 3)
+    os._exit(0 if views().equal(want) else 3)
 print(os.waitpid(child, 0)[1])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == "0\n", done.stderr
 
 
-def test_no_images_are_no_views():
-    images, sizes, p = given(2, 8, 8, EVERYTHING)
-    none = operations.apply(images[:0], sizes[:0], p.take(slice(0, 0)), size=24, **STATS)
-    assert none.shape == (0, 3, 24, 24)
+def test_an_empty_batch_has_no_views():
+    images, sizes, p = sample(2, 8, 8, EVERYTHING)
+    views = operations.apply(images[:0], sizes[:0], p.take(slice(0, 0)), size=24, **STATS)
+    assert views.shape == (0, 3, 24, 24)
 
 
 def test_nothing_outside_the_box_is_read():
-    images, sizes, p = given(6, 40, 40, replace(EVERYTHING, rotate=0.0, crop_area=(0.1, 0.3)))
+    images, sizes, p = sample(6, 40, 40, replace(EVERYTHING, rotate=0.0, crop_area=(0.1, 0.3)))
     want = operations.apply(images, sizes, p, size=24, **STATS)
     for image, (top, left, height, width) in zip(images, p.box.tolist(), strict=True):
         inside = image[:, top : top + height, left : left + width].clone()
@@ -141,12 +143,12 @@ def test_nothing_outside_the_box_is_read():
     assert operations.apply(images, sizes, p, size=24, **STATS).equal(want)
 
 
-def test_where_no_machine_code_can_be_kept_it_is_made_anew(tmp_path):
-    """A read-only installation without a home: only the first call takes longer."""
-    house = Path(cpu.__file__).parents[1]
+def test_without_a_writable_folder_each_process_compiles(tmp_path):
+    """A read-only installation without a home directory: only the first call takes longer."""
+    package = Path(cpu.__file__).parents[1]
     (tmp_path / "corinfomax" / "views").mkdir(parents=True)
     for name in ("__init__.py", "views/__init__.py", "views/cpu.py"):
-        (tmp_path / "corinfomax" / name).write_text((house / name).read_text())
+        (tmp_path / "corinfomax" / name).write_text((package / name).read_text())
     program = """
 import numba.core.caching as caching
 for locator in caching.CacheImpl._locator_classes:
@@ -156,10 +158,10 @@ import numpy as np
 x = np.full((3, 4), 0.5, np.float32)
 cpu._solarize(x)
 assert (x == np.float32(0.5)).all() or (x < 0.5).all(), x
-print("made")
+print("compiled")
 """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "made\n"
+    assert done.stdout == "compiled\n"

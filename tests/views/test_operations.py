@@ -1,4 +1,4 @@
-"""Each operation against torchvision with the same parameters, image by image; each rate is its stated rate."""
+"""Every operation against torchvision with the same parameters, image by image; every rate against its frequency."""
 
 import math
 from dataclasses import replace
@@ -13,7 +13,7 @@ from corinfomax.recipes.fields import PAPER_VIEWS, View
 from corinfomax.runtime.seeds import generator
 from corinfomax.views import operations
 
-BOTH = pytest.mark.parametrize("apply", [operations.apply, operations.compose])  # a CPU's way and every device's
+BOTH = pytest.mark.parametrize("apply", [operations.apply, operations.compose])  # compiled, and for every device
 NOTHING = View(flip=0, jitter=0, grey=0, blur=0, solarize=0)
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 # float32 arithmetic in another order; one step of uint8 is 4e-3
@@ -21,7 +21,7 @@ CLOSE = {"rtol": 0, "atol": 2e-5}
 
 
 def photos(n: int, h: int, w: int, seed: int = 0) -> Tensor:
-    """Smooth images with edges: noise alone would hide a shift by a pixel less."""
+    """Smooth images with edges; pure noise would hide a shift by less than a pixel."""
     g = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, 3, 4, 5, generator=g)
     x = T.resize(coarse, [h, w], InterpolationMode.BICUBIC, antialias=True)
@@ -58,7 +58,7 @@ def test_crop_is_antialiased():
 
 
 @BOTH
-def test_images_of_mixed_sizes_do_not_see_their_padding(apply):
+def test_padding_of_mixed_sizes_reaches_no_view(apply):
     a, b = photos(1, 20, 30, 1), photos(1, 33, 25, 2)
     padded = torch.full((2, 3, 33, 30), 255, dtype=torch.uint8)
     padded[0, :, :20], padded[1, :, :, :25] = a[0], b[0]
@@ -84,7 +84,7 @@ def test_centre_view(h, w, size):
 
 
 @pytest.mark.parametrize(
-    ("part", "theirs", "values"),
+    ("adjustment", "theirs", "values"),
     [
         (operations.BRIGHTNESS, T.adjust_brightness, [0.0, 0.6, 1.0, 1.4]),
         (operations.CONTRAST, T.adjust_contrast, [0.0, 0.6, 1.0, 1.4]),
@@ -92,7 +92,7 @@ def test_centre_view(h, w, size):
         (operations.HUE, T.adjust_hue, [-0.5, -0.1, 0.0, 0.03, 0.1, 0.5]),
     ],
 )
-def test_colour(part, theirs, values):
+def test_colour(adjustment, theirs, values):
     x = floats(len(values), 32)
     x[:, :, :4, :4] = 0.5  # grey: no hue
     x[:, :, 4:8, :4] = 0.0
@@ -100,14 +100,14 @@ def test_colour(part, theirs, values):
     factors = torch.tensor(values)
     got = (
         operations.hue(x, factors)
-        if part == operations.HUE
-        else operations.blend(x, torch.full((len(x),), part), factors)
+        if adjustment == operations.HUE
+        else operations.blend(x, torch.full((len(x),), adjustment), factors)
     )
     for image, value, result in zip(x, values, got, strict=True):
         torch.testing.assert_close(result, theirs(image, value), **CLOSE)
 
 
-def test_jitter_keeps_each_images_own_order():
+def test_jitter_follows_the_order_of_each_image():
     n = 48
     x = floats(n, 16)
     p = operations.draw(View(jitter=0.7), torch.full((n, 2), 16), generator(1, "test"))
@@ -119,8 +119,8 @@ def test_jitter_keeps_each_images_own_order():
     for i in range(n):
         want = x[i]
         if p.jitter[i]:
-            for part in p.order[i].tolist():
-                want = steps[part](want, float(p.factors[i, part]))
+            for adjustment in p.order[i].tolist():
+                want = steps[adjustment](want, float(p.factors[i, adjustment]))
         torch.testing.assert_close(got[i], want, **CLOSE)
     assert x.equal(before)
 
@@ -166,7 +166,7 @@ def test_normalize_is_channels_last():
 
 @BOTH
 @pytest.mark.parametrize("view", [*PAPER_VIEWS, View(rotate=15.0, jitter=0, flip=0, grey=0, crop_area=(0.5, 1.0))])
-def test_the_whole_view_is_its_operations_in_order(view, apply):
+def test_a_view_is_its_operations_in_order(view, apply):
     n, size = 24, 32
     images = photos(n, 40, 36)
     p = operations.draw(view, sizes_of(images), generator(5, "test"))
@@ -181,26 +181,26 @@ def test_the_whole_view_is_its_operations_in_order(view, apply):
             x = T.rotate(x, float(p.angle[i]), InterpolationMode.BILINEAR)
         x = T.resize(T.crop(x, *p.box[i].tolist()), [size, size], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
         x = T.horizontal_flip(x) if p.flip[i] else x
-        for part in p.order[i].tolist() if p.jitter[i] else ():
-            x = steps[part](x, float(p.factors[i, part]))
+        for adjustment in p.order[i].tolist() if p.jitter[i] else ():
+            x = steps[adjustment](x, float(p.factors[i, adjustment]))
         x = T.rgb_to_grayscale(x, 3) if p.grey[i] else x
         x = T.gaussian_blur(x, [kernel, kernel], [float(p.sigma[i])] * 2) if p.blur[i] else x
         x = T.solarize(x, 128 / 255) if p.solarize[i] else x
         x = T.normalize(x, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
         wrong += int(((got[i] - x).abs() > 1e-3).sum())
-    # A value that lands on either side of solarize's threshold by rounding is flipped: at most a few.
+    # Rounding moves at most a few values across the threshold of solarize.
     assert wrong <= (3 if view.solarize else 0)
 
 
 @pytest.mark.parametrize("field", ["flip", "jitter", "grey", "blur", "solarize"])
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-def test_each_rate_is_its_stated_rate(field, p):
+def test_each_rate_is_drawn_as_often_as_stated(field, p):
     n = 4000
     drawn = operations.draw(replace(NOTHING, **{field: p}), torch.full((n, 2), 32), generator(0, field))
     spread = 4.5 * math.sqrt(p * (1 - p) / n)  # four and a half standard deviations
     assert float(getattr(drawn, field).float().mean()) == pytest.approx(p, abs=spread + 1e-12)
-    for other in {"flip", "jitter", "grey", "blur", "solarize"} - {field}:
-        assert not getattr(drawn, other).any()
+    for name in {"flip", "jitter", "grey", "blur", "solarize"} - {field}:
+        assert not getattr(drawn, name).any()
 
 
 @pytest.mark.parametrize("field", ["flip", "jitter", "grey", "blur", "solarize"])
@@ -237,7 +237,7 @@ def test_parameters_fill_their_ranges():
 
 @pytest.mark.parametrize(("h", "w"), [(32, 32), (20, 200), (200, 20), (1, 1), (3, 2)])
 def test_crop_boxes_are_torchvisions(h, w):
-    """The same distribution: means and spreads of area and ratio, and all boxes inside the image."""
+    """Equal means and spreads of all four numbers, and every box inside its image."""
     n = 3000
     box = operations.draw(View(), torch.tensor([[h, w]]).expand(n, 2), generator(0, "boxes")).box
     top, left, height, width = box.unbind(1)
@@ -254,28 +254,28 @@ def test_crop_boxes_are_torchvisions(h, w):
         assert float(ours_column.std()) == pytest.approx(float(theirs_column.std()), rel=0.1, abs=1e-6)
 
 
-def test_each_image_draws_for_itself_and_each_step_anew():
+def test_images_and_steps_draw_independently():
     p = operations.draw(View(rotate=5.0), torch.full((64, 2), 32), generator(0, "view 0", 7))
     assert len(set(p.sigma.tolist())) == len(set(p.angle.tolist())) == 64
     assert len({tuple(box) for box in p.box.tolist()}) > 55
     again = operations.draw(View(rotate=5.0), torch.full((64, 2), 32), generator(0, "view 0", 7))
     assert all(a.equal(b) for a, b in zip(p, again, strict=True))
-    for other in (generator(1, "view 0", 7), generator(0, "view 1", 7), generator(0, "view 0", 8)):
-        assert not operations.draw(View(rotate=5.0), torch.full((64, 2), 32), other).sigma.equal(p.sigma)
+    for rng in (generator(1, "view 0", 7), generator(0, "view 1", 7), generator(0, "view 0", 8)):
+        assert not operations.draw(View(rotate=5.0), torch.full((64, 2), 32), rng).sigma.equal(p.sigma)
 
 
 def test_an_image_does_not_depend_on_its_neighbours():
     images = photos(12, 32, 32)
     p = operations.draw(PAPER_VIEWS[1], sizes_of(images), generator(0, "slice"))
     whole = operations.apply(images, sizes_of(images), p, size=32, **PLAIN)
-    part = operations.apply(images[4:9], sizes_of(images[4:9]), p.take(slice(4, 9)), size=32, **PLAIN)
-    assert whole[4:9].equal(part)
+    alone = operations.apply(images[4:9], sizes_of(images[4:9]), p.take(slice(4, 9)), size=32, **PLAIN)
+    assert whole[4:9].equal(alone)
     composed = operations.compose(images[4:9], sizes_of(images[4:9]), p.take(slice(4, 9)), size=32, **PLAIN)
-    assert ((composed - part).abs() > 1e-3).sum() <= 3  # solarize's threshold, as above
+    assert ((composed - alone).abs() > 1e-3).sum() <= 3  # solarize's threshold, as above
 
 
 @pytest.mark.gpu
-def test_cuda_gives_the_same_views_and_never_waits():
+def test_views_on_cuda_are_the_same_and_never_wait():
     images = photos(32, 48, 48)
     p = operations.draw(PAPER_VIEWS[1], sizes_of(images), generator(0, "cuda"))
     on_gpu = images.cuda()
@@ -288,9 +288,9 @@ def test_cuda_gives_the_same_views_and_never_waits():
     assert ((got.cpu() - want).abs() > 1e-3).sum() <= 3  # solarize's threshold, as above
 
 
-def test_large_batches_are_resampled_in_chunks_to_the_same_views(monkeypatch):
+def test_chunks_of_a_large_batch_give_the_same_views(monkeypatch):
     images = photos(7, 40, 36)
     p = operations.draw(PAPER_VIEWS[0], sizes_of(images), generator(0, "chunks"))
     whole = operations.resized_crop(images, p.box, p.flip, size=24)
-    monkeypatch.setattr(operations, "CHUNK", 2 * 3 * 40 * 36)  # chunks of 2, 2, 2 and 1
+    monkeypatch.setattr(operations, "CPU_CHUNK", 2 * 3 * 40 * 36)  # chunks of 2, 2, 2 and 1
     torch.testing.assert_close(operations.resized_crop(images, p.box, p.flip, size=24), whole, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The run folder and its checkpoints: whole or not there, read strictly, never unpickled."""
+"""Checkpoints and run folders: written whole or not at all, read strictly, never unpickled."""
 
 import json
 import pickle
@@ -16,8 +16,11 @@ from corinfomax.objective.covariance import CorInfoMaxLoss
 from corinfomax.recipes.fields import Optim
 from corinfomax.recipes.published import RECIPES
 from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import Facts, Row
 from corinfomax.training import optimizer as optim
 from corinfomax.weights import checkpoint
+
+FACTS = Facts(data="é", recipe_name="tiny", images=40, fingerprint="abc")
 
 
 def state(name="sgd", steps=2):
@@ -36,16 +39,16 @@ def state(name="sgd", steps=2):
 
 def save(path, name="sgd", **changes):
     network, criterion, optimizer = state(name)
-    knobs = {"step": 2, "recipe": tiny.RECIPE, "facts": {"data": "é"}} | changes
-    checkpoint.save(path, network=network, criterion=criterion, optimizer=optimizer, **knobs)
+    rest = {"step": 2, "recipe": tiny.RECIPE, "facts": FACTS} | changes
+    checkpoint.save_checkpoint(path, network=network, criterion=criterion, optimizer=optimizer, **rest)
     return network, criterion, optimizer
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "muon"])
-def test_everything_comes_back(tmp_path, name):
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_a_checkpoint_restores_the_whole_state(tmp_path, name):
     network, criterion, optimizer = save(tmp_path / "a.safetensors", name)
-    loaded = checkpoint.load(tmp_path / "a.safetensors")
-    assert (loaded.step, loaded.recipe, loaded.facts) == (2, tiny.RECIPE, {"data": "é"})
+    loaded = checkpoint.load_checkpoint(tmp_path / "a.safetensors")
+    assert (loaded.step, loaded.recipe, loaded.facts) == (2, tiny.RECIPE, FACTS)
     assert tiny.equal_states(loaded.network, network.state_dict())
     assert tiny.equal_states(loaded.criterion, criterion.state_dict())
     other, _, fresh = state(name, steps=0)
@@ -59,10 +62,10 @@ def test_everything_comes_back(tmp_path, name):
             assert key == "step" or value.stride() == p.stride()
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file"
     run_folder.write_whole(path, lambda temporary: temporary.write_text("good"))
-    path.with_name(f".{path.name}.123.part").write_text("what a killed process left")
+    path.with_name(f".{path.name}.123.part").write_text("left by a killed process")
     run_folder.write_whole(path, lambda temporary: temporary.write_text("good"))
     assert list(path.parent.iterdir()) == [path]
 
@@ -76,9 +79,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_whole_checkpoint_of_another_version_is_no_damage(tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_version_is_not_damaged(tmp_path, monkeypatch):
     save(run_folder.checkpoint_path(tmp_path, 1))
-    monkeypatch.setattr(checkpoint, "FORMAT", "corinfomax-later")
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_FORMAT", "corinfomax-later")
     save(run_folder.checkpoint_path(tmp_path, 2))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="is of format corinfomax-later") as caught:
@@ -86,30 +89,17 @@ def test_a_whole_checkpoint_of_another_version_is_no_damage(tmp_path, monkeypatc
     assert not isinstance(caught.value, checkpoint.DamagedError)
 
 
-def test_moments_of_two_views_by_their_names_are_read(tmp_path, monkeypatch):
-    """As versions up to 0.1.0 wrote them."""
-    path = tmp_path / "old.safetensors"
-    R, mu = state()[1].buffers()
-    names = {"R1": R[0], "R2": R[1], "mu1": mu[0], "mu2": mu[1]}
-    monkeypatch.setattr(CorInfoMaxLoss, "state_dict", lambda self: names)
-    monkeypatch.setattr(checkpoint, "FORMAT", "corinfomax-2")
-    save(path)
-    monkeypatch.undo()
-    back = checkpoint.load(path)
-    assert back.criterion["R"].equal(R) and back.criterion["mu"].equal(mu) and set(back.criterion) == {"R", "mu"}
-
-
 @pytest.mark.parametrize("where", ["weights", "facts"])
-def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(tmp_path, capsys, where):
+def test_a_flipped_bit_is_detected_and_the_checkpoint_before_is_used(tmp_path, capsys, where):
     for step in (1, 2):
         save(run_folder.checkpoint_path(tmp_path, step))
-    path = checkpoint.last(tmp_path)
+    path = run_folder.checkpoint_path(tmp_path, 2)
     content = bytearray(path.read_bytes())
     place = len(content) - 100 if where == "weights" else content.index(b"facts") + 1
     content[place] ^= 4
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"step-00000002\.safetensors is damaged"):
-        checkpoint.load(path)
+        checkpoint.load_checkpoint(path)
     used, _ = checkpoint.load_last(tmp_path)
     assert used == run_folder.checkpoint_path(tmp_path, 1)
     assert "is damaged: its checksum" in capsys.readouterr().err
@@ -123,8 +113,8 @@ def test_a_torn_checkpoint_is_an_error_with_its_name(tmp_path, length):
     path = tmp_path / "a.safetensors"
     save(path)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ValueError, match=r"a\.safetensors is no whole safetensors file"):
-        checkpoint.load(path)
+    with pytest.raises(ValueError, match=r"a\.safetensors is not a whole safetensors file"):
+        checkpoint.load_checkpoint(path)
 
 
 def test_other_files_are_errors_and_pickles_are_not_run(tmp_path):
@@ -133,11 +123,11 @@ def test_other_files_are_errors_and_pickles_are_not_run(tmp_path):
             return (tmp_path.joinpath("exploded").touch, ())
 
     (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match=r"bomb\.pt is no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"bomb\.pt is not a whole safetensors file"):
         checkpoint.load_network(tmp_path / "bomb.pt")
     assert not (tmp_path / "exploded").exists()
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="no checkpoint of this package"):
+    with pytest.raises(ValueError, match="is not a checkpoint of this package"):
         checkpoint.load_network(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError, match="no weights at"):
         checkpoint.load_network(tmp_path / "nothing.safetensors")
@@ -146,7 +136,7 @@ def test_other_files_are_errors_and_pickles_are_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
-def test_weights_load_wholly_or_not_at_all(tmp_path, damage):
+def test_a_network_that_does_not_fit_its_recipe_is_refused(tmp_path, damage):
     path = tmp_path / "a.safetensors"
     save(path)
     with checkpoint.safe_open(path, framework="pt") as file:
@@ -159,7 +149,7 @@ def test_weights_load_wholly_or_not_at_all(tmp_path, damage):
         tensors["network/extra.weight"] = torch.zeros(1)
     else:
         tensors[name] = tensors[name][:4].clone()
-    about["digest"] = checkpoint._digest(about["corinfomax"], tensors)
+    about["digest"] = checkpoint._checksum(about["corinfomax"], tensors)
     save_file(tensors, path, metadata=about)
     with pytest.raises(ValueError, match=r"a\.safetensors does not fit its own recipe"):
         checkpoint.load_network(path)
@@ -167,7 +157,7 @@ def test_weights_load_wholly_or_not_at_all(tmp_path, damage):
 
 def test_optimiser_state_of_another_network_is_an_error(tmp_path):
     save(tmp_path / "a.safetensors")
-    loaded = checkpoint.load(tmp_path / "a.safetensors")
+    loaded = checkpoint.load_checkpoint(tmp_path / "a.safetensors")
     other = Network(replace(tiny.RECIPE.backbone, channels=(8, 8, 8, 8)), tiny.RECIPE.projector)
     with pytest.raises(ValueError, match="fits no parameter"):
         checkpoint.restore_optimizer(optim.build(other, Optim()), loaded.optimizer, other)
@@ -181,27 +171,28 @@ def test_the_last_checkpoint_of_a_run_is_the_one_with_most_steps(tmp_path):
 
 
 def test_metrics_survive_a_torn_last_line(tmp_path):
-    for step in (1, 2, 3):
-        run_folder.append_metrics(tmp_path, {"step": step})
+    rows = [Row(step=step, loss=-1.0, attraction=1.0, gradient_norm=None, lr=0.1, seconds=1.0) for step in (1, 2, 3)]
+    for row in rows:
+        run_folder.append_metrics(tmp_path, row)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    assert [row["step"] for row in run_folder.read_metrics(tmp_path)] == [1, 2, 3]
+    assert run_folder.read_metrics(tmp_path) == rows
     run_folder.forget_after(tmp_path, 2)
-    run_folder.append_metrics(tmp_path, {"step": 3})
-    assert [row["step"] for row in run_folder.read_metrics(tmp_path)] == [1, 2, 3]
+    run_folder.append_metrics(tmp_path, rows[2])
+    assert run_folder.read_metrics(tmp_path) == rows
     assert run_folder.read_metrics(tmp_path / "none") == []
 
 
-def test_fresh_folders_have_names_of_their_own(tmp_path):
+def test_new_folders_have_unique_names(tmp_path):
     assert [run_folder.fresh_folder(tmp_path / "runs", "a").name for _ in range(3)] == ["a", "a-2", "a-3"]
 
 
-def test_json_is_read_back_or_named(tmp_path):
+def test_json_is_read_back_or_refused_by_name(tmp_path):
     run_folder.write_json(tmp_path / "a.json", {"x": [1, "é"]})
     assert run_folder.read_json(tmp_path / "a.json") == {"x": [1, "é"]}
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, "é"]}
     (tmp_path / "b.json").write_text("{")
-    with pytest.raises(ValueError, match=r"b\.json is no readable JSON"):
+    with pytest.raises(ValueError, match=r"b\.json is not readable JSON"):
         run_folder.read_json(tmp_path / "b.json")
 
 
@@ -214,21 +205,21 @@ def test_a_checkpoints_backbone_loads_strictly_into_timm_in_a_fresh_process(tmp_
     criterion = CorInfoMaxLoss(recipe.projector.widths[-1])
     optimizer = optim.build(network, recipe.optim)
     path = tmp_path / "a.safetensors"
-    checkpoint.save(path, network=network, criterion=criterion, optimizer=optimizer, step=0, recipe=recipe, facts={})
+    checkpoint.save_checkpoint(path, network=network, criterion=criterion, optimizer=optimizer, step=0, recipe=recipe)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         save_file({"x": x, "y": network.backbone(x)}, tmp_path / "features.safetensors")
     code = f"""
 import sys, timm, torch
 from safetensors.torch import load_file
-knobs = {asdict(recipe.backbone)!r}
+settings = {asdict(recipe.backbone)!r}
 prefix = "network/backbone."
 weights = {{k.removeprefix(prefix): v for k, v in load_file({str(path)!r}).items() if k.startswith(prefix)}}
-options = {{key: knobs[key] for key in ("layers", "channels") if knobs[key] is not None}}
-model = timm.create_model(knobs["name"], num_classes=0, **options)
-if knobs["small_stem"]:
-    width = knobs["channels"][0] if knobs["channels"] else 64
-    model.conv1 = torch.nn.Conv2d(3, width, 3, stride=knobs["stem_stride"], padding=1, bias=False)
+options = {{key: settings[key] for key in ("layers", "channels") if settings[key] is not None}}
+model = timm.create_model(settings["name"], num_classes=0, **options)
+if settings["small_stem"]:
+    width = settings["channels"][0] if settings["channels"] else 64
+    model.conv1 = torch.nn.Conv2d(3, width, 3, stride=settings["stem_stride"], padding=1, bias=False)
     if width != 64:
         model.bn1 = torch.nn.BatchNorm2d(width)
         model.layer1[0].conv1 = torch.nn.Conv2d(width, width, 3, padding=1, bias=False)

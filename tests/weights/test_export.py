@@ -1,4 +1,4 @@
-"""What is exported loads where this package cannot be imported, and gives the same features."""
+"""Exports load without this package and give the same features."""
 
 import json
 import runpy
@@ -18,29 +18,26 @@ from corinfomax import network as networks
 from corinfomax.cli.main import main
 from corinfomax.images import cache
 from corinfomax.recipes.fields import Backbone
+from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import Comparison, Facts, Results, Score, Verdict
 from corinfomax.views import operations
 from corinfomax.weights import checkpoint, export, load
 
 PLAIN = Backbone(layers=(1, 1, 1, 1), channels=(8, 8, 8, 16))
 SMALL = tiny.RECIPE.backbone
-RESULTS = {
-    "verdict": {"kind": "healthy", "evidence": "Its rank grew to 7.", "advice": "Train on.", "measures": {}},
-    "scores": {"pretrained": {"kNN": {"mean": 61.25, "low": 60.0, "high": 62.5}}, "raw pixels": {}},
-    "comparisons": [{"sentence": "Pretraining helped: a lot."}],
-    "train": 40,
-    "test": 12,
-}
-FACTS = {
-    "data": "/home/someone/photos",
-    "images": 4000,
-    "fingerprint": "abc",
-    "recipe_name": "cpu-small",
-    "versions": {},
-}
+RESULTS = Results(
+    verdict=Verdict("healthy", "Its rank grew to 7.", "Train on.", {}),
+    table={"pretrained": {"kNN": Score(61.25, None, 60.0, 62.5)}, "raw pixels": {}},
+    comparisons=(Comparison("better", 61.2, "raw pixels", 40.0, 21.2, 18.0, 24.0, 9, 12),),
+    sentences=("Pretraining helped: a lot.",),
+    train=40,
+    test=12,
+)
+FACTS = Facts(data="/home/someone/photos", images=4000, fingerprint="abc", recipe_name="cpu-small")
 
 
 def trained(backbone: Backbone, size: int = 16, scale: float = 1.0):
-    """A network whose BatchNorm statistics and zero-initialised branches are as after training, and its checkpoint."""
+    """A network with BatchNorm statistics and branches far from their initial values, and its checkpoint."""
     torch.manual_seed(2)
     recipe = replace(tiny.RECIPE, backbone=backbone, size=size, test_scale=scale)
     model = networks.build_backbone(backbone, size=size).eval()
@@ -52,7 +49,7 @@ def trained(backbone: Backbone, size: int = 16, scale: float = 1.0):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """The script of the fresh process runs here, which is quicker: starting one and importing torch takes seconds."""
+    """Run the script of the fresh process in this one: starting Python and importing torch takes seconds."""
 
     def run(words, cwd, **_):
         ours = sys.modules["corinfomax"]
@@ -73,10 +70,10 @@ def in_process(monkeypatch):
 
 def test_a_timm_folder_loads_in_timm_in_a_process_without_us(tmp_path):
     model, saved = trained(PLAIN, 32)
-    done = export.export(model, saved, tmp_path / "out", "timm", results={})
+    done = export.export_backbone(model, saved, tmp_path / "out", "timm", results=Results())
     assert done.tensors == len(model.state_dict()) and done.difference <= 1e-6
     assert done.loader == "by timm alone"
-    # Once more, by a process of this test's own, that has no way to import the package.
+    # Once more, in a process that this test starts.
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     np.save(tmp_path / "x.npy", x.numpy())
     code = """
@@ -90,7 +87,7 @@ with torch.inference_mode():
 print(timm.create_model("local-dir:out", pretrained=True, num_classes=5)(x).shape[1])
 """
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "5"  # ready for a classifier of one's own
+    assert ran.stdout.strip() == "5"  # ready for another classifier
     with torch.inference_mode():
         torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "y.npy")), model(x), rtol=1e-5, atol=1e-6)
 
@@ -100,11 +97,11 @@ print(timm.create_model("local-dir:out", pretrained=True, num_classes=5)(x).shap
 )
 def test_any_timm_network_is_a_timm_folder(tmp_path, in_process, name, size):
     model, saved = trained(Backbone(name=name), size)
-    done = export.export(model, saved, tmp_path / "out", "timm", results={})
+    done = export.export_backbone(model, saved, tmp_path / "out", "timm", results=Results())
     assert done.tensors == len(model.state_dict()) and done.difference <= 1e-6
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert tiny.equal_states(loaded.state_dict(), model.state_dict())
-    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # who reads one reads all
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # the same readers
 
 
 @pytest.mark.parametrize(
@@ -120,7 +117,7 @@ def test_any_timm_network_is_a_timm_folder(tmp_path, in_process, name, size):
 )
 def test_a_small_stem_comes_with_its_loader_and_is_never_loaded_wrongly(tmp_path, in_process, backbone):
     model, saved = trained(backbone)
-    done = export.export(model, saved, tmp_path / "out", "timm", results={})
+    done = export.export_backbone(model, saved, tmp_path / "out", "timm", results=Results())
     assert done.loader == "by its load.py and timm alone" and done.difference <= 1e-6
     assert "corinfomax" not in (tmp_path / "out" / "load.py").read_text()
     got = runpy.run_path(str(tmp_path / "out" / "load.py"))["backbone"]()
@@ -135,7 +132,7 @@ def test_a_small_stem_comes_with_its_loader_and_is_never_loaded_wrongly(tmp_path
 @pytest.mark.parametrize(("size", "scale"), [(32, 1.0), (24, 4 / 3)])
 def test_timms_own_preprocessing_of_the_folder_is_ours(tmp_path, in_process, size, scale):
     model, saved = trained(PLAIN, size, scale)
-    export.export(model, saved, tmp_path / "out", "timm", results={})
+    export.export_backbone(model, saved, tmp_path / "out", "timm", results=Results())
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded))
     picture = tiny.pictures(1, side=50)[0]
@@ -158,10 +155,10 @@ def test_timms_own_preprocessing_of_the_folder_is_ours(tmp_path, in_process, siz
 )
 def test_a_state_dict_is_one_file_that_loads_anywhere(tmp_path, in_process, backbone, loader):
     model, saved = trained(backbone, 32)
-    done = export.export(model, saved, tmp_path / "a.safetensors", "state-dict", results={})
+    done = export.export_backbone(model, saved, tmp_path / "a.safetensors", "state-dict", results=Results())
     assert (done.loader, done.tensors) == (loader, len(model.state_dict()))
     assert tiny.equal_states(load_file(tmp_path / "a.safetensors"), model.state_dict())
-    again = load.load(str(tmp_path / "a.safetensors"))  # it tells what it is
+    again = load.load_backbone(str(tmp_path / "a.safetensors"))  # it records its recipe
     assert again.recipe == saved.recipe
     assert tiny.equal_states(again.backbone.state_dict(), model.state_dict())
 
@@ -169,7 +166,7 @@ def test_a_state_dict_is_one_file_that_loads_anywhere(tmp_path, in_process, back
 def test_onnx_takes_any_number_of_images(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, saved = trained(SMALL)
-    done = export.export(model, saved, tmp_path / "a.onnx", "onnx", results={})
+    done = export.export_backbone(model, saved, tmp_path / "a.onnx", "onnx", results=Results())
     assert done.difference <= 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     for count in (1, 2, 9):
@@ -186,22 +183,23 @@ def test_an_export_that_gives_other_features_is_not_kept(tmp_path, in_process, m
     model, saved = trained(PLAIN, 32)
     other = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     other["layer1.0.conv1.weight"][0, 0, 0, 0] += 1
-    monkeypatch.setattr(export, "_tensors", lambda _: other)
-    with pytest.raises(ValueError, match="was not kept: reloaded, its features differ by"):
-        export.export(model, saved, tmp_path / "out", form, results={})
+    save = export.save
+    monkeypatch.setattr(export, "save", lambda _, metadata: save(other, metadata))
+    with pytest.raises(ValueError, match="was not kept: loaded by timm alone, its features differ by"):
+        export.export_backbone(model, saved, tmp_path / "out", form, results=Results())
     other.pop("bn1.weight")
     with pytest.raises(ValueError, match=r"a fresh process cannot load it: .*bn1\.weight"):
-        export.export(model, saved, tmp_path / "out", form, results={})
+        export.export_backbone(model, saved, tmp_path / "out", form, results=Results())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_card_tells_data_recipe_verdict_and_scores(tmp_path, in_process):
+def test_the_card_has_data_recipe_verdict_and_scores(tmp_path, in_process):
     model, saved = trained(PLAIN, 32)
-    export.export(model, saved, tmp_path / "out", "timm", results=RESULTS)
+    export.export_backbone(model, saved, tmp_path / "out", "timm", results=RESULTS)
     text = (tmp_path / "out" / "README.md").read_text()
     for words in (
-        "4,000 of `photos`",
-        "recipe cpu-small, 2 epochs of batches of 8, at 32 px; these are the weights after step 7",
+        "4,000 from `photos`",
+        "recipe cpu-small, 2 epochs in batches of 8, at 32 px; weights after step 7",
         "healthy: Its rank grew to 7. Train on.",
         "| pretrained | 61.2 (60.0–62.5) |",
         "| raw pixels | – |",
@@ -215,11 +213,12 @@ def test_the_card_tells_data_recipe_verdict_and_scores(tmp_path, in_process):
     assert "bfloat16" not in text
 
 
-def test_the_card_of_a_run_in_bfloat16_says_what_its_scores_are_of(tmp_path, in_process):
+def test_the_card_of_a_bfloat16_run_says_so_of_its_scores(tmp_path, in_process):
     model, saved = trained(PLAIN, 32)
     saved = saved._replace(recipe=replace(saved.recipe, precision="bfloat16"))
-    assert export.export(model, saved, tmp_path / "out", "timm", results=RESULTS).difference <= 1e-6  # in float32
-    assert "of features in bfloat16; float32's, as above," in (tmp_path / "out" / "README.md").read_text()
+    done = export.export_backbone(model, saved, tmp_path / "out", "timm", results=RESULTS)
+    assert done.difference <= 1e-6  # float32
+    assert "of bfloat16 features; this code gives float32" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +239,10 @@ def test_a_run_is_exported_verified_and_scored_like_the_run(run, tmp_path, capsy
     assert "run-timm: " in (out := capsys.readouterr().out) and "in a fresh process" in out
     assert "| pretrained |" in (tmp_path / "run-timm" / "README.md").read_text()
     assert main(["export", str(folder)]) == 2
-    assert "run-timm is there already" in capsys.readouterr().err
-    first, *_, last = checkpoint.runs.checkpoints(folder)
+    assert "run-timm already exists" in capsys.readouterr().err
+    first, *_, last = run_folder.checkpoints(folder)
     assert main(["export", str(first), "--format", "state-dict"]) == 0
-    assert (tmp_path / f"run-step-{checkpoint.runs.step_of(first)}.safetensors").is_file()
+    assert (tmp_path / f"run-step-{run_folder.step_of(first)}.safetensors").is_file()
     scores = []
     for source in (last, "run-timm"):
         assert main(["evaluate", str(source), str(data), "--out", "scores.json"]) == 0
@@ -255,12 +254,12 @@ def test_a_run_is_exported_verified_and_scored_like_the_run(run, tmp_path, capsy
 def test_an_earlier_checkpoints_card_has_no_scores_of_the_last(run, tmp_path, in_process, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, _ = run
-    first = checkpoint.runs.checkpoints(folder)[0]
+    first = run_folder.checkpoints(folder)[0]
     assert main(["export", str(first), "--out", "early"]) == 0
     assert "| pretrained |" not in (tmp_path / "early" / "README.md").read_text()
 
 
-def test_onnx_without_its_extra_is_a_sentence(run, monkeypatch, capsys):
+def test_onnx_without_its_extra_is_refused(run, monkeypatch, capsys):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: None)
     assert main(["export", str(run[0]), "--format", "onnx"]) == 2
     assert "uv run --extra onnx" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Weights of every make load whole, under the names they come with, or not at all; a pickle never runs."""
+"""Loading weights: any file loads whole, under any prefix, or not at all; a pickle never runs."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from corinfomax.cli.main import main
 from corinfomax.recipes.fields import Backbone
 from corinfomax.weights import load as weights
 
-NAME = "test_resnet"  # timm's own tiny one
+NAME = "test_resnet"  # tiny, from timm
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def same_features(model: nn.Module, other: nn.Module) -> bool:
         return model(x).equal(other(x))
 
 
-def load(path, **options) -> weights.Weights:
-    return weights.load(str(path), **{"architecture": NAME, **options})
+def load(path, **options) -> weights.LoadedBackbone:
+    return weights.load_backbone(str(path), **{"architecture": NAME, **options})
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth", ".pt"])
@@ -50,56 +50,56 @@ def test_a_state_dict_loads_whole_from_any_file(model, state, tmp_path, ending, 
     path = tmp_path / f"weights{ending}"
     content = {prefix + name: tensor for name, tensor in state.items()}
     save_file(content, path) if ending == ".safetensors" else torch.save(content, path)
-    got = load(path)
-    assert same_features(model, got.backbone)
-    assert not got.backbone.training
-    assert f"all {len(state)} tensors of {path}" in got.said
-    assert (f"names without {prefix}" in got.said) == bool(prefix)
+    loaded = load(path)
+    assert same_features(model, loaded.backbone)
+    assert not loaded.backbone.training
+    assert f"all {len(state)} tensors of {path}, a {NAME} at " in loaded.summary
+    assert (f"prefix {prefix} removed" in loaded.summary) == bool(prefix)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model"])
-def test_a_training_scripts_file_loads_and_tells_its_architecture(model, state, tmp_path, key):
+def test_a_file_of_a_training_script_loads_by_its_architecture(model, state, tmp_path, key):
     path = tmp_path / "last.pth.tar"
     torch.save({"epoch": 3, "arch": NAME, key: state, "optimizer": {"state": {}}}, path)
-    got = weights.load(str(path))
-    assert same_features(model, got.backbone)
-    assert got.recipe.backbone.name == NAME
+    loaded = weights.load_backbone(str(path))
+    assert same_features(model, loaded.backbone)
+    assert loaded.recipe.backbone.name == NAME
 
 
-def test_what_is_left_out_is_said(model, state, tmp_path):
+def test_the_summary_names_ignored_tensors(model, state, tmp_path):
     whole = timm.create_model(NAME, num_classes=10).state_dict()
     content = {f"backbone.{name}": tensor for name, tensor in (whole | state).items()}
     content = {name: tensor for name, tensor in content.items() if not name.endswith("num_batches_tracked")}
     content |= {"projector.0.weight": torch.zeros(3, 3), "queue": torch.zeros(3)}
     torch.save(content, tmp_path / "a.pth")
-    got = load(tmp_path / "a.pth")
-    assert same_features(model, got.backbone)
+    loaded = load(tmp_path / "a.pth")
+    assert same_features(model, loaded.backbone)
     counts = sum(name.endswith("num_batches_tracked") for name in state)
     for words in (
-        "names without backbone.",
-        "classifier backbone.fc.weight and backbone.fc.bias left out",
-        "2 tensors of other parts left out, such as projector.0.weight",
-        f"{counts} counts of batches set to 0",
+        "prefix backbone. removed",
+        "classifier backbone.fc.weight and backbone.fc.bias ignored",
+        "2 tensors outside the backbone ignored, such as projector.0.weight",
+        f"{counts} batch counts set to 0",
     ):
-        assert words in got.said
+        assert words in loaded.summary
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("layer1.0.bn1.bias"), r"tensors 1 missing \(layer1.0.bn1.bias\)"),
-        (lambda s: s.update(extra=torch.zeros(2)), r"tensors 1 that it has no place for \(extra\)"),
-        (lambda s: s.update({"conv1.0.weight": torch.zeros(3, 3)}), r"1 of another size \(conv1.0.weight: 3×3 for "),
+        (lambda s: s.pop("layer1.0.bn1.bias"), r"tensors: 1 missing \(layer1.0.bn1.bias\)"),
+        (lambda s: s.update(extra=torch.zeros(2)), r"tensors: 1 unexpected \(extra\)"),
+        (lambda s: s.update({"conv1.0.weight": torch.zeros(3, 3)}), r"1 of another shape \(conv1.0.weight: 3×3 for "),
         (lambda s: s["bn1.weight"].fill_(torch.nan), "nan or inf in 1 tensors, first bn1.weight"),
         (lambda s: s.clear(), "missing|no state dict"),
         (
             lambda s: s.update({f"b.{k}": v.clone() for k, v in s.items()}),
-            r"several such networks, under (no prefix|backbone\.), ",
+            r"several matching networks, under (no prefix|backbone\.), ",
         ),
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "backbone."])
-def test_nothing_loads_in_part(state, tmp_path, change, message, prefix):
+def test_weights_that_do_not_fit_are_refused(state, tmp_path, change, message, prefix):
     change(state)
     path = tmp_path / "a.safetensors"
     save_file({prefix + name: tensor for name, tensor in state.items()}, path)
@@ -108,13 +108,13 @@ def test_nothing_loads_in_part(state, tmp_path, change, message, prefix):
     assert str(path) in str(error.value)
 
 
-def test_two_networks_in_one_file_are_not_guessed_between(state, tmp_path):
+def test_a_file_with_two_networks_is_refused(state, tmp_path):
     content = {f"{side}.{name}": tensor for side in ("student", "teacher") for name, tensor in state.items()}
     torch.save(content, tmp_path / "dino.pth")
-    with pytest.raises(ValueError, match=r"several such networks, under student\., teacher\.; save the one"):
+    with pytest.raises(ValueError, match=r"several matching networks, under student\., teacher\.; save only"):
         load(tmp_path / "dino.pth")
     torch.save({"model": state, "state_dict": state}, tmp_path / "two.pth")
-    with pytest.raises(ValueError, match="holds no one state dict but model, state_dict"):
+    with pytest.raises(ValueError, match="holds model, state_dict instead of one state dict"):
         load(tmp_path / "two.pth")
 
 
@@ -134,40 +134,42 @@ def test_a_pickle_bomb_is_refused_and_does_not_run(state, tmp_path, zipped, caps
     err = capsys.readouterr().err
     assert "bomb.pth was refused" in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
     assert not crater.exists()
-    torch.load(path, weights_only=False)  # it does explode where it is trusted
+    torch.load(path, weights_only=False)  # the bomb works
     assert crater.exists()
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+@pytest.mark.parametrize(
+    ("ending", "message"), [(".safetensors", "is not a whole safetensors file"), (".pth", "was refused: it is torn")]
+)
 @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04" + bytes(40), None])
-def test_a_torn_file_is_named(state, tmp_path, ending, content):
-    path = tmp_path / f"torn{ending}"
+def test_a_torn_file_is_named(state, tmp_path, ending, message, content):
+    path = tmp_path / f"a{ending}"
     save_file(state, path) if ending == ".safetensors" else torch.save(state, path)
     path.write_bytes(path.read_bytes()[:-500] if content is None else content)
-    with pytest.raises(ValueError, match="torn"):
+    with pytest.raises(ValueError, match=rf"a\{ending} {message}"):
         load(path)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["a.safetensors"], "does not say which network it is of; add --architecture"),
+        (["a.safetensors"], "does not record its network; add --architecture"),
         (["a.safetensors", "--architecture", "resnet19"], "timm knows no network 'resnet19'"),
         (["a.safetensors", "--architecture", "resnet18"], "does not fit the network, so nothing was loaded"),
-        (["a.onnx"], "a.onnx is no file of weights"),
-        (["list.pth"], "holds a list; wanted a state dict"),
+        (["a.onnx"], "a.onnx is not a file of weights"),
+        (["list.pth"], "holds a list; want a state dict"),
         (["empty"], "holds no checkpoint"),
         (["nowhere.pth"], "no weights at nowhere.pth"),
         (["timm:resnet19"], "timm knows no network 'resnet19'"),
         (["timm:resnet18.nope"], "timm has no weights 'resnet18.nope'; it has resnet18.a1_in1k"),
         (["timm:resnet18"], "are not on this machine and http"),
-        (["odd"], "names the architecture 'resnet19', which timm does not know"),
+        (["odd"], "names the architecture 'resnet19', unknown to timm"),
         (["bare"], "no model.safetensors beside it"),
     ],
 )
 def test_a_mistake_with_weights_is_one_sentence(state, tmp_path, words, message, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(weights.constants, "ENDPOINT", "http://127.0.0.1:9")  # a port without a server
     monkeypatch.setattr(weights, "try_to_load_from_cache", lambda *_: None)
     save_file(state, "a.safetensors")
     (tmp_path / "a.onnx").write_bytes(b"x")
@@ -184,40 +186,41 @@ def test_a_mistake_with_weights_is_one_sentence(state, tmp_path, words, message,
 
 def test_a_folder_in_timms_layout_loads(model, tmp_path):
     timm.models.save_for_hf(model, tmp_path / "hub", safe_serialization=True)
-    got = weights.load(str(tmp_path / "hub"))
-    assert same_features(model, got.backbone)
-    assert got.recipe.size == model.pretrained_cfg["input_size"][-1]
-    assert got.recipe.mean == tuple(model.pretrained_cfg["mean"])
-    assert weights.load(str(tmp_path / "hub"), size=64).recipe.size == 64
+    loaded = weights.load_backbone(str(tmp_path / "hub"))
+    assert same_features(model, loaded.backbone)
+    assert loaded.recipe.size == model.pretrained_cfg["input_size"][-1]
+    assert loaded.recipe.mean == tuple(model.pretrained_cfg["mean"])
+    assert weights.load_backbone(str(tmp_path / "hub"), size=64).recipe.size == 64
 
 
-def test_timms_own_weights_come_at_timms_own_size(monkeypatch, model):
-    created = timm.create_model
+def test_timms_weights_have_timms_input_size(monkeypatch):
     monkeypatch.setattr(weights, "_check_reachable", lambda *_: None)
-    asked = {}
-    monkeypatch.setattr(
-        timm,
-        "create_model",
-        lambda name, pretrained, **o: (asked.update(o, pretrained=pretrained), created(name, **o))[1],
-    )
-    got = weights.load("timm:vit_tiny_patch16_384")
-    assert asked == {"pretrained": True, "num_classes": 0, "img_size": 384}
-    assert (got.recipe.size, got.recipe.cache_side) == (384, 438)
-    assert got.recipe.mean == (0.5, 0.5, 0.5)
+    create, arguments = timm.create_model, {}
+
+    def create_untrained(name, pretrained, **options):
+        arguments.update(options, pretrained=pretrained)
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_untrained)
+    recipe = weights.load_backbone("timm:vit_tiny_patch16_384").recipe
+    assert arguments == {"pretrained": True, "num_classes": 0, "img_size": 384}
+    assert (recipe.size, recipe.cache_side, recipe.mean) == (384, 438, (0.5, 0.5, 0.5))
 
 
-def test_a_small_stem_is_asked_for(tmp_path):
+def test_a_small_stem_loads_on_request(tmp_path):
     stem = Backbone(name="resnet18", small_stem=True)
     network = networks.build_backbone(stem).eval()
     save_file(network.state_dict(), tmp_path / "cifar.safetensors")
     with pytest.raises(ValueError, match=r"conv1.weight: 64×3×3×3 for 64×3×7×7"):
-        weights.load(str(tmp_path / "cifar.safetensors"), architecture="resnet18")
-    got = weights.load(str(tmp_path / "cifar.safetensors"), architecture="resnet18", small_stem=True, size=32)
-    assert same_features(network, got.backbone)
-    assert got.recipe == replace(got.recipe, size=32, backbone=stem)
+        weights.load_backbone(str(tmp_path / "cifar.safetensors"), architecture="resnet18")
+    loaded = weights.load_backbone(
+        str(tmp_path / "cifar.safetensors"), architecture="resnet18", small_stem=True, size=32
+    )
+    assert same_features(network, loaded.backbone)
+    assert loaded.recipe == replace(loaded.recipe, size=32, backbone=stem)
 
 
-def test_data_that_cannot_be_scored_is_a_sentence(model, tmp_path, capsys, monkeypatch):
+def test_data_without_labels_is_refused_in_one_sentence(model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_file(model.state_dict(), "a.safetensors")
     tiny.folder(tmp_path / "flat", {"": 12}, labelled=False)
@@ -234,7 +237,7 @@ def test_data_that_cannot_be_scored_is_a_sentence(model, tmp_path, capsys, monke
         assert message in err and len(err.strip().splitlines()) == 1
 
 
-def test_other_weights_stand_beside_ours(model, tmp_path, capsys, monkeypatch):
+def test_evaluate_compares_several_weights(model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.folder(tmp_path / "data", {"train": 24, "test": 8})
     save_file(model.state_dict(), "a.safetensors")
@@ -250,17 +253,17 @@ def test_other_weights_stand_beside_ours(model, tmp_path, capsys, monkeypatch):
     assert max(map(len, out[out.index("%") :].split("±:")[0].splitlines())) <= 100
 
 
-def test_whole_numbers_are_no_weights(tmp_path):
+def test_integer_tensors_are_refused(tmp_path):
     state = {name: x.long() for name, x in timm.create_model(NAME, num_classes=0).state_dict().items()}
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"holds whole numbers .*int64.* where weights are, first"):
-        weights.load(str(tmp_path / "a.safetensors"), architecture=NAME)
+    with pytest.raises(ValueError, match=r"holds integers .*int64.* instead of weights, first in"):
+        weights.load_backbone(str(tmp_path / "a.safetensors"), architecture=NAME)
 
 
 @pytest.mark.parametrize("recipe", ["not json", "[]", '{"not": 1}'])
-def test_a_recipe_that_is_none_is_told_with_its_file(tmp_path, recipe):
+def test_an_invalid_recipe_is_refused_with_its_file(tmp_path, recipe):
     save_file(
         timm.create_model(NAME, num_classes=0).state_dict(), tmp_path / "a.safetensors", metadata={"recipe": recipe}
     )
-    with pytest.raises(ValueError, match=r"a\.safetensors says of its recipe what is none"):
-        weights.load(str(tmp_path / "a.safetensors"))
+    with pytest.raises(ValueError, match=r"a\.safetensors records an invalid recipe"):
+        weights.load_backbone(str(tmp_path / "a.safetensors"))

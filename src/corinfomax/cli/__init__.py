@@ -1,1 +1,1 @@
-"""The commands, one file each."""
+"""The command line: one file per command, a dataclass of its options whose `run` does it and returns the exit code."""

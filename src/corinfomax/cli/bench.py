@@ -1,59 +1,66 @@
-"""Where the time of a training step goes, and what to change."""
+"""`corinfomax bench`: the time of a training step on this machine, part by part."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from corinfomax import network
-from corinfomax.cli import inputs
-from corinfomax.cli.options import Bench, parse
-from corinfomax.images import sources
-from corinfomax.recipes import fields, published
+from corinfomax.cli.arguments import IMAGES, OPTIONAL_DATA, PATH, SETTINGS, DataOptions
+from corinfomax.recipes import fields
 from corinfomax.recipes.published import RECIPES
-from corinfomax.runtime import run_folder
-from corinfomax.training import bottleneck, timing
 
 
-def run(command: Bench, argv: list[str]) -> int:
-    """Time a training step, say what bounds it and what to change."""
-    if not 0 < command.seconds < math.inf:
-        raise ValueError(f"--seconds is {command.seconds:g}; how long to measure is above 0")
-    device = inputs.device_of(command.where.device)
-    data, where, recipe, decode = command.data, command.where, command.knobs, None
-    if command.recipe is None:
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time a training step on this machine, part by part.
+
+    Uses synthetic images of the recipe's size without DATA. Takes the settings that pretrain takes.
+    """
+
+    data: OPTIONAL_DATA = None
+    recipe: str | None = None
+    """A named recipe; `corinfomax recipes` lists them."""
+    seconds: float = 30.0
+    """Time to measure; at least five rounds."""
+    out: PATH = None
+    """Write the timings to this JSON file."""
+    images: IMAGES = DataOptions()
+    settings: SETTINGS = RECIPES["cpu-small"].recipe
+
+    def run(self, typed: frozenset[str]) -> int:
+        import torch
+
+        from corinfomax import network
+        from corinfomax.cli import inputs
+        from corinfomax.runtime import run_folder
+        from corinfomax.training import timing
+
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"--seconds is {self.seconds:g}; it must be above 0")
+        device = inputs.choose_device(self.images.device)
+        data = None if self.data is None else inputs.find_data(self.data, self.images)
+        _, recipe = inputs.choose_recipe(self.recipe, data, self.settings, typed, device)
+        if recipe.from_files:
+            raise ValueError("bench times steps that read cached images: leave out --from-files")
+
+        # the images, and what decoding them costs
+        decode = None
         if data is None:
-            name = "cifar10" if device.type == "cuda" else "cpu-small"
-            base, why = RECIPES[name].recipe, f"{name}: {RECIPES[name].about}"
+            images = timing.made_up(recipe)
         else:
-            survey = sources.survey(
-                data, root=where.root, download=where.download, skip=inputs.left_out(where), cache=where.cache
-            )
-            _, base, why = published.choose(data, survey.images, survey.short_side, cuda=device.type == "cuda")
-        again = parse(argv, base)
-        assert isinstance(again, Bench)
-        recipe = again.knobs
-        print(inputs.chosen(why, base, recipe))
-    fields.check_objective(recipe)
-    if recipe.from_files:
-        raise ValueError("bench measures steps fed by copies: leave out --from-files; pretrain says how long it waits")
-    if data is None:
-        pictures = timing.made_up(recipe)
-    else:
-        pictures = inputs.load(data, where, recipe).train
-        decode = timing.decoding(
-            sources.find(data, root=where.root, skip=inputs.left_out(where), cache=where.cache)["train"],
-            recipe.cache_side,
-        )
-        recipe = inputs.fit_batch(recipe, len(pictures))
-    recipe = replace(recipe, precision=network.precision(recipe, device))
-    setting = timing.describe(recipe, pictures, device, decode=decode)
-    print(
-        f"{recipe.backbone.name} at {recipe.size} px, batch {recipe.batch}, {setting.precision}, on {setting.device}, "
-        f"{setting.threads} threads of {setting.cores} cores, torch {inputs.versions()['torch']}\n"
-    )
-    timings = timing.measure(recipe, pictures, device, seconds=command.seconds)
-    print(bottleneck.as_text(timings, setting))
-    if command.out is not None:
-        run_folder.write_json(command.out, {**bottleneck.as_json(timings, setting), "recipe": fields.to_json(recipe)})
-    return 0
+            images = inputs.load_splits(data, recipe, self.images).train
+            decode = timing.decoding(data.splits()["train"], recipe.cache_side)
+            recipe = inputs.fit_batch(recipe, len(images))
+
+        # the timings
+        recipe = replace(recipe, precision=network.choose_precision(recipe, device))
+        setting = timing.describe(recipe, device, decode=decode)
+        about = f"{recipe.backbone.name} at {recipe.size} px, batch {recipe.batch}, {recipe.precision}"
+        threads = f"{setting.threads} threads on {setting.cores} cores"
+        print(f"{about}, on {setting.device}, {threads}, torch {torch.__version__}\n")
+        timings = timing.measure(recipe, images, device, seconds=self.seconds)
+        print(timing.as_text(timings, setting))
+        if self.out is not None:
+            content = {"setting": setting._asdict(), "timings": timings._asdict(), "recipe": fields.to_json(recipe)}
+            run_folder.write_json(self.out, {**content, "advice": timing.advice(timings, setting)})
+        return 0

@@ -1,71 +1,90 @@
-"""What is wrong with the images, what training would take, and the list of what to leave out."""
+"""`corinfomax doctor`: problems in the images, and the forecast of training."""
 
 from __future__ import annotations
 
 import math
-import shlex
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from corinfomax import network
-from corinfomax.cli import errors, inputs
-from corinfomax.cli.options import Doctor
-from corinfomax.doctor import findings, inspect
-from corinfomax.images import sources
-from corinfomax.recipes import published
-from corinfomax.runtime import run_folder, shell
-from corinfomax.training import timing
+from corinfomax.cli import messages
+from corinfomax.cli.arguments import DATA, IMAGES, PATH, SKIP_LIST, DataOptions
+from corinfomax.recipes import fields, published
 
 
-def run(command: Doctor) -> int:
-    """Look at the images, say what is wrong with them and what training would take, and write the list to leave out."""
-    if not 0 <= command.seconds < math.inf:
-        raise ValueError(f"--seconds is {command.seconds:g}; how long to time steps is 0 or above")
-    where, skip = command.where, inputs.left_out(command.where)
-    if command.out is not None:
-        findings.check_out(command.out, where.skip)
-    device = inputs.device_of(where.device)
-    splits = sources.find(command.data, root=where.root, download=where.download, skip=skip, cache=where.cache)
-    order = sorted(splits, key=("train", "val", "test").index)
-    inputs.tell_left_out(command.data, where)
-    survey = sources.survey(command.data, root=where.root, skip=skip, cache=where.cache)
-    chosen, recipe, why = published.choose(command.data, survey.images, survey.short_side, cuda=device.type == "cuda")
-    recipe = replace(recipe, precision=network.precision(recipe, device))
-    # Timed first: on a CPU the peak of memory is then that of training, before the images are looked at.
-    recipe = inputs.fit_batch(recipe, survey.images)
-    pace = None
-    if command.seconds:
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Check every image before training, and forecast its time.
+
+    Prints unreadable files, duplicates, leaks between splits, odd images, and writes a list to leave out with --skip.
+    The exit code is 1 if a finding would stop training or falsify its scores: unreadable images, training images that
+    are also in val or test, classes that only those have. Other findings are remarks.
+    """
+
+    data: DATA
+    out: PATH = None
+    """The list to write; default skip.txt here, if there is anything to skip."""
+    seconds: float = 5.0
+    """Time for the forecast; 0 makes none."""
+    images: IMAGES = DataOptions()
+
+    def run(self, typed: frozenset[str]) -> int:
+        from corinfomax import network
+        from corinfomax.cli import inputs
+        from corinfomax.doctor import findings, inspect
+        from corinfomax.training import timing
+
+        if not 0 <= self.seconds < math.inf:
+            raise ValueError(f"--seconds is {self.seconds:g}; it must be 0 or above")
+        if self.out is not None:
+            findings.check_overwrite(self.out, self.images.skip)
+        device = inputs.choose_device(self.images.device)
+        data = inputs.find_data(self.data, self.images)
+        splits, survey = data.splits(), data.survey()
+        inputs.print_skipped(data, self.images.skip, {})
+
+        # The forecast comes first: on a CPU the peak of memory is then that of training.
+        name, recipe, reason = published.choose(self.data, survey.images, survey.short_side, cuda=device.type == "cuda")
+        recipe = inputs.fit_batch(replace(recipe, precision=network.choose_precision(recipe, device)), survey.images)
         try:
-            pace = timing.pace(recipe, device, seconds=command.seconds)
+            speed = timing.speed(recipe, device, seconds=self.seconds) if self.seconds else None
         except (MemoryError, RuntimeError) as error:
-            if not errors.out_of_memory(error):
+            if not messages.is_out_of_memory(error):
                 raise
-            print(f"recipe {chosen} needs more memory than there is: pretrain with a smaller --batch or --micro-batch")
-    parts = [inspect.examine(name, splits[name], recipe.cache_side) for name in order]
-    found = findings.findings(parts, recipe)
-    lines = findings.skip_list(found, command.data, skip)
-    gone = skip.union(*(finding.skip for finding in found))
+            print(f"recipe {name} does not fit into memory: pretrain with a smaller --batch or --micro-batch")
+            speed = None
 
-    print(*map(findings.overview, parts), sep="\n")
-    for finding in found:
-        print(f"{'to mend' if finding.grave else 'remark'}: {finding.text}")
-    if not found:
-        print("nothing is wrong with these images")
-    print(f"recipe {why}")
-    if pace is not None:
-        print(timing.foreseen(pace, recipe, len(set(parts[0].paths) - gone), device))
-    print(f"the decoded copies take {sum(part.cached for part in parts) / 1e6:,.0f} MB of disk")
-    words = [shell.command("pretrain", command.data), *inputs.typed_where(where)]
-    out = command.out or Path(inputs.SKIPPED)
-    if lines is not None:
-        text = "\n".join(lines) + "\n"
-        if command.out is None and out != where.skip:
-            out = findings.place(out, text)
-        run_folder.write_text(out, text)
-        print(f"{out}: {len(gone):,} images to leave out, and why; others that may be left out are comments in it")
-    if gone:
-        words.append(f"--skip {shlex.quote(str(out))}")
-    if (colours := findings.channels(parts[0])) is not None:
-        words += [f"--{name} " + " ".join(f"{value:.4f}" for value in each) for name, each in colours._asdict().items()]
-    print("→ " + " ".join(words))
-    return int(any(finding.grave for finding in found))
+        # Every image, once.
+        order = sorted(splits, key=("train", "val", "test").index)
+        inspections = [inspect.inspect_split(name, splits[name], recipe.cache_side) for name in order]
+        found = findings.collect_findings(inspections, recipe)
+        skipped = data.skip.union(*(finding.skip for finding in found))
+
+        remarks = [f"{'to fix' if finding.must_fix else 'remark'}: {finding.text}" for finding in found]
+        print(*map(findings.overview, inspections), *(remarks or ["nothing is wrong with these images"]), sep="\n")
+        print(f"recipe {reason}")
+        if speed is not None:
+            print(timing.forecast(speed, recipe, len(set(inspections[0].paths) - skipped), device))
+        print(f"the cached images take {sum(part.decoded_bytes for part in inspections) / 1e6:,.0f} MB of disk")
+        colours = findings.colour_statistics(inspections[0]) or {}
+        self._print_next(findings.skip_list(found, self.data, data.skip), len(skipped), colours)
+        return int(any(finding.must_fix for finding in found))
+
+    def _print_next(self, lines: list[str] | None, skipped: int, colours: Mapping[str, list[float]]) -> None:
+        """Write the list of images to skip, and print the command that trains without them."""
+        from corinfomax.doctor import findings
+        from corinfomax.runtime import run_folder
+
+        words = ["pretrain", self.data, *fields.difference(replace(self.images, skip=None), DataOptions())]
+        out = self.out or Path(SKIP_LIST)
+        if lines is not None:
+            text = "\n".join(lines) + "\n"
+            if self.out is None and out != self.images.skip:
+                out = findings.unused_path(out, text)
+            run_folder.write_text(out, text)
+            print(f"{out}: {skipped:,} images to skip, with reasons; images that may be skipped are comments")
+        if skipped:
+            words += ["--skip", str(out)]
+        for name, values in colours.items():
+            words += [f"--{name}", *(f"{value:.4f}" for value in values)]
+        print(f"→ {messages.command(*words)}")

@@ -1,28 +1,44 @@
-"""The features of every image, in a file."""
+"""`corinfomax embed`: the features of every image, in a file."""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
+from pathlib import Path
 
-from corinfomax.cli import inputs
-from corinfomax.cli.options import Embed
-from corinfomax.evaluation import features
+from corinfomax.cli.arguments import DATA, IMAGES, NETWORK, WEIGHTS, DataOptions, WeightsOptions
 
 
-def run(command: Embed) -> int:
-    """Write the features of every image of every split."""
-    features.check_ending(command.out)
-    device = inputs.device_of(command.where.device)
-    given = inputs.weights_of(command.weights, command.network, device)
-    parts = inputs.every(command.data, command.where, given.recipe)
-    vectors = {
-        name: features.features(given.backbone, part, given.recipe, device=device, progress=f"embedding {name}")
-        for name, part in parts.items()
-    }
-    features.write(command.out, vectors, parts)
-    count, width = sum(map(len, parts.values())), vectors["train"].shape[1]
-    print(f"{command.out}: {count:,} images × {width} features, splits {', '.join(parts)}")
-    if command.out.suffix == ".parquet":
-        file = shlex.quote(str(command.out))
-        print(f"to look at them: uvx embedding-atlas {file} --x x --y y  (or --vector features, a map of neighbours)")
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    """Write the feature vectors of every image to a file.
+
+    WEIGHTS are what evaluate takes: a run, a file of weights, or timm:NETWORK.
+    """
+
+    weights: WEIGHTS
+    data: DATA
+    out: Path = Path("embeddings.npz")
+    """File to write: .npz, or .parquet with the parquet extra."""
+    network: NETWORK = WeightsOptions()
+    images: IMAGES = DataOptions()
+
+    def run(self, typed: frozenset[str]) -> int:
+        from corinfomax.cli import inputs
+        from corinfomax.evaluation import features
+
+        features.check_ending(self.out)
+        device, loaded, splits = inputs.load_all(self.weights, self.network, self.data, self.images)
+        vectors = {}
+        for name, part in splits.items():
+            bar = f"embedding {name}"
+            vectors[name] = features.extract_features(loaded.backbone, part, loaded.recipe, device=device, progress=bar)
+
+        # the file, and how to look into it
+        features.write(self.out, vectors, splits)
+        count, width = sum(map(len, splits.values())), vectors["train"].shape[1]
+        print(f"{self.out}: {count:,} images × {width} features, splits {', '.join(splits)}")
+        if self.out.suffix == ".parquet":
+            file = shlex.quote(str(self.out))
+            print(f"to explore: uvx embedding-atlas {file} --x x --y y  (or --vector features, a neighbour map)")
+        return 0

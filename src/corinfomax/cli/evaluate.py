@@ -1,55 +1,55 @@
-"""Weights on labelled images, beside baselines and other weights."""
+"""`corinfomax evaluate`: scores of frozen features beside baselines and other weights."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 
-from corinfomax.cli import inputs
-from corinfomax.cli.options import Evaluate
-from corinfomax.evaluation import table
-from corinfomax.evaluation.table import Result
-from corinfomax.images.cache import Splits
-from corinfomax.runtime import run_folder
+from tyro.conf import UseAppendAction
+
+from corinfomax.cli.arguments import DATA, IMAGES, NETWORK, PATH, WEIGHTS, DataOptions, WeightsOptions
 
 
-def run(command: Evaluate) -> int:
-    """Score weights on labelled images, beside baselines and other weights."""
-    table.check_crops(command.test_crops)
-    device = inputs.device_of(command.where.device)
-    names = (command.weights, *command.against)
-    loaded = [inputs.weights_of(name, command.network, device) for name in names]
-    ours, others = loaded[0], loaded[1:]
-    splits = inputs.load(command.data, command.where, ours.recipe)
-    table.check_labels(splits)
-    sides = {ours.recipe.cache_side: splits}
-    for other in others:
-        if (side := other.recipe.cache_side) not in sides:
-            sides[side] = inputs.splits_of(command.data, command.where, other.recipe)
-    called = table.distinct_names(command.against, command.test_crops)
-    rivals = [
-        table.Contender(name, other.backbone, other.recipe, sides[other.recipe.cache_side])
-        for name, other in zip(called, others, strict=True)
-    ]
-    result = table.evaluate(
-        ours.backbone,
-        splits,
-        ours.recipe,
-        device=device,
-        published_probe=command.published_probe,
-        fine_tune=command.fine_tune,
-        crops=command.test_crops,
-        rivals=rivals,
-    )
-    tell(result, splits, command.out)
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score frozen features of any weights beside baselines.
 
+    The images are labelled. The probes are kNN, ridge and logistic regression, few labels, and retrieval; the baselines
+    an untrained network and raw pixels. WEIGHTS and --against are a run folder or checkpoint, an exported folder, a
+    state dict (.safetensors; .pth and the like, read without running code), or timm:NETWORK, downloaded if need be.
+    """
 
-def tell(result: Result, splits: Splits, path: Path | None) -> None:
-    """Print the scores and what they say, and keep them in the JSON file at `path`."""
-    assert splits.test is not None
-    print(f"\n{table.as_text(result.table)}\n{table.LEGEND}\n")
-    print(f"{len(splits.train):,} images with labels to fit each probe, {len(splits.test):,} others to score it")
-    print("\n".join(result.sentences))
-    if path is not None:
-        run_folder.add_json(path, {**table.as_json(result), "train": len(splits.train), "test": len(splits.test)})
-        print(f"written to {path}")
+    weights: WEIGHTS
+    data: DATA
+    against: UseAppendAction[tuple[str, ...]] = ()
+    """Other weights to compare with; may be repeated."""
+    fine_tune: bool = False
+    """Also fine-tune on 1 % and 10 % of the labels: up to hours."""
+    published_probe: bool = False
+    """Also run the paper's augmented linear probe: hours without a GPU."""
+    out: PATH = None
+    """Add the scores to this JSON file."""
+    network: NETWORK = WeightsOptions()
+    images: IMAGES = DataOptions()
+
+    def run(self, typed: frozenset[str]) -> int:
+        from corinfomax.cli import inputs
+        from corinfomax.evaluation import table
+        from corinfomax.images import cache
+
+        # the weights, then the images at the size that each of them sees
+        device = inputs.choose_device(self.images.device)
+        ours, *others = (inputs.load_weights(name, self.network, device) for name in (self.weights, *self.against))
+        data = inputs.find_data(self.data, self.images)
+        splits = inputs.load_splits(data, ours.recipe, self.images)
+        table.check_labels(splits)
+        by_side, rivals = {ours.recipe.cache_side: splits}, []
+        for name, other in zip(table.distinct_names(self.against), others, strict=True):
+            side = other.recipe.cache_side
+            if side not in by_side:
+                by_side[side] = cache.load(data, side=side, from_files=other.recipe.from_files)
+            rivals.append(table.Contender(name, other.backbone, other.recipe, by_side[side]))
+
+        extra = {"published_probe": self.published_probe, "fine_tune": self.fine_tune}
+        results = table.evaluate(ours.backbone, splits, ours.recipe, device=device, rivals=rivals, **extra)
+        inputs.print_scores(results, self.out)
+        return 0

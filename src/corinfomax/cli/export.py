@@ -1,31 +1,48 @@
-"""The backbone for others, and how it was verified."""
+"""`corinfomax export`: the trained backbone for use without this package, verified."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from corinfomax.cli.options import Export
-from corinfomax.runtime import run_folder
-from corinfomax.weights import checkpoint, export
+from tyro.conf import Positional, arg
+
+from corinfomax.cli.arguments import PATH
 
 
-def run(command: Export) -> int:
-    """Write the backbone for others, and say how it was verified."""
-    export.check_extra(command.format)
-    network, saved = checkpoint.load_network(command.weights)
-    given = command.weights.absolute()
-    run = given if given.is_dir() else given.parent.parent if given.parent.name == "checkpoints" else None
-    # What a run says of itself is true of its last weights alone.
-    is_last = run is not None and [run_folder.step_of(path) for path in run_folder.checkpoints(run)[-1:]] == [
-        saved.step
-    ]
-    told = None if run is None or not is_last else run / "results.json"
-    results = run_folder.read_json(told) if told is not None and told.exists() else {}
-    name = given.stem if run is None else run.name if is_last else f"{run.name}-step-{saved.step}"
-    out = command.out or Path(name + {"timm": "-timm", "onnx": ".onnx", "state-dict": ".safetensors"}[command.format])
-    done = export.export(network.backbone, saved, out, command.format, results=results)
-    print(
-        f"{done.path}: {done.tensors} tensors, loaded {done.loader} in a fresh process; its features there differ from "
-        f"those here by at most {done.difference:.1e}"
-    )
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the trained backbone for use without this package.
+
+    A fresh process loads it and compares the features. timm is a folder with a model card, for
+    timm.create_model("local-dir:…", pretrained=True), or for its own load.py when timm has no such network. state-dict
+    is one .safetensors file with timm's names, which are torchvision's for its ResNets. onnx needs the onnx extra.
+    """
+
+    weights: Annotated[Path, Positional, arg(metavar="WEIGHTS")]
+    """A run folder or one of its checkpoints."""
+    format: Literal["timm", "onnx", "state-dict"] = "timm"
+    """Format to write."""
+    out: PATH = None
+    """Folder or file to write; default is the run's name, here."""
+
+    def run(self, typed: frozenset[str]) -> int:
+        from corinfomax.runtime import run_folder
+        from corinfomax.runtime.records import Results
+        from corinfomax.weights import checkpoint, export
+
+        network, saved = checkpoint.load_network(self.weights)
+
+        # a run's verdict and scores belong to its last checkpoint only
+        path = self.weights.absolute()
+        run = path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else None
+        is_last = run is not None and [run_folder.step_of(p) for p in run_folder.checkpoints(run)[-1:]] == [saved.step]
+        results = run_folder.read_results(run) if run is not None and is_last else Results()
+
+        name = path.stem if run is None else run.name if is_last else f"{run.name}-step-{saved.step}"
+        out = self.out or Path(name + {"timm": "-timm", "onnx": ".onnx", "state-dict": ".safetensors"}[self.format])
+        done = export.export_backbone(network.backbone, saved, out, self.format, results=results)
+        verified = f"loaded {done.loader} in a fresh process, features differ by at most {done.difference:.1e}"
+        print(f"{done.path}: {done.tensors} tensors; {verified}")
+        return 0

@@ -1,25 +1,45 @@
-"""What is most like given pictures."""
+"""`corinfomax neighbors`: the images most similar to given ones, as text and as a page."""
 
 from __future__ import annotations
 
-from corinfomax.cli import inputs
-from corinfomax.cli.options import Neighbors
-from corinfomax.report import neighbors, page
-from corinfomax.runtime import run_folder
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import UseAppendAction
+
+from corinfomax.cli.arguments import DATA, IMAGES, NETWORK, WEIGHTS, DataOptions, WeightsOptions
 
 
-def run(command: Neighbors) -> int:
-    """Say and show what is most like each picture."""
-    if not command.query or command.count < 1:
-        raise ValueError("name at least one picture with --query, and a --count of at least 1")
-    device = inputs.device_of(command.where.device)
-    given = inputs.weights_of(command.weights, command.network, device)
-    parts = inputs.every(command.data, command.where, given.recipe)
-    pool = neighbors.pool_of(parts)
-    found = neighbors.search(given.backbone, pool, given.recipe, command.query, k=command.count, device=device)
-    for one in found:
-        print(neighbors.as_text(one, pool))
-    text = neighbors.as_page(found, pool, data=command.data)
-    run_folder.write_whole(command.out, lambda temporary: page.write_text(temporary, text))
-    print(f"page: {command.out}")
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Neighbors:
+    """Show the images most similar to the queries.
+
+    WEIGHTS are what evaluate takes: a run, a file of weights, or timm:NETWORK. The search is exact, in one pass.
+    """
+
+    weights: WEIGHTS
+    data: DATA
+    query: UseAppendAction[tuple[Path, ...]] = ()
+    """An image file; may be repeated."""
+    count: int = 12
+    """Images to show for each query."""
+    out: Path = Path("neighbors.html")
+    """The page to write."""
+    network: NETWORK = WeightsOptions()
+    images: IMAGES = DataOptions()
+
+    def run(self, typed: frozenset[str]) -> int:
+        from corinfomax.cli import inputs
+        from corinfomax.report import neighbors
+        from corinfomax.report.thumbnails import Pool
+        from corinfomax.runtime import run_folder
+
+        if not self.query or self.count < 1:
+            raise ValueError("name at least one image with --query, and a --count of at least 1")
+        device, loaded, splits = inputs.load_all(self.weights, self.network, self.data, self.images)
+        pool = Pool(splits)
+        results = neighbors.search(loaded.backbone, pool, loaded.recipe, self.query, k=self.count, device=device)
+        print(*(neighbors.matches_as_text(matches, pool) for matches in results), sep="\n")
+        run_folder.write_text(self.out, neighbors.matches_as_page(results, pool, data=self.data))
+        print(f"page: {self.out}")
+        return 0

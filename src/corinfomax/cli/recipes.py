@@ -1,31 +1,47 @@
-"""The named recipes, or one's every knob."""
+"""`corinfomax recipes`: the named recipes, or every setting of one."""
 
 from __future__ import annotations
 
-from corinfomax.cli.options import Recipes
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
 from corinfomax.recipes import fields, published
-from corinfomax.recipes.published import RECIPES
+from corinfomax.recipes.published import RECIPES, Measured
 
 
-def run(command: Recipes) -> int:
-    """The list of recipes, or one recipe's every knob."""
-    if command.name is None:
-        print(f"{'recipe':<17}{'paper':>7}{'ours':>14}  what it is")
-        for name, entry in RECIPES.items():
-            paper = f"{entry.paper:.2f}" if entry.paper is not None else "–"
-            ours = entry.measured[0] if entry.measured else None
-            shown = "not run yet" if ours is None else f"{ours.value:.1f}" + (f" ± {ours.sd:.1f}" if ours.sd else "")
-            print(f"{name:<17}{paper:>7}{shown:>14}  {entry.about}")
-        print("\ntop-1 of a linear probe, %; corinfomax recipes NAME shows every knob and what ours was measured on")
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """List the named recipes, or show every setting of one."""
+
+    name: Annotated[str | None, Positional, arg(metavar="NAME")] = None
+    """The recipe to show."""
+
+    def run(self, typed: frozenset[str]) -> int:
+        if self.name is None:
+            print(f"{'recipe':<17}{'paper':>7}{'ours':>14}  about")
+            for name, entry in RECIPES.items():
+                paper = "–" if entry.paper is None else f"{entry.paper:.2f}"
+                ours = _mean(entry.measured[0]) if entry.measured else "not run yet"
+                print(f"{name:<17}{paper:>7}{ours:>14}  {entry.about}")
+            about = "corinfomax recipes NAME shows every setting and what ours was measured on"
+            print(f"\nlinear probe, top-1 in %; {about}")
+            return 0
+
+        # one recipe: its scores, then its settings
+        recipe, entry = published.find_recipe(self.name), RECIPES[self.name]
+        print(f"{self.name}: {entry.about}\ndata: {entry.data}")
+        if entry.paper is not None:
+            print(f"the paper's linear probe: {entry.paper:.2f} %")
+        for m in entry.measured:
+            setting = f"n = {m.n}, {m.data}, {m.hardware}, {m.minutes:g} min, {m.commit}"
+            print(f"ours: {m.score} {_mean(m)} % ({setting})")
+        print()
+        for flag, value in fields.flags(recipe).items():
+            print(f"  --{flag:<26} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
         return 0
-    recipe, entry = published.named(command.name), RECIPES[command.name]
-    print(f"{command.name}: {entry.about}\ndata: {entry.data}")
-    if entry.paper is not None:
-        print(f"the paper's linear probe: {entry.paper:.2f} %")
-    for m in entry.measured:
-        sd = f" ± {m.sd:.1f}" if m.sd is not None else ""
-        print(f"ours: {m.score} {m.value:.1f}{sd} % (n = {m.n}, {m.data}, {m.hardware}, {m.minutes:g} min, {m.commit})")
-    print()
-    for flag, value in fields.flags(recipe):
-        print(f"  --{flag:<26} {value}")
-    return 0
+
+
+def _mean(measured: Measured) -> str:
+    return f"{measured.value:.1f}" + ("" if measured.sd is None else f" ± {measured.sd:.1f}")

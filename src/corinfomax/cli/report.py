@@ -1,25 +1,49 @@
-"""The page of a run."""
+"""`corinfomax report`: the page of a run."""
 
 from __future__ import annotations
 
-from corinfomax.cli import inputs
-from corinfomax.cli.options import Report
-from corinfomax.report import gather
-from corinfomax.weights import checkpoint
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from corinfomax.cli.arguments import IMAGES, PATH, DataOptions
 
 
-def run(command: Report) -> int:
-    """Write the page of a run."""
-    if not command.run.is_dir():
-        raise ValueError(f"{command.run} is no folder; name that of a run: corinfomax report RUN")
-    device = inputs.device_of(command.where.device)
-    network, saved = checkpoint.load_network(command.run)
-    where = inputs.where_it_was(command.where, command.run, saved.facts)
-    splits = inputs.load(command.data or saved.facts["data"], where, saved.recipe)
-    same = splits.train.fingerprint == saved.facts["fingerprint"]
-    if not same:
-        print("these are not the images that the run was trained on: the page has no contact sheet of its views")
-    subject = gather.Subject(command.run, network, saved.recipe, saved.step, saved.facts, splits, same)
-    out = gather.write(subject, command.out or command.run / "report.html", device=device)
-    print(f"report: {out}, {out.stat().st_size / 1e6:.1f} MB")
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write one offline HTML page about a run.
+
+    It shows verdict, curves, spectrum, views, map and nearest neighbours. The neighbour map needs the map extra:
+    uv run --extra map corinfomax report RUN.
+    """
+
+    run_folder: Annotated[Path, Positional, arg(metavar="RUN")]
+    """The folder of a run."""
+    data: Annotated[str | None, Positional, arg(metavar="DATA")] = None
+    """Its images, if they moved, or others to show it on."""
+    out: PATH = None
+    """The page to write; default report.html in the run folder."""
+    images: IMAGES = DataOptions()
+
+    def run(self, typed: frozenset[str]) -> int:
+        from corinfomax.cli import inputs
+        from corinfomax.report import content, gather
+        from corinfomax.weights import checkpoint
+
+        folder = self.run_folder
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder; name a run's: corinfomax report RUN")
+        device = inputs.choose_device(self.images.device)
+        network, saved = checkpoint.load_network(folder)
+        options = inputs.options_of_run(self.images, folder, saved.facts)
+        splits = inputs.load_splits(inputs.find_data(self.data or saved.facts.data, options), saved.recipe, options)
+
+        same = splits.train.fingerprint == saved.facts.fingerprint
+        if not same:
+            print("the run was trained on other images: the page leaves out its views")
+        subject = content.Subject(folder, network, saved.recipe, saved.step, saved.facts, splits, same)
+        out = gather.write_page(subject, self.out or folder / "report.html", device=device)
+        print(f"report: {out}, {out.stat().st_size / 1e6:.1f} MB")
+        return 0

@@ -1,352 +1,309 @@
-"""Whether a run works, in two sentences from its metrics alone: what was measured, the likely cause, what to change."""
+"""The verdict on a run, in two sentences and without labels: the finding with its numbers, then the cause and its cure.
+
+It follows from the rows of metrics.jsonl and the recipe alone. docs/verdict.md shows the runs that set the thresholds
+and how often the verdict is right.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import get_args
 
-from corinfomax.recipes.fields import ALPHA_PER_DIM, OWN, Recipe
+from corinfomax.recipes.fields import ALPHA_PER_DIM, Recipe
+from corinfomax.runtime.records import DataMeasures, Kind, Measures, Row, SoundKind, Verdict
 
-Kind = Literal[
-    "still warming up",
-    "improving",
-    "healthy",
-    "saturated",
-    "recovered",
-    "complete collapse",
-    "dimensional collapse",
-    "over-invariant",
-    "under-invariant",
-    "diverging",
-    "data problem",
-]
-GOOD: tuple[Kind, ...] = ("still warming up", "improving", "healthy", "saturated")
-Row = Mapping[str, Any]
+GOOD: tuple[Kind, ...] = get_args(SoundKind)
+BEST = "ldmi"  # ranks checkpoints as well as any other measure (docs/verdict.md)
 
-# Each threshold lies between what good and bad runs gave (docs/verdict.md), nearer to the bad ones: a good run called
-# bad costs more trust than a bad one named a little later costs time.
-EQUAL_IMAGES = 0.05  # variance of a pixel over the images, relative to that of all pixels; 0.5 to 1 in photographs
-TWINS = 0.5  # share of images with a nearly equal one; a few in a thousand in sound data
-EQUAL_VIEWS = 0.02  # distance of two views of one image relative to that of two images; 0.3 to 0.8 in our recipes
-PAST_FLOOR = -0.5  # nats a dimension that the big bang is below its least value: impossible for unit rows
-RISE = 1.0  # nats a dimension by which the loss is above its lowest
-COLLAPSED = 0.6  # of the way from the big bang's least value to that of a zero covariance; 0.57 was seen and left again
-CROWDED = 0.8  # the same way for a kernel's matrix: 0.66 with a sound probe, 0.88 and more in runs that learnt little
-FEW = 4.0  # directions that a kernel's projections vary in, or a quarter of few: 13 and more in sound runs
-ONE_POINT = 1e-3  # 1 − |mean projection|²: what the projections of two images have not in common
-FEW_DIRECTIONS = 3.0  # nats a dimension: 0 for an even spectrum, 3 with half the directions at e^-4.4 of the others
-PULLED = {"sgd": 0.03, "lars": 0.03, "adamw": 0.03, "muon": 2e-3}
-"""As ONE_POINT, when training had time to spread them: 0.1 to 1 in sound runs. Steps of Muon have one length whatever
-the loss's gradient: with 100 times the usual alpha it ends at 0.005 to 0.008 and learns all the same."""
-INVARIANT = 0.97  # share of the variance that is between images: nothing of a view is left
-UNRELATED = 0.15  # the same share: views hardly tell images apart; 0.3 to 0.9 in sound runs
-APART = 1.2  # squared distance of two views, 2 for unrelated ones: a cosine below 0.4
-YOUNG = 20  # steps in which the loss still forgets that its covariance began at the identity
-LAGGING = 50  # steps in which BatchNorm's running statistics are not yet the network's: held-out spreads look poor
-ENOUGH = 3 * LAGGING  # steps in which there are looks after LAGGING in both the first two thirds and the last
-SETTLED = 0.3  # share of a run after which the scale of the projections has found its place
+# Each threshold lies between the values of good and bad runs, nearer to the bad ones: calling a good run bad costs
+# more trust than naming a bad run a little later costs time.
+EQUAL_IMAGES = 0.05  # variance of a pixel over the images, relative to all pixels; 0.5 to 1 in photographs
+TWINS = 0.5  # share of images that nearly equal another; a few in a thousand in sound data
+EQUAL_VIEWS = 0.02  # distance between two views of an image, relative to two images; 0.3 to 0.8 in our recipes
+BELOW_BOUND = -0.5  # nats per dimension below the big bang's lower bound: impossible for unit rows
+RISE = 1.0  # nats per dimension above the lowest loss
+COLLAPSED = 0.6  # of the range from even spread to zero covariance; one sound run passed through 0.57
+CROWDED = 0.8  # the same share for a kernel's matrix: 0.66 with a sound probe, 0.88 and more in poor runs
+FEW_DIRECTIONS = 4.0  # effective directions of a kernel's projections, or D/4 when that is less; sound runs have 13+
+ONE_POINT = 1e-3  # spread of projections that coincide
+UNEVEN = 3.0  # nats per dimension: 0 for an even spectrum, 3 with half the directions at e^-4.4 of the others
+COINCIDE = {"sgd": 0.03, "adamw": 0.03, "muon": 2e-3}
+"""Spread of projections that nearly coincide in a run past its start; sound runs have 0.1 to 1. Muon's steps keep their
+length whatever the gradient: with 100 times the usual alpha it ends at 0.005 to 0.008, and learns all the same."""
+INVARIANT = 0.97  # agreement when no trace of a view is left
+UNRELATED = 0.15  # agreement when views hardly tell images apart; 0.3 to 0.9 in sound runs
+APART = 1.2  # squared distance between two views, 2 for unrelated ones: a cosine below 0.4
+YOUNG = 20  # steps during which the covariance still forgets its initial identity
+LAGGING = 50  # steps before BatchNorm's running statistics follow: held-out spreads look poor until then
+ENOUGH = 3 * LAGGING  # steps of a run with looks after LAGGING in its first two thirds and in its last third
+SETTLED = 0.3  # share of a run after which the scale of the projections has settled
 GROWING = 0.05  # relative gain of the best measure over the last third of the steps so far
 STEADY = 0.01
-LOST = 0.1  # share of a run in trouble that is worth a word when it ended well
-ODD = 5.0  # times what is usual, from where on a knob is the first suspect
-HIDING = 1.0  # eps of a kernel's matrix, whose diagonal is 1, from where on it is the first suspect
-TEMPERATURES = (0.03, 3.0)  # of a kernel beyond which they are the first suspect; 0.125 to 0.5 learn alike
-USUAL_LR = {"sgd": 1.0, "adamw": 2e-3, "lars": 10.0, "muon": 0.05}
-FAST = 10  # times the usual learning rate, above which that is the first suspect
-BEST = "ldmi"  # ranks checkpoints as well as any (docs/verdict.md)
+LOST = 0.1  # share of a run in trouble worth a remark after a sound end
 
-
-class Verdict(NamedTuple):
-    """What can be said of a run after its last look."""
-
-    kind: Kind
-    evidence: str
-    """A sentence: what was measured, with numbers."""
-    advice: str
-    """A sentence: the likely cause and what to change, or what to do with a good run."""
-    measures: dict[str, float]
-    """What the sentences rest on."""
-
-    @property
-    def text(self) -> str:
-        return f"{self.kind}: {self.evidence} {self.advice}"
+# Settings this far from their usual values are a likely cause.
+LARGE_ALPHA = 5.0  # times 3.906·D
+LARGE_EPS = 1.0  # for a kernel's matrix, whose diagonal is 1
+TEMPERATURES = (0.03, 3.0)  # 0.125 to 0.5 learn alike
+LARGE_DECAY = 0.02  # weight decay of SGD; decoupled decay (AdamW, Muon) is another scale
+USUAL_LR = {"sgd": 1.0, "adamw": 2e-3, "muon": 0.05}
+FAST = 10  # times the usual learning rate
 
 
 def judge(
     rows: Sequence[Row], recipe: Recipe, *, steps: int, ended: bool = False, error: str | None = None
 ) -> Verdict | None:
-    """The verdict on a run of `steps` steps from the rows of its metrics.jsonl; None before the first look.
+    """The verdict on a run of `steps` steps from its rows of metrics; None before the first look.
 
-    `ended` is a run that has all its steps; `error` is why it broke off. The first of these that holds is said: the
-    data is at fault, the numbers are impossible, all images are at one point or in few directions, views make no
-    difference or more than images do, the loss rises; and only then how far the run has come. Of objectives to
-    compare with only the data and the error are judged: the thresholds are not known for them.
+    `ended` marks a run that has made all its steps, `error` is the message of one that broke off. The first problem
+    wins: bad data, impossible numbers, a collapse, odd views, a rising loss. Without one it tells how far the run is.
     """
-    looks = [row for row in rows if "views_differ" in row]
+    looks = [row for row in rows if row.look is not None]
+    look = looks[-1].look if looks else None
+    problem = None if look is None else _data_problem(look.data)
     if error is not None:
-        return (looks and _data(looks[-1])) or Verdict(
-            "diverging", f"It broke off: {error.partition(';')[0]}.", _cause(recipe), {}
-        )
-    if not looks:
-        return None
-    if recipe.loss.name not in OWN:
-        return _data(looks[-1])
-    share = rows[-1]["step"] / steps
+        return problem or _diverging(f"The run broke off: {error.partition(';')[0]}.", recipe)
+    if look is None or problem is not None:
+        return problem
+    last, measures = rows[-1], look.measures
+    if last.big_bang is None:
+        return None  # a criterion of the caller's own: the thresholds are calibrated for CorInfoMax only
+
+    # Numbers that no sound network gives.
+    lowest, _ = big_bang_range(recipe, last.step)
+    if measures is None or last.big_bang < lowest + BELOW_BOUND:
+        not_finite = f"The network's output is not finite after step {looks[-1].step}."
+        too_low = f"The big bang is {last.big_bang:.2f}; rows of unit length cannot take it below {lowest:.2f}."
+        evidence = not_finite if measures is None else too_low
+        return _diverging(evidence, recipe, loss=last.loss, big_bang=last.big_bang)
+
+    share = last.step / steps
     return (
-        _data(looks[-1])
-        or _broken(rows[-1], looks[-1], recipe)
-        or _collapse(rows[-1], looks[-1], recipe)
-        or _invariance(rows[-1], looks[-1], recipe, share)
-        or _rise(rows, recipe)
+        _collapse(last.big_bang, last.step, measures, recipe)
+        or _invariance(last, measures, recipe, share)
+        or _rising(rows, recipe)
         or (_recovered(rows, recipe, steps) if ended else None)
         or _progress(looks, recipe, share, ended)
     )
 
 
-def _recovered(rows: Sequence[Row], recipe: Recipe, steps: int) -> Verdict | None:
-    """A run that ends well after long trouble, as one with far too high a learning rate does once that has decayed."""
-    places = [place for place, row in enumerate(rows) if "views_differ" in row]
-    said = [(rows[place]["step"], judge(rows[: place + 1], recipe, steps=steps)) for place in places]
-    trouble = [(step, found) for step, found in said if found is not None and found.kind not in GOOD]
-    if not trouble or trouble[-1][0] - trouble[0][0] < LOST * steps:
-        return None
-    (first, _), (last, found) = trouble[0], trouble[-1]
-    evidence = f"It ends sound, but from step {first} to {last} of {steps} it was in {found.kind}."
-    return Verdict(
-        "recovered", evidence, f"That time was lost: {found.advice[0].lower()}{found.advice[1:]}", found.measures
-    )
+def best_step(rows: Iterable[Row], steps: Iterable[int]) -> int | None:
+    """The step of `steps` with the highest BEST measure, the latest of equals; None when none was measured."""
+    measured = {row.step: best for row in rows if (best := _best(row)) is not None}
+    return max((step for step in steps if step in measured), key=lambda step: (measured[step], step), default=None)
 
 
-def best_step(rows: Iterable[Row], kept: Iterable[int]) -> int | None:
-    """Which of the steps `kept` has the highest BEST measure, the latest of equals; None where none was looked at."""
-    looked = {row["step"]: row[BEST] for row in rows if row.get(BEST) is not None}
-    return max((step for step in kept if step in looked), key=lambda step: (looked[step], step), default=None)
+def _best(row: Row) -> float | None:
+    return None if row.look is None or row.look.measures is None else row.look.measures.ldmi
 
 
-def _data(look: Row) -> Verdict | None:
-    measures = {name: look[name] for name in ("images_differ", "twins", "views_differ")}
-    if look["images_differ"] < EQUAL_IMAGES:
-        evidence = f"From image to image a pixel has {look['images_differ']:.1%} of the variance of all pixels."
-        advice = "The images are all but one picture, which teaches nothing: name a folder of different ones."
-    elif look["twins"] >= TWINS:
-        evidence = f"Of the images looked at, {look['twins']:.0%} have a nearly equal one among the others."
-        advice = "A few images are repeated over and over and can be learnt by heart: leave the copies out."
-    elif look["views_differ"] < EQUAL_VIEWS:
-        evidence = f"Two views of an image differ by {look['views_differ']:.1%} of what views of two images do."
-        advice = (
-            "There is no augmentation to see through, and nothing to learn from it: --views.0.crop-area 0.25 1 "
-            "--views.0.jitter 0.8, and the same for --views.1."
-        )
+def _diverging(evidence: str, recipe: Recipe, **numbers: float) -> Verdict:
+    return Verdict("diverging", evidence, _cause_of_collapse(recipe), numbers)
+
+
+def _data_problem(data: DataMeasures) -> Verdict | None:
+    images, views = _percent(data.images_differ, 1), _percent(data.views_differ, 1)
+    if data.images_differ < EQUAL_IMAGES:
+        evidence = f"All images look the same: {images} of the pixels' variance is between images."
+        advice = "One picture teaches nothing: name a folder of different images."
+    elif data.twins >= TWINS:
+        evidence = f"Most images repeat: {_percent(data.twins)} nearly equal another one."
+        advice = "A few repeated images can be memorised: remove the copies; corinfomax doctor lists them."
+    elif data.views_differ < EQUAL_VIEWS:
+        evidence = f"Two views of an image differ by only {views} of the distance between two images."
+        flags = "--views.0.crop-area 0.25 1 --views.0.jitter 0.8, and the same for --views.1"
+        advice = f"Without augmentation there is nothing to learn: try {flags}."
     else:
         return None
-    return Verdict("data problem", evidence, advice, measures)
+    return Verdict("data problem", evidence, advice, data._asdict())
 
 
-def _broken(last: Row, look: Row, recipe: Recipe) -> Verdict | None:
-    least, _ = _bounds(recipe, last["step"])
-    if look["spread"] is None:
-        evidence = f"What the network gives is not finite after step {look['step']}."
-    elif last["big_bang"] < least + PAST_FLOOR:
-        evidence = f"The big bang is {last['big_bang']:.2f}, and rows of unit length cannot take it below {least:.2f}."
-    else:
-        return None
-    return Verdict("diverging", evidence, _cause(recipe), {"loss": last["loss"], "big_bang": last["big_bang"]})
+def big_bang_range(recipe: Recipe, step: int) -> tuple[float, float]:
+    """The big bang of evenly spread unit rows and of rows that coincide, after `step` steps.
 
-
-def _rise(rows: Sequence[Row], recipe: Recipe) -> Verdict | None:
-    last = rows[-1]
-    lowest = min((row for row in rows if row["step"] > YOUNG), key=lambda row: row["loss"], default=last)
-    if last["loss"] <= lowest["loss"] + RISE:
-        return None
-    evidence = f"The loss rose to {last['loss']:.2f} from the {lowest['loss']:.2f} it had after step {lowest['step']}."
-    return Verdict("diverging", evidence, _cause(recipe), {"loss": last["loss"], "lowest": lowest["loss"]})
-
-
-def _bounds(recipe: Recipe, step: int) -> tuple[float, float]:
-    """The least big bang of unit rows, with even spread, and that of rows all at one point, after `step` steps.
-
-    −2 ln of an eigenvalue plus ε: 1/D and 0, but for what is left of the identity at which the covariance began. Those
-    of a kernel's matrix are all 1 where no image is like another, and at one point one is the number of images, the
-    others 0.
+    It is the mean of −2 ln(eigenvalue + ε). The covariance's eigenvalues are 1/D when even and 0 at one point, apart
+    from the rest of the initial identity. A kernel's are 1 when no two of n images are alike; when all are, n and 0s.
     """
     loss, n = recipe.loss, recipe.batch
     if loss.name == "kernel":
-        point = math.log(n + loss.shift) + (n - 1) * math.log(loss.shift)
-        return -2 * math.log1p(loss.shift), -2 * point / n
+        log_det = math.log(n + loss.shift) + (n - 1) * math.log(loss.shift)
+        return -2 * math.log1p(loss.shift), -2 * log_det / n
     left = loss.cov_decay**step
     rest = left * loss.cov_init + loss.shift
-    least, most = (-2 * math.log((1 - left) * each + rest) for each in (1 / _dim(recipe), 0))
-    return least, most
+    return -2 * math.log((1 - left) * (1 / _dim(recipe)) + rest), -2 * math.log(rest)
+
+
+def _collapse(big_bang: float, step: int, measures: Measures, recipe: Recipe) -> Verdict | None:
+    # The place of the big bang between even spread and none; an eps larger than all else hides both.
+    even, collapsed = big_bang_range(recipe, step)
+    way = (big_bang - even) / (collapsed - even) if collapsed > even else 0.0
+    place = f"the big bang is {big_bang:.3g}, between {even:.3g} for even spread and {collapsed:.3g} for none"
+
+    # The held-out gap without the projections' overall scale, and exp of the entropy of the variance shares.
+    dim, shares = _dim(recipe), [share for share in measures.spectrum if share > 0]
+    gap = measures.spread_gap + 2 * math.log(max(measures.spread, 1e-12))
+    used = math.exp(-sum(share * math.log(share) for share in shares))
+
+    numbers = {name: getattr(measures, name) for name in ("spread", "spread_gap", "rank")}
+    numbers |= {"big_bang": big_bang, "way": way, "uneven": gap, "directions": used}
+    if step > YOUNG and way > COLLAPSED and measures.spread < ONE_POINT:
+        evidence = f"The projections of all images coincide (spread {measures.spread:.0e}); {place}."
+        return Verdict("complete collapse", evidence, _cause_of_collapse(recipe), numbers)
+    if step <= LAGGING:
+        return None
+
+    # A kernel spreads images instead of directions, so its own matrix tells of a collapse.
+    kernel = recipe.loss.name == "kernel"
+    if kernel and way > CROWDED:
+        evidence = f"Most images can be predicted from the others' projections: {place}."
+    elif kernel and used < min(FEW_DIRECTIONS, dim / 4):
+        evidence = f"The projections vary in only about {used:.1f} of {dim} dimensions."
+    elif not kernel and gap > UNEVEN:
+        uneven = f"{_percent(measures.spectrum[0])} of the variance, and the spectrum is {gap:.1f} nats per dimension"
+        evidence = f"The projections hardly use most of their {dim} dimensions: one holds {uneven} from an even one."
+    else:
+        return None
+    advice = _cause_of_collapse(recipe, few_images=measures.ldmi is None)
+    return Verdict("dimensional collapse", evidence, advice, numbers)
+
+
+def _invariance(last: Row, measures: Measures, recipe: Recipe, share: float) -> Verdict | None:
+    distance, agreement = _dim(recipe) * last.attraction, _percent(measures.agreement)
+    numbers = {"spread": measures.spread, "agreement": measures.agreement, "distance": distance}
+
+    # No trace of the views, then hardly any of the images.
+    settled = last.step > LAGGING and share >= SETTLED
+    coincide = measures.spread < COINCIDE[recipe.optim.name]
+    if settled and (coincide or measures.agreement > INVARIANT):
+        near = f"Projections nearly coincide (spread {_percent(measures.spread, 1)})"
+        evidence = f"{near if coincide else 'Views leave no trace'}; {agreement} of the variance separates images."
+        return Verdict("over-invariant", evidence, _cause_of_collapse(recipe), numbers)
+    if settled and measures.agreement < UNRELATED:
+        evidence = f"Only {agreement} of the variance separates images; the rest is between views."
+    elif last.step > YOUNG and recipe.loss.normalize and distance > APART:
+        cosine = f"{1 - distance / 2:.2f}"
+        evidence = f"Two views of an image have a mean cosine of {cosine}, hardly above that of two images."
+    else:
+        return None
+
+    # The cause: alpha, or the views.
+    usual = ALPHA_PER_DIM * _dim(recipe)
+    alpha = usual if recipe.loss.alpha is None else recipe.loss.alpha
+    flags = "--views.0.crop-area 0.25 1 and --views.1.crop-area 0.25 1"
+    advice = f"The views have too little in common, or the network is too small for them: try {flags}."
+    if alpha < usual / 2:
+        advice = f"An alpha of {alpha:g} hardly pulls views together: try the usual --loss.alpha {usual:.0f}."
+    return Verdict("under-invariant", evidence, advice, numbers)
+
+
+def _rising(rows: Sequence[Row], recipe: Recipe) -> Verdict | None:
+    last = rows[-1]
+    lowest = min((row for row in rows if row.step > YOUNG), key=lambda row: row.loss, default=last)
+    if last.loss <= lowest.loss + RISE:
+        return None
+    evidence = f"The loss rose to {last.loss:.2f} from {lowest.loss:.2f} after step {lowest.step}."
+    return _diverging(evidence, recipe, loss=last.loss, lowest=lowest.loss)
+
+
+def _recovered(rows: Sequence[Row], recipe: Recipe, steps: int) -> Verdict | None:
+    """A sound end after long trouble, as with a learning rate far too high until it has decayed."""
+    verdicts = [(row.step, judge(rows[: i + 1], recipe, steps=steps)) for i, row in enumerate(rows) if row.look]
+    trouble = [(step, verdict) for step, verdict in verdicts if verdict is not None and verdict.kind not in GOOD]
+    if not trouble or trouble[-1][0] - trouble[0][0] < LOST * steps:
+        return None
+
+    (first, _), (last, verdict) = trouble[0], trouble[-1]
+    evidence = f"The run ends sound, but from step {first} to {last} of {steps} its verdict was {verdict.kind}."
+    return Verdict("recovered", evidence, f"Those steps were lost. {verdict.advice}", verdict.measures)
+
+
+def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -> Verdict:
+    """Progress of a sound run."""
+    last, look = looks[-1], looks[-1].look
+    assert look is not None and look.measures is not None
+    dim, image = _dim(recipe), "a held-out image" if look.held_out else "an image"
+    used = f"{look.measures.rank:.0f} of {dim} dimensions are used"
+    numbers = {name: getattr(look.measures, name) for name in (BEST, "rank", "agreement", "spread_gap")}
+    numbers = {name: value for name, value in numbers.items() if value is not None}
+
+    # Too few images to compare views.
+    best = look.measures.ldmi
+    if ended and best is None:
+        advice = f"Fewer than {2 * dim} images were measured, too few to tell how much views share: add images."
+        return Verdict("healthy", f"The run ends sound: {used}.", advice, numbers)
+
+    # Too early to compare with the last look of the first two thirds.
+    known = [(row.step, value) for row in looks if (value := _best(row)) is not None and row.step > LAGGING]
+    before = [(step, value) for step, value in known if step <= last.step * 2 / 3]
+    if best is None or not before or (share < SETTLED and not ended):
+        shared = "" if best is None else f"two views of {image} share {best:.2f} nats per dimension; "
+        longer = f"The run was too short to say more: try --epochs {math.ceil(recipe.epochs * ENOUGH / last.step)}."
+        if last.step >= ENOUGH:
+            longer = "There are too few looks to say more: raise --diagnoses."
+        evidence = f"After {_percent(share)} of the steps {shared}{used}."
+        return Verdict("still warming up", evidence, longer if ended else "Nothing looks wrong so far.", numbers)
+
+    # The gain since then, and the step with the most.
+    (then, earlier), (top, _) = before[-1], max(known, key=lambda pair: pair[1])
+    gain = (best - earlier) / max(abs(earlier), 1e-3)
+    change = f"{_percent(gain, sign='+')} since step {then}"
+    evidence = f"Two views of {image} share {best:.2f} nats per dimension ({change}); {used}."
+    if gain >= GROWING:
+        longer = f"Still improving when it ended: try --epochs {2 * recipe.epochs:g}."
+        return Verdict("improving", evidence, longer if ended else "Let it run.", numbers)
+    if gain < STEADY and top <= then:
+        advice = f"No gain since step {top}: stop here, or spend the time on more images."
+        return Verdict("saturated", evidence, advice, numbers)
+    advice = "It has learnt what this schedule allows." if ended else "Let it run to the end."
+    return Verdict("healthy", evidence, advice, numbers)
+
+
+def _cause_of_collapse(recipe: Recipe, *, few_images: bool = False) -> str:
+    """Likely cause and its cure: a setting far from its usual value, too few images, or the learning rate."""
+    if advice := _odd_loss(recipe):
+        return advice
+
+    # The learning rate outranks weight decay and few images, but only when it is far too high.
+    optim, dim = recipe.optim, _dim(recipe)
+    fast = optim.lr > FAST * USUAL_LR[optim.name]
+    if optim.name == "sgd" and optim.weight_decay > LARGE_DECAY and not fast:
+        decay = f"{optim.weight_decay:g}"
+        return f"A weight decay of {decay} shrinks the weights to nothing: try --optim.weight-decay 1e-4."
+    if few_images and not fast:
+        return f"Fewer than {2 * dim} images were measured, too few to spread over {dim} dimensions: add images."
+    batch_norm = "" if recipe.projector.batch_norm else " and --projector.batch-norm"
+    lr = min(optim.lr / 3, USUAL_LR[optim.name])
+    return f"The learning rate {optim.lr:g} is the likely cause: try --optim.lr {lr:.2g}{batch_norm}."
+
+
+def _odd_loss(recipe: Recipe) -> str | None:
+    """The first setting of the loss that is far from its usual value."""
+    loss, eps, (low, high) = recipe.loss, recipe.loss.shift, TEMPERATURES
+    usual = ALPHA_PER_DIM * _dim(recipe)
+    alpha = usual if loss.alpha is None else loss.alpha
+    if not loss.normalize:
+        return "Without L2 normalisation the projections grow instead of spreading: add --loss.normalize."
+    if alpha > LARGE_ALPHA * usual:
+        times = f"{alpha:g}, {alpha / usual:.0f} times the usual 3.906·D"
+        return f"An alpha of {times}, pulls everything together: try --loss.alpha {usual:.0f}."
+
+    # The kernel's own settings, then the covariance's.
+    if loss.name == "kernel" and eps > LARGE_EPS:
+        return f"An eps of {eps:g} hides from the log det which images are alike: try --loss.eps 0.001."
+    if loss.name == "kernel" and not low <= loss.temperature <= high:
+        number = "all" if loss.temperature > high else "no"
+        return f"A temperature of {loss.temperature:g} counts {number} images as alike: try --loss.temperature 0.25."
+    if loss.name == "corinfomax" and eps > 0.01 / _dim(recipe):
+        return f"An eps of {eps:g} hides empty dimensions from the log det: try --loss.eps 1e-8."
+    if loss.name == "corinfomax" and (past := loss.cov_decay) > 0.5:
+        return f"A past weighted {past:g} leaves the current batch hardly any pull: try --loss.cov-decay 0.01."
+    return None
 
 
 def _dim(recipe: Recipe) -> int:
     return recipe.projector.widths[-1]
 
 
-def _collapse(last: Row, look: Row, recipe: Recipe) -> Verdict | None:
-    least, most = _bounds(recipe, last["step"])
-    way = (last["big_bang"] - least) / (most - least) if most > least else 0.0  # an eps beyond all else hides both
-    uneven, used = unevenness(look), directions(look)
-    measures = {name: look[name] for name in ("spread", "spread_gap", "rank")}
-    measures |= {"big_bang": last["big_bang"], "way": way, "uneven": uneven, "directions": used}
-    place = f"the big bang is at {last['big_bang']:.3g}, from {least:.3g} for even spread to {most:.3g} for none"
-    if last["step"] > YOUNG and way > COLLAPSED and look["spread"] < ONE_POINT:
-        evidence = (
-            f"The projections of different images are one point but for {look['spread']:.0e} of their length, and "
-            f"{place}."
-        )
-        return Verdict("complete collapse", evidence, _cause(recipe), measures)
-    if last["step"] <= LAGGING:
-        return None
-    if recipe.loss.name == "kernel":  # whose projections spread over few directions where images do
-        if way > CROWDED:
-            evidence = f"The projections of most images can be foretold from those of others: {place}."
-        elif used < min(FEW, _dim(recipe) / 4):
-            evidence = f"The projections vary in about {used:.1f} of their {_dim(recipe)} directions."
-        else:
-            return None
-        return Verdict("dimensional collapse", evidence, _cause(recipe, few=look[BEST] is None), measures)
-    if uneven > FEW_DIRECTIONS:
-        evidence = (
-            f"The projections hardly use most of their {_dim(recipe)} directions: the spectrum is "
-            f"{uneven:.1f} nats a direction from an even one, and {look['spectrum'][0]:.0%} of the variance is in one."
-        )
-        return Verdict("dimensional collapse", evidence, _cause(recipe, few=look[BEST] is None), measures)
-    return None
-
-
-def directions(look: Row) -> float:
-    """In how many directions the projections vary: exp of the entropy of the shares of their variance."""
-    shares = [share for share in look["spectrum"] if share > 0]
-    return math.exp(-sum(share * math.log(share) for share in shares))
-
-
-def unevenness(look: Row) -> float:
-    """The held-out gap freed of the projections' overall scale: 0 for an even spectrum, in nats a dimension."""
-    return float(look["spread_gap"] + 2 * math.log(max(look["spread"], 1e-12)))
-
-
-def _invariance(last: Row, look: Row, recipe: Recipe, share: float) -> Verdict | None:
-    distance = _dim(recipe) * last["attraction"]
-    measures = {"spread": look["spread"], "agreement": look["agreement"], "distance": distance}
-    if (
-        last["step"] > LAGGING
-        and share >= SETTLED
-        and (look["spread"] < PULLED[recipe.optim.name] or look["agreement"] > INVARIANT)
-    ):
-        evidence = (
-            f"Projections of different images have all but {look['spread']:.1%} in common, and "
-            f"{look['agreement']:.0%} of what is left tells images apart."
-        )
-        return Verdict("over-invariant", evidence, _cause(recipe), measures)
-    if last["step"] > LAGGING and share >= SETTLED and look["agreement"] < UNRELATED:
-        evidence = (
-            f"Only {look['agreement']:.0%} of what projections differ by is between images, the rest between views of "
-            "one image."
-        )
-        return Verdict("under-invariant", evidence, _cause_apart(recipe), measures)
-    if last["step"] > YOUNG and recipe.loss.normalize and distance > APART:
-        evidence = (
-            f"Two views of an image have a mean cosine of {1 - distance / 2:.2f}, hardly more than two images have."
-        )
-        return Verdict("under-invariant", evidence, _cause_apart(recipe), measures)
-    return None
-
-
-def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -> Verdict:
-    last = looks[-1]
-    known = [look for look in looks if look[BEST] is not None and look["step"] > LAGGING]
-    measures = {name: last[name] for name in (BEST, "rank", "agreement", "spread_gap") if last[name] is not None}
-    whose = "held-out images" if last["held_out"] else "the images"
-    state = (
-        f"views of {whose} share {last[BEST]:.2f} nats a dimension" if last[BEST] is not None else f"of {whose}"
-    ) + f", {last['rank']:.0f} of {_dim(recipe)} directions are in use"
-    if ended and last[BEST] is None:
-        evidence = f"It ended sound: {state.removeprefix(f'of {whose}, ')}."
-        advice = (
-            f"With fewer than {2 * _dim(recipe)} images to look at, what views share cannot be measured: add images."
-        )
-        return Verdict("healthy", evidence, advice, measures)
-    before = [look for look in known if look["step"] <= last["step"] * 2 / 3]
-    if not before or (share < SETTLED and not ended):
-        evidence = f"After {share:.0%} of the steps {state}."
-        advice = (
-            f"The run was too short to say more: --epochs {math.ceil(recipe.epochs * ENOUGH / last['step'])}."
-            if ended
-            else "Nothing looks wrong so far."
-        )
-        return Verdict("still warming up", evidence, advice, measures)
-    top, then = max(known, key=lambda look: look[BEST]), before[-1]
-    gain = (last[BEST] - then[BEST]) / max(abs(then[BEST]), 1e-3)
-    evidence = (
-        f"After step {last['step']} {state}, and the shared part changed by {gain:+.0%} since step {then['step']}."
-    )
-    kind: Kind
-    if gain >= GROWING:
-        kind = "improving"
-        advice = (
-            f"It was still learning when it ended: --epochs {2 * recipe.epochs:g} would give more."
-            if ended
-            else "Let it run."
-        )
-    elif gain < STEADY and top["step"] <= then["step"]:
-        kind = "saturated"
-        advice = f"Nothing was gained since step {top['step']}: stop here, or spend the time on more images."
-    else:
-        kind, advice = "healthy", "It has learnt what it can in this schedule." if ended else "Let it run to its end."
-    return Verdict(kind, evidence, advice, measures)
-
-
-def _cause(recipe: Recipe, *, few: bool = False) -> str:
-    """The likeliest cause of a collapse or divergence: the first knob out of the ordinary, else that there are too
-    `few` images for the projector's width, else the learning rate."""
-    loss, optim = recipe.loss, recipe.optim
-    usual, alpha = _alphas(recipe)
-    if loss.name not in OWN:  # whose other knobs say nothing
-        return f"A learning rate of {optim.lr:g} is the likely cause: --optim.lr {optim.lr / 3:.2g}."
-    if not loss.normalize:
-        return "Without unit rows the projections grow instead of spreading: --loss.normalize."
-    if alpha > ODD * usual:
-        return (
-            f"An alpha of {alpha:g}, {alpha / usual:.0f} times the usual 3.906·D, pulls everything together: "
-            f"--loss.alpha {usual:.0f}."
-        )
-    if loss.name == "kernel":
-        if loss.shift > HIDING:
-            return f"An eps of {loss.shift:g} hides from the log det which images are alike: --loss.eps 0.001."
-        if not TEMPERATURES[0] <= loss.temperature <= TEMPERATURES[1]:
-            what = "all images as alike" if loss.temperature > 1 else "no images as alike"
-            return f"A temperature of {loss.temperature:g} counts {what}: --loss.temperature 0.25."
-    elif loss.shift > 0.01 / _dim(recipe):
-        return f"An eps of {loss.shift:g} hides empty directions from the log det: --loss.eps 1e-8."
-    if loss.cov_decay > 0.5:
-        return (
-            f"A past that weighs {loss.cov_decay:g} leaves the log det hardly a pull on the present batch: "
-            "--loss.cov-decay 0.01."
-        )
-    fast = optim.lr > FAST * USUAL_LR[optim.name]
-    if optim.weight_decay > 0.02 and optim.name == "sgd" and not fast:
-        return f"A weight decay of {optim.weight_decay:g} shrinks the weights to nothing: --optim.weight-decay 1e-4."
-    if few and not fast:
-        dim = _dim(recipe)
-        return f"Fewer than {2 * dim} images to look at are too few to spread over {dim} directions: add images."
-    cure = f"--optim.lr {min(optim.lr / 3, USUAL_LR[optim.name]):.2g}"
-    also = " and --projector.batch-norm" if not recipe.projector.batch_norm else ""
-    return f"A learning rate of {optim.lr:g} is the likely cause: {cure}{also}."
-
-
-def _cause_apart(recipe: Recipe) -> str:
-    usual, alpha = _alphas(recipe)
-    if alpha < usual / 2:
-        return f"An alpha of {alpha:g}, where 3.906·D is usual, hardly pulls views together: --loss.alpha {usual:.0f}."
-    return (
-        "The views have too little in common, or the network is too small for them: --views.0.crop-area 0.25 1, and "
-        "the same for --views.1."
-    )
-
-
-def _alphas(recipe: Recipe) -> tuple[float, float]:
-    """The usual alpha and the recipe's."""
-    usual = ALPHA_PER_DIM * _dim(recipe)
-    return usual, usual if recipe.loss.alpha is None else recipe.loss.alpha
+def _percent(share: float, digits: int = 0, *, sign: str = "") -> str:
+    return f"{100 * share:{sign}.{digits}f} %"

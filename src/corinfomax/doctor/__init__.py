@@ -1,1 +1,1 @@
-"""What is wrong with a folder of images, before training."""
+"""Problems in a folder of images, before training."""

@@ -1,326 +1,291 @@
-"""From what was seen of the images to what is wrong with them, in words, and to the list of those to leave out."""
+"""Findings: problems in the inspected images, as sentences, and the list of images to skip."""
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
-from itertools import product
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, compress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 
-from corinfomax.doctor.inspect import Seen
-from corinfomax.evaluation.similar import SURE, copies
+from corinfomax.doctor.inspect import Inspection
+from corinfomax.evaluation.similar import MIN_CORRELATION, near_duplicates
 from corinfomax.images.decode import LONGEST, too_many
 from corinfomax.images.files import quoted
 from corinfomax.recipes.fields import Recipe
 
-TINY = 8  # pixels of the short side: less is an icon or an accident
-LOPSIDED = 10  # times as many images in the largest class as in the smallest, from where on it is said
-LARGE = 8  # times the median short side, from where on an image is called large
-READ_AS = {
-    "16-bit": "levels divided by 257",
-    "animated": "only the first picture is taken",
-    "with transparency": "laid over white",
-    "floating point": "levels from 0 to 1, or to 255 if any is above 1",
+TINY = 8  # pixels of the short side: anything smaller is an icon or an accident
+IMBALANCE = 10  # largest class ÷ smallest class
+OVERSIZED = 8  # short side ÷ median short side
+EXAMPLES = 5  # names in a finding
+HEADER = "# Images to leave out of "  # marks a list that doctor may overwrite
+IMAGE_OF = {"train": "training image", "val": "validation image", "test": "test image"}
+DECODING = {  # of unusual formats; others are converted to RGB
+    "16-bit": "levels are divided by 257",
+    "animated": "only the first frame is used",
+    "transparent": "the background turns white",
+    "floating-point": "levels are read as 0 to 1, or as 0 to 255 if any exceeds 1",
 }
-"""What decoding makes of a kind that is not plain RGB or grey."""
-HEADER = "# Images to leave out of "
-SHOWN = 5  # examples of a finding
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing to know about the images."""
+class Finding(NamedTuple):
+    """One fact to know about the images before training."""
 
+    kind: str  # short name for code, such as `leak` or `near-duplicate`
     text: str
-    grave: bool = False
-    """Whether it has to be mended before training: it would stop it, or make its scores untrue."""
-    skip: tuple[str, ...] = ()
-    """Paths of the images to leave out for it."""
-    perhaps: tuple[str, ...] = ()
-    """Paths of images that may be left out, as the person likes."""
+    must_fix: bool = False  # it would stop training or falsify scores
+    skip: tuple[str, ...] = ()  # paths of images to leave out
+    may_skip: tuple[str, ...] = ()  # paths that the user may want to leave out
 
 
-class Places:
-    """The images of all splits in one row."""
+class Catalogue:
+    """All images of all splits, numbered from 0; the splits are `train`, `val` and `test`, as far as they exist."""
 
-    def __init__(self, parts: Sequence[Seen]) -> None:
-        self.parts = parts
-        self.paths = [path for part in parts for path in part.paths]
-        self.part = [at for at, part in enumerate(parts) for _ in part.paths]
-        self.labels = [label for part in parts for label in part.labels or [None] * len(part)]
+    def __init__(self, inspections: Sequence[Inspection]) -> None:
+        self.split = [inspection.split for inspection in inspections for _ in inspection.paths]
+        self.paths = [path for inspection in inspections for path in inspection.paths]
+        self.labels = [label for split in inspections for label in split.labels or [None] * len(split.paths)]
+        self.formats = [file_format for inspection in inspections for file_format in inspection.formats]
+        self.sizes = np.concatenate([inspection.sizes for inspection in inspections])
+        self.grey = np.concatenate([inspection.grey for inspection in inspections])
 
-    def split(self, row: int) -> str:
-        return self.parts[self.part[row]].split
+    def matches(self, groups: Iterable[Sequence[int]], split: str, targets: Sequence[str]) -> dict[int, int]:
+        """Each row of `split` in a group -> the first row of that group in the splits `targets`, unless the same."""
+        matches: dict[int, int] = {}
+        for group in groups:
+            first = next((row for row in group if self.split[row] in targets), None)
+            if first is not None:
+                matches |= {row: first for row in group if self.split[row] == split and row != first}
+        return matches
+
+    def list_pairs(self, pairs: Mapping[int, int], sign: str) -> str:
+        return _list(f"{quoted(self.paths[a])} {sign} {quoted(self.paths[b])}" for a, b in sorted(pairs.items()))
+
+    def training_paths(self, rows: Iterable[int]) -> tuple[str, ...]:
+        return tuple(self.paths[row] for row in sorted(rows) if self.split[row] == "train")
 
 
-class Same(NamedTuple):
-    """Which images are one picture, by rows in all splits together."""
+def find_duplicates(inspections: Sequence[Inspection]) -> tuple[list[list[int]], list[tuple[int, int]], bool]:
+    """Rows of images that occur more than once, in one or several splits; blank images are left out.
 
-    exact: list[list[int]]
-    """Groups of two or more with the same pixels, ascending."""
-    near: list[tuple[int, int]]
-    """Other pairs, first of their exact groups, that are nearly the same, the lower row first."""
-    whole: bool
-    """Whether all images were compared for nearly the same."""
-    members: dict[int, list[int]]
-    """The whole group of each row that is the first of one."""
-
-
-def same(parts: Sequence[Seen]) -> Same:
-    """Compare every image with every other one, across splits; but for those of one colour, which show nothing."""
-    groups: defaultdict[bytes, list[int]] = defaultdict(list)
-    blank = np.concatenate([part.blank for part in parts]).tolist()
-    for row, digest in enumerate(digest for part in parts for digest in part.digests):
+    First groups with the same pixels, ascending; then other similar pairs, lower row first, in which one row of each
+    exact group stands for all; then False if the search for such pairs stopped early.
+    """
+    # exact: equal digests
+    groups: dict[bytes, list[int]] = {}
+    blank = np.concatenate([inspection.blank for inspection in inspections])
+    for row, digest in enumerate(chain.from_iterable(inspection.digests for inspection in inspections)):
         if not blank[row]:
-            groups[digest].append(row)
+            groups.setdefault(digest, []).append(row)
+
+    # near: similar thumbnails, one per exact group
     rows = torch.tensor([group[0] for group in groups.values()], dtype=torch.long)
-    found = copies(torch.cat([part.squares for part in parts])[rows])
-    exact = [group for group in groups.values() if len(group) > 1]
-    pairs = sorted((min(a, b), max(a, b)) for a, b in rows[found.pairs].tolist())
-    return Same(exact, pairs, found.whole, {group[0]: group for group in exact})
+    near = near_duplicates(torch.cat([inspection.thumbnails for inspection in inspections])[rows])
+    pairs = sorted((min(a, b), max(a, b)) for a, b in rows[near.pairs].tolist())
+    return [group for group in groups.values() if len(group) > 1], pairs, near.complete
 
 
-def findings(parts: Sequence[Seen], recipe: Recipe) -> list[Finding]:
-    """All that is to be said of the splits of one data set, the first of them `train`; the grave first."""
-    at, alike = Places(parts), same(parts)
-    every = [
-        *_unreadable(parts),
-        *_leaks(at, alike),
-        *_copies(at, alike),
-        *_dull(parts),
-        *_kinds(parts),
-        *_sizes(parts, recipe),
-        *_classes(parts),
-    ]
-    return sorted(every, key=lambda finding: not finding.grave)
+def collect_findings(inspections: Sequence[Inspection], recipe: Recipe) -> list[Finding]:
+    """All findings about the splits of one data set, `train` first; must-fix findings lead."""
+    images = Catalogue(inspections)
+    groups, pairs, complete = find_duplicates(inspections)
+    findings = [*_unreadable(inspections), *_leaks(images, groups, pairs), *_repeats(images, groups, pairs)]
+    if not complete:
+        text = "too many images look alike to compare all pairs, so the list of near-duplicates is incomplete"
+        findings.append(Finding("incomplete", text))
+    findings += [*_without_content(inspections), *_odd_images(images, recipe), *_classes(inspections)]
+    return sorted(findings, key=lambda finding: not finding.must_fix)
 
 
-def _unreadable(parts: Sequence[Seen]) -> Iterator[Finding]:
-    for part in parts:
-        if not part.unreadable:
-            continue
-        named = [f"{quoted(path)} ({quoted(reason)})" for path, reason in part.unreadable]
-        count = len(part) + len(named)
-        yield Finding(
-            text=f"{_count(len(named), 'image')} of {count:,} in {part.split} cannot be read: {_some(named)}"
-            + ("; training refuses more than 1 %" if too_many(len(named), count) else ""),
-            grave=True,
-            skip=tuple(path for path, _ in part.unreadable),
-        )
+def _unreadable(inspections: Sequence[Inspection]) -> Iterator[Finding]:
+    for inspection in inspections:
+        if unreadable := inspection.unreadable:
+            count, total = len(unreadable), len(unreadable) + len(inspection.paths)
+            effect = ", which stops training (limit 1 %)" if too_many(count, total) else " and will be ignored"
+            subject = _count(count, IMAGE_OF[inspection.split], "cannot be read", of=total)
+            reasons = _list(f"{quoted(path)} ({quoted(reason)})" for path, reason in unreadable)
+            skip = tuple(path for path, _ in unreadable)
+            yield Finding("unreadable", f"{subject}{effect}: {reasons}", must_fix=True, skip=skip)
 
 
-def _leaks(at: Places, alike: Same) -> Iterator[Finding]:
-    """Training images that another split has too; the copy in train is the one to leave out."""
-    exact: dict[int, int] = {}  # row of a training image, and of the other
-    for group in alike.exact:
-        others = [row for row in group if at.part[row] > 0]
-        exact |= {row: others[0] for row in group if others and at.part[row] == 0}
-    near: dict[int, int] = {}
-    for pair in alike.near:
-        mine, theirs = (alike.members.get(row, [row]) for row in pair)
-        for row, other in (*product(mine, theirs), *product(theirs, mine)):
-            if at.part[row] == 0 < at.part[other] and row not in exact:
-                near.setdefault(row, other)
-    for leaked, how in ((exact, "also"), (near, "nearly")):
-        if leaked:
-            splits = sorted({at.split(row) for row in leaked.values()})
-            yield Finding(
-                text=f"{_count(len(leaked), 'training image')} {_are(leaked)} {how} in {' and '.join(splits)}, which "
-                f"flatters scores there: {_pairs(at, leaked)}",
-                grave=True,
-                skip=tuple(at.paths[row] for row in sorted(leaked)),
-            )
+def _leaks(images: Catalogue, groups: list[list[int]], pairs: list[tuple[int, int]]) -> Iterator[Finding]:
+    """Training images that are also in another split; the training copy is the one to skip."""
+    exact = images.matches(groups, "train", ("val", "test"))
+
+    # exact copies of either near-duplicate leak too; of several matches the first counts
+    group_of = {group[0]: group for group in groups}
+    wider = (group_of.get(a, [a]) + group_of.get(b, [b]) for a, b in reversed(pairs))
+    near = {row: match for row, match in images.matches(wider, "train", ("val", "test")).items() if row not in exact}
+
+    relations = ("leak", exact, "is also in", "="), ("near-leak", near, "has a near-duplicate in", "≈")
+    for kind, leaks, relation, sign in relations:
+        if leaks:
+            splits = sorted({images.split[row] for row in leaks.values()})
+            subject = _count(len(leaks), "training image", f"{relation} {' and '.join(splits)}")
+            scores = "its scores" if len(splits) == 1 else "their scores"
+            text = f"{subject}, which inflates {scores}: {images.list_pairs(leaks, sign)}"
+            yield Finding(kind, text, must_fix=True, skip=images.training_paths(leaks))
 
 
-def _copies(at: Places, alike: Same) -> Iterator[Finding]:
-    """Copies within a split, and among those that are not trained on."""
-    for part, seen in enumerate(at.parts):
-        inside = [[row for row in group if at.part[row] == part] for group in alike.exact]
-        again = {row: group[0] for group in inside for row in group[1:]}
-        if again:
-            torn = sum(at.labels[row] != at.labels[first] for row, first in again.items())
-            yield Finding(
-                text=f"{_count(len(again), 'image')} of {seen.split} {_are(again)} exactly another one there: "
-                f"{_pairs(at, again)}" + (f"; {torn:,} of them under another class" if torn else ""),
-                skip=tuple(at.paths[row] for row in sorted(again)) if part == 0 else (),
-            )
-        close = {b: a for a, b in alike.near if at.part[a] == at.part[b] == part}
-        if close:
-            yield Finding(
-                text=f"{_count(len(close), 'image')} of {seen.split} {_are(close)} nearly another one there (pixels "
-                f"correlate by {SURE} or more, mirrored or not): {_pairs(at, close)}",
-                perhaps=tuple(at.paths[row] for row in sorted(close)) if part == 0 else (),
-            )
-    apart = {b: a for a, b in alike.near if 0 < at.part[a] < at.part[b]}
-    apart |= {row: group[0] for group in alike.exact for row in group if 0 < at.part[group[0]] < at.part[row]}
-    if apart:
-        yield Finding(text=f"{_count(len(apart), 'image')} {_are(apart)} in val and in test: {_pairs(at, apart)}")
-    if not alike.whole:
-        yield Finding(text="so many images resemble each other that not all were compared for near copies")
+def _repeats(images: Catalogue, groups: list[list[int]], pairs: list[tuple[int, int]]) -> Iterator[Finding]:
+    """Duplicates inside a split, or shared by val and test; only training images are worth skipping."""
+    for split in dict.fromkeys(images.split):
+        if exact := images.matches(groups, split, (split,)):
+            conflicts = sum(images.labels[a] != images.labels[b] for a, b in exact.items())
+            effect = "giving it extra weight" + (f" ({conflicts:,} under another class)" if conflicts else "")
+            subject = _count(len(exact), IMAGE_OF[split], "exactly duplicates another one")
+            text = f"{subject}, {effect}: {images.list_pairs(exact, '=')}"
+            yield Finding("duplicate", text, skip=images.training_paths(exact))
+
+        if near := images.matches(pairs, split, (split,)):
+            subject = _count(len(near), IMAGE_OF[split], "nearly duplicates another one")
+            measured = f"(pixel correlation of {MIN_CORRELATION} or more, mirrored or not)"
+            text = f"{subject} {measured}; check if you need both: {images.list_pairs(near, '≈')}"
+            yield Finding("near-duplicate", text, may_skip=images.training_paths(near))
+
+    # images that are in train as well are leaks
+    held_out = [group for group in groups if images.split[group[0]] != "train"]
+    if shared := images.matches([*pairs, *held_out], "test", ("val",)):
+        subject = _count(len(shared), "test image", "is also in val")
+        text = f"{subject}, exactly or nearly, so the two scores are not independent: {images.list_pairs(shared, '≈')}"
+        yield Finding("val-in-test", text)
 
 
-def _dull(parts: Sequence[Seen]) -> Iterator[Finding]:
-    for part in parts:
-        tiny = part.sizes.min(1) < TINY if len(part) else part.blank
-        for which, what in ((part.blank, "of one colour"), (tiny & ~part.blank, f"less than {TINY} px high or wide")):
-            if paths := _chosen(part.paths, which):
-                yield Finding(
-                    text=f"{_count(len(paths), 'image')} of {part.split} {_are(paths)} {what}: "
-                    f"{_some([quoted(path) for path in paths])}",
-                    skip=paths,
-                )
+def _without_content(inspections: Sequence[Inspection]) -> Iterator[Finding]:
+    for inspection in inspections:
+        paths, image = inspection.paths, IMAGE_OF[inspection.split]
+        single_colour = "is blank (a single colour), with nothing to learn from"
+        yield from _about("blank", image, single_colour, compress(paths, inspection.blank), skip=True)
+        tiny = (inspection.sizes < TINY).any(1) & ~inspection.blank
+        too_small = f"is under {TINY} px high or wide, too small to show anything"
+        yield from _about("tiny", image, too_small, compress(paths, tiny), skip=True)
 
 
-def _kinds(parts: Sequence[Seen]) -> Iterator[Finding]:
-    kinds = Counter(kind for part in parts for kind in part.kinds)
-    total = sum(map(len, parts))
-    for kind in sorted(kinds.keys() - {"", "grey"}):
-        example = next(path for part in parts for path, its in zip(part.paths, part.kinds, strict=True) if its == kind)
-        yield Finding(
-            text=f"{kinds[kind]:,} of {total:,} images {_are(range(kinds[kind]))} {kind}, such as {quoted(example)}: "
-            f"{READ_AS.get(kind, 'read as RGB')}"
-        )
-    grey = sum(int(part.grey.sum()) for part in parts)
-    if 0 < grey == total:
-        yield Finding(text="all images are grey: changing their hue and saturation does nothing")
-    elif grey:
-        example = next(path for part in parts for path in _chosen(part.paths, part.grey))
-        files = f" ({kinds['grey']:,} of them in files without colours)" if kinds["grey"] else ""
-        yield Finding(
-            text=f"{grey:,} of {total:,} images {_are(range(grey))} grey among coloured ones{files}, "
-            f"such as {quoted(example)}"
-        )
+def _odd_images(images: Catalogue, recipe: Recipe) -> Iterator[Finding]:
+    """Unusual formats, each with the effect of decoding and an example; grey images; unusual sizes."""
+    total = len(images.paths)
+    for file_format in sorted(set(images.formats) - {"", "grey"}):
+        paths = list(compress(images.paths, [value == file_format for value in images.formats]))
+        subject = _count(len(paths), "image", f"is {file_format}", of=total)
+        effect = DECODING.get(file_format, "converted to RGB")
+        yield Finding("format", f"{subject}: {effect}, e.g. {quoted(paths[0])}")
+
+    # grey, in any format
+    paths = list(compress(images.paths, images.grey))
+    if paths and len(paths) == total:
+        yield Finding("grey", f"all {total:,} images are grey, so changes of hue and saturation do nothing")
+    elif paths:
+        files = images.formats.count("grey")
+        stored = f" ({files:,} stored without colour)" if files else ""
+        effect = f"so colour alone tells grey images from the rest, e.g. {quoted(paths[0])}"
+        yield Finding("grey", f"{_count(len(paths), 'image', 'is grey', of=total)}{stored}, {effect}")
+
+    # long, small for the network, large beside the rest
+    short, long = images.sizes.min(1), images.sizes.max(1)
+    median = float(np.median(short)) if total else 0.0
+    stripe = f"is over {LONGEST} times as long as wide; only the middle is kept"
+    yield from _about("long", "image", stripe, compress(images.paths, long > LONGEST * short))
+    small = (short < min(recipe.size, median)) & (short >= TINY)
+    enlarged = f"is smaller than the {recipe.size} px that the network sees; enlarging adds no detail"
+    yield from _about("small", "image", enlarged, compress(images.paths, small))
+    oversized = f"is over {OVERSIZED} times the usual size ({median:.0f} px), perhaps from another source"
+    yield from _about("large", "image", oversized, compress(images.paths, short > OVERSIZED * median))
 
 
-def _sizes(parts: Sequence[Seen], recipe: Recipe) -> Iterator[Finding]:
-    sizes = np.concatenate([part.sizes for part in parts])
-    paths = [path for part in parts for path in part.paths]
-    if not len(sizes):
-        return
-    short, long = sizes.min(1), sizes.max(1)
-    usual = float(np.median(short))
-    odd = (
-        (long > LONGEST * short, f"over {LONGEST} times as long as wide, and only the middle is kept"),
-        (
-            (short < min(recipe.size, usual)) & (short >= TINY),
-            f"smaller than the {recipe.size} px the network sees, so enlarged",
-        ),
-        (short > LARGE * usual, f"over {LARGE} times as large as most ({usual:.0f} px)"),
-    )
-    for which, what in odd:
-        if named := _chosen(paths, which):
-            yield Finding(text=f"{_count(len(named), 'image')} {_are(named)} {what}: {_some(list(map(quoted, named)))}")
-
-
-def _classes(parts: Sequence[Seen]) -> Iterator[Finding]:
-    train = Counter(parts[0].labels or ())
+def _classes(inspections: Sequence[Inspection]) -> Iterator[Finding]:
+    train = Counter(inspections[0].labels or ())
     if not train:
         return
-    for part in parts[1:]:
-        if unknown := sorted(set(part.labels or ()) - set(train)):
-            yield Finding(
-                text=f"{part.split} has {_count(len(unknown), 'class', 'classes')} that train has not: "
-                f"{_some(list(map(quoted, unknown)))}; it cannot be scored on",
-                grave=True,
-            )
+
+    # classes that no probe can learn
+    for inspection in inspections[1:]:
+        if unknown := sorted(set(inspection.labels or ()) - set(train)):
+            subject = _count(len(unknown), f"{inspection.split} class", "has no training images")
+            effect = f"so {inspection.split} cannot be scored; check the spelling"
+            yield Finding("unknown-class", f"{subject}, {effect}: {_list(map(quoted, unknown))}", must_fix=True)
+
+    # classes of very unequal size
     (most, largest), (least, smallest) = train.most_common(1)[0], train.most_common()[-1]
-    if largest > LOPSIDED * smallest:
-        yield Finding(
-            text=f"classes are uneven: {quoted(most)} has {_count(largest, 'training image')}, {quoted(least)} "
-            f"{smallest:,}; scores count images, so they are mostly those of the large classes"
-        )
+    if largest > IMBALANCE * smallest:
+        sizes = f"{quoted(most)} has {_count(largest, 'training image')}, {quoted(least)} has {smallest:,}"
+        yield Finding("uneven", f"classes are uneven: {sizes}; scores count images, so large classes dominate them")
 
 
-class Channels(NamedTuple):
-    """What to normalise with, in [0, 1]."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-def channels(part: Seen) -> Channels | None:
-    """Mean and standard deviation of red, green and blue, every image counting the same; None where nothing varies."""
-    mean, square = part.moments.mean(0) if len(part) else np.zeros((2, 3))
-    red, green, blue = zip(mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist(), strict=True)
-    found = Channels((red[0], green[0], blue[0]), (red[1], green[1], blue[1]))
-    return found if min(found.std) >= 5e-5 else None  # four digits are shown
+def _about(kind: str, noun: str, predicate: str, paths: Iterable[str], *, skip: bool = False) -> Iterator[Finding]:
+    """A finding about these images, if there are any."""
+    if names := tuple(paths):
+        text = f"{_count(len(names), noun, predicate)}: {_list(map(quoted, names))}"
+        yield Finding(kind, text, skip=names if skip else ())
 
 
-def overview(part: Seen) -> str:
-    """What there is: images, classes and sizes of a split."""
-    text = f"{part.split}: {_count(len(part), 'image')}"
-    if part.labels is not None:
-        text += f" of {_count(len(set(part.labels)), 'class', 'classes')}"
-    if not len(part):
+def colour_statistics(inspection: Inspection) -> dict[str, list[float]] | None:
+    """The `mean` and `std` of red, green and blue, to normalise with; None if a channel does not vary."""
+    mean, square = inspection.moments.mean(0) if inspection.paths else np.zeros((2, 3))  # equal weight for each image
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    return {"mean": mean.tolist(), "std": std.tolist()} if std.min() >= 5e-5 else None  # four digits are printed
+
+
+def overview(inspection: Inspection) -> str:
+    """Number of images, classes and sizes of a split, in one line."""
+    text = f"{inspection.split}: {_count(len(inspection.paths), 'image')}"
+    if inspection.labels is not None:
+        text += f" in {_count(len(set(inspection.labels)), 'class')}"
+    if not inspection.paths:
         return text
-    low, middle, high = np.quantile(part.sizes, (0, 0.5, 1), axis=0, method="nearest").tolist()
+
+    low, median, high = np.quantile(inspection.sizes, (0, 0.5, 1), axis=0, method="nearest").tolist()
     if low == high:
         return f"{text}, {low[0]}×{low[1]} px"
-    return f"{text}, {low[0]} to {high[0]} px wide and {low[1]} to {high[1]} high, medians {middle[0]} and {middle[1]}"
+    width, height = (f"{low[axis]} to {high[axis]} px" for axis in (0, 1))
+    return f"{text}, {width} wide (median {median[0]}), {height} high (median {median[1]})"
 
 
-def check_out(out: Path, read: Path | None) -> None:
-    """ValueError where `out` is a file that is no list of ours and not the list that was `read`."""
-    if out.exists() and out != read:
-        with out.open("rb") as file:
-            if file.readline(len(HEADER)) != HEADER.encode():
-                raise ValueError(f"{out} is there already and was not written by doctor; name another file with --out")
+def check_overwrite(path: Path, previous: Path | None) -> None:
+    """Raise ValueError if `path` exists, was not written by doctor and is not the `previous` list to extend."""
+    if path.exists() and path != previous and not path.read_bytes().startswith(HEADER.encode()):
+        raise ValueError(f"{path} exists and was not written by doctor; choose another file with --out")
 
 
-def place(out: Path, text: str) -> Path:
-    """`out`, or that with a number where it has another text already, which somebody may have changed by hand."""
-    for number in itertools.count(2):
-        if not out.exists() or out.read_text("utf-8", errors="replace") == text:
-            break
-        out = out.with_stem(f"{out.stem.rpartition('-')[0] if number > 2 else out.stem}-{number}")
-    return out
+def unused_path(path: Path, text: str) -> Path:
+    """`path`, or a numbered sibling if it holds another text, perhaps edited by hand."""
+    stem, number = path.stem, 2
+    while path.exists() and path.read_text("utf-8", errors="replace") != text:
+        path, number = path.with_stem(f"{stem}-{number}"), number + 1
+    return path
 
 
-def skip_list(found: Sequence[Finding], data: str, before: Iterable[str] = ()) -> list[str] | None:
-    """The lines of a list of images to leave out; None where there is none.
+def skip_list(findings: Sequence[Finding], data: str, previous: Iterable[str] = ()) -> list[str] | None:
+    """Lines of a list for `pretrain --skip`, the `previous` list first; None if there is nothing to skip."""
+    # near-duplicates, for the user to decide, after all others: a path is listed once
+    sections = [("from the previous list", sorted(previous), "")]
+    sections += [(finding.text, list(finding.skip), "") for finding in findings]
+    hint = "; delete the # before each image to skip"
+    sections += [(finding.text + hint, list(finding.may_skip), "#") for finding in findings]
 
-    `before` are the paths that an earlier list named. Copies that are not exact are in it as comments.
-    """
-    lines = [f"{HEADER}{quoted(data)}: corinfomax pretrain DATA --skip FILE; a path a line, # is a comment"]
-    named: set[str] = set()
-
-    def add(title: str, paths: Iterable[str], sign: str = "") -> None:
-        fresh = [path for path in paths if path not in named]
-        named.update(fresh)
-        if fresh:
-            lines.extend(["", f"# {title}", *(sign + quoted(path) for path in fresh)])
-
-    add("from the list before", sorted(before))
-    for finding in found:
-        add(finding.text, finding.skip)
-    for finding in found:
-        add(f"{finding.text}; take away the # of those to leave out", finding.perhaps, "#")
-    return lines if named else None
+    usage = f"{HEADER}{quoted(data)}. Use it with: corinfomax pretrain DATA --skip FILE"
+    lines = [usage, "# One path per line; lines that start with # are comments."]
+    listed: set[str] = set()
+    for title, paths, prefix in sections:
+        if fresh := [path for path in paths if path not in listed]:
+            listed.update(fresh)
+            lines += ["", f"# {title}", *(prefix + quoted(path) for path in fresh)]
+    return lines if listed else None
 
 
-def _chosen(paths: Sequence[str], which: Bool[np.ndarray, " n"]) -> tuple[str, ...]:
-    return tuple(paths[row] for row in np.flatnonzero(which).tolist())
+def _list(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:EXAMPLES]) + (f" and {len(names) - EXAMPLES:,} more" if len(names) > EXAMPLES else "")
 
 
-def _pairs(at: Places, found: Mapping[int, int]) -> str:
-    return _some([f"{quoted(at.paths[a])} = {quoted(at.paths[b])}" for a, b in sorted(found.items())])
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
-def _are(found: Sized) -> str:
-    return "is" if len(found) == 1 else "are"
+def _count(number: int, noun: str, predicate: str = "", *, of: int | None = None) -> str:
+    """Number, noun and predicate that agree: `1 class is new`, `2 classes are new`, `1 of 9 classes is new`."""
+    if number != 1 or of is not None:
+        noun += "es" if noun.endswith("s") else "s"
+    if number != 1:
+        plurals = {"is": "are", "has": "have", "duplicates": "duplicate"}
+        predicate = re.sub(r"\b(is|has|duplicates)\b", lambda verb: plurals[verb[0]], predicate, count=1)
+    return f"{number:,} {'' if of is None else f'of {of:,} '}{noun} {predicate}".rstrip()

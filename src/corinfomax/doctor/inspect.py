@@ -1,11 +1,10 @@
-"""One look at each image of a split: what can be read, what it is, and what is needed to compare it with the others."""
+"""Inspection of each image in a split: readable or not, size, format, colours, and a thumbnail to compare."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 from contextlib import closing
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,148 +13,113 @@ from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from corinfomax.evaluation.similar import FINE
-from corinfomax.images.decode import decode, each
+from corinfomax.evaluation.similar import THUMBNAIL
+from corinfomax.images.decode import decode, map_images
 from corinfomax.images.files import Source
 
-ONE_COLOUR = 3  # levels of 255 by which the pixels of a picture of one colour differ at most: JPEG's rounding
-KINDS = {
-    "RGB": "",
-    "L": "grey",
-    "1": "black and white",
-    "CMYK": "CMYK",
-    "F": "floating point",
-    "P": "palette",
-}
+# By Pillow's mode.
+MODES = {"RGB": "", "L": "grey", "1": "black-and-white", "F": "floating-point", "P": "palette-based"}
 
 
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """What was seen of the n images of one split that can be read; about 2 kB of memory each."""
+class Inspection(NamedTuple):
+    """Facts about the n readable images of one split; about 2 kB of memory per image."""
 
     split: str
-    root: str
-    """The folder that paths start from; of an array set, its name."""
     paths: tuple[str, ...]
     labels: tuple[str, ...] | None
-    unreadable: tuple[tuple[str, str], ...]
-    """Path and reason of each image that cannot be read."""
-    sizes: Int64[np.ndarray, "n 2"]
-    """Width and height in the file, in pixels."""
-    kinds: tuple[str, ...]
-    """How an image is kept in its file: empty for plain RGB, `grey` for 8 bits of grey, else what is unusual."""
-    digests: tuple[bytes, ...]
-    """Of each image's pixels and shape as training would see them: equal for the same pixels alone."""
-    squares: UInt8[Tensor, "n 3 s s"]
-    """Each image squeezed whole into a small square."""
-    blank: Bool[np.ndarray, " n"]
-    """Whether an image has one colour only."""
-    grey: Bool[np.ndarray, " n"]
-    """Whether no pixel of an image has a hue."""
-    moments: Float64[np.ndarray, "n 2 3"]
-    """Mean and mean square of red, green and blue in [0, 1]."""
-    cached: int
-    """Bytes of the decoded images in the cache."""
-
-    def __len__(self) -> int:
-        return len(self.paths)
+    unreadable: tuple[tuple[str, str], ...]  # path and reason of each
+    sizes: Int64[np.ndarray, "n 2"]  # width and height in the file, in pixels
+    formats: tuple[str, ...]  # empty for plain RGB, `grey` for 8-bit grey, else unusual, such as `16-bit` or `CMYK`
+    digests: tuple[bytes, ...]  # hash of each image's decoded pixels and shape
+    thumbnails: UInt8[Tensor, "n 3 s s"]  # whole images, squeezed into a small square
+    blank: Bool[np.ndarray, " n"]  # all pixels have one colour
+    grey: Bool[np.ndarray, " n"]  # red, green and blue are equal in every pixel
+    moments: Float64[np.ndarray, "n 2 3"]  # mean and mean square of red, green and blue in [0, 1]
+    decoded_bytes: int  # of all images in the cache
 
 
-class _Look(NamedTuple):
+class _ImageFacts(NamedTuple):
     size: tuple[int, int]
-    kind: str
+    format: str
     digest: bytes
-    square: UInt8[np.ndarray, "3 s s"]
     blank: bool
     grey: bool
-    moments: Float32[np.ndarray, "2 3"]
-    cached: int
+    decoded_bytes: int
 
 
-def examine(name: str, source: Source, side: int, *, progress: bool = True) -> Seen:
-    """Decode every image of the split called `name`, reduced to a short side of `side` pixels, and keep what was seen.
+def inspect_split(name: str, source: Source, side: int, *, progress: bool = True) -> Inspection:
+    """Decode each image of a split to a short side of at most `side` pixels and record facts about it.
 
-    A few images a core are in memory at any time. Nothing is written: the cache is for one selection of images, which
-    is only known after this. An image that Pillow takes for a decompression bomb counts as unreadable.
+    A few images per core are in memory at a time. Decompression bombs, as Pillow calls them, count as unreadable.
     """
     count = len(source.paths)
-    sizes, moments = np.zeros((count, 2), np.int64), np.zeros((count, 2, 3))
-    blank, grey = np.zeros(count, bool), np.zeros(count, bool)
-    squares = np.zeros((count, 3, FINE, FINE), np.uint8)
-    kept: list[int] = []
-    kinds: list[str] = []
-    digests: list[bytes] = []
-    unreadable: list[tuple[str, str]] = []
-    cached = 0
-    with closing(each(source, lambda image: _look(image, side), progress, said=f"looking at {name}")) as looks:
-        for row, look in enumerate(looks):
-            if isinstance(look, str):
-                unreadable.append((source.paths[row], look))
-                continue
-            at = len(kept)
-            sizes[at], squares[at], blank[at], grey[at], moments[at] = (
-                look.size,
-                look.square,
-                look.blank,
-                look.grey,
-                look.moments,
-            )
-            kept.append(row)
-            kinds.append(look.kind)
-            digests.append(look.digest)
-            cached += look.cached
-    n = len(kept)
-    return Seen(
+    thumbnails, moments = np.zeros((count, 3, THUMBNAIL, THUMBNAIL), np.uint8), np.zeros((count, 2, 3))
+    facts, unreadable = list[_ImageFacts](), dict[int, str]()
+
+    # decode on all cores
+    results = map_images(source, lambda image: _inspect_image(image, side), progress, label=f"inspecting {name}")
+    with closing(results):
+        for row, result in enumerate(results):
+            if isinstance(result, str):
+                unreadable[row] = result
+            else:
+                image_facts, thumbnails[len(facts)], moments[len(facts)] = result
+                facts.append(image_facts)
+
+    # gather the facts in columns
+    readable = source.take([row for row in range(count) if row not in unreadable])
+    return Inspection(
         split=name,
-        root=source.root,
-        paths=tuple(source.paths[row] for row in kept),
-        labels=None if source.labels is None else tuple(source.labels[row] for row in kept),
-        unreadable=tuple(unreadable),
-        sizes=sizes[:n],
-        kinds=tuple(kinds),
-        digests=tuple(digests),
-        squares=torch.from_numpy(squares[:n]),
-        blank=blank[:n],
-        grey=grey[:n],
-        moments=moments[:n],
-        cached=cached,
+        paths=readable.paths,
+        labels=readable.labels,
+        unreadable=tuple((source.paths[row], cause) for row, cause in unreadable.items()),
+        sizes=np.array([image.size for image in facts], np.int64).reshape(-1, 2),
+        formats=tuple(image.format for image in facts),
+        digests=tuple(image.digest for image in facts),
+        thumbnails=torch.from_numpy(thumbnails[: len(facts)]),
+        blank=np.array([image.blank for image in facts], bool),
+        grey=np.array([image.grey for image in facts], bool),
+        moments=moments[: len(facts)],
+        decoded_bytes=sum(image.decoded_bytes for image in facts),
     )
 
 
-def _look(image: Image.Image, side: int) -> _Look:
-    size, kind = image.size, _kind(image)
+def _inspect_image(
+    image: Image.Image, side: int
+) -> tuple[_ImageFacts, UInt8[np.ndarray, "3 s s"], Float32[np.ndarray, "2 3"]]:
+    """Facts, thumbnail and moments of an opened image."""
+    size, file_format = image.size, _format(image)  # decoding changes both
     pixels = decode(image, side)
     _, height, width = pixels.shape
-    # For small images calls are the time: two matrix products, as Pillow's resize costs three copies.
+
+    # Two matrix products: for small images Pillow's resize would spend its time on three copies.
     levels = pixels.astype(np.float32)
-    square = _shares(height) @ levels @ _shares(width).T
+    thumbnail = _area_weights(height) @ levels @ _area_weights(width).T
     flat, x = pixels.reshape(3, -1), levels.reshape(3, -1) / 255
-    return _Look(
-        size,
-        kind,
-        hashlib.blake2b(pixels.data, digest_size=16, salt=b"%d %d" % (height, width)).digest(),
-        np.rint(square).astype(np.uint8),
-        bool((flat.max(1) - flat.min(1)).max() <= ONE_COLOUR),
-        np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[1], pixels[2]),
-        np.stack((x.mean(1), (x * x).mean(1))),
-        pixels.nbytes,
-    )
+    moments = np.stack((x.mean(1), (x * x).mean(1)))
+
+    # The shape goes into the hash: the same bytes in another shape are another image.
+    digest = hashlib.blake2b(pixels.data, digest_size=16, salt=b"%d %d" % (height, width)).digest()
+    blank = bool((flat.max(1) - flat.min(1)).max() <= 3)  # levels of 255: JPEG rounding
+    grey = np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[1], pixels[2])
+    facts = _ImageFacts(size, file_format, digest, blank, grey, pixels.nbytes)
+    return facts, np.rint(thumbnail).astype(np.uint8), moments
 
 
 @functools.lru_cache(maxsize=4096)
-def _shares(length: int) -> Float32[np.ndarray, "s length"]:
-    """What each of `length` pixels in a line gives to each of FINE equal parts of that line; rows sum to 1."""
-    edges = np.arange(FINE + 1) * length / FINE
+def _area_weights(length: int) -> Float32[np.ndarray, "s length"]:
+    """Averaging of `length` pixels into THUMBNAIL equal intervals: the overlaps as weights, rows sum to 1."""
+    edges = np.arange(THUMBNAIL + 1) * length / THUMBNAIL
     pixels = np.arange(length)
-    inside = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return (inside.clip(0) * FINE / length).astype(np.float32)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (overlap.clip(0) * THUMBNAIL / length).astype(np.float32)
 
 
-def _kind(image: Image.Image) -> str:
+def _format(image: Image.Image) -> str:
     if getattr(image, "is_animated", False):
         return "animated"
     if image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         return "16-bit"
     if image.has_transparency_data:
-        return "with transparency"
-    return KINDS.get(image.mode, f"{image.mode} colours")
+        return "transparent"
+    return MODES.get(image.mode, image.mode)

@@ -1,7 +1,7 @@
-"""What frozen features tell about labels: probes as functions of tensors.
+"""Probes of frozen features: nearest neighbours, ridge, logistic regression, and classification from a few labels.
 
-Class ids count from 0; an id without a training row is fine everywhere and never predicted. Features of any float type
-are taken as float32; what needs more is float64, on the CPU where the device has none (MPS).
+Class ids count from 0 and may have gaps: an id without a training row is never predicted. Features may have any float
+type. Nearest neighbours run in float32, fits in float64.
 """
 
 from __future__ import annotations
@@ -19,53 +19,46 @@ from corinfomax.runtime.seeds import generator
 
 RIDGE_PENALTIES = tuple(10 ** (e / 2) for e in range(-12, 5))
 LOGISTIC_PENALTIES = tuple(10.0**e for e in range(0, -7, -1))
-TOLERANCE = 1e-6  # largest gradient left in a logistic regression, preconditioned: about 1e-12 nats a parameter
-BLOCK = 2**22  # numbers in a temporary block of rows: 32 MiB of float64 on a CPU, and enough to fill a GPU
+MAX_ITER = 1000  # of a logistic regression
+MAX_GRADIENT = 1e-6  # at the end of a logistic regression, preconditioned: about 1e-12 nats per parameter
+COSINES = 2**26  # held at once by nearest neighbours: 256 MiB
+PROBE_BLOCK = 2**22  # numbers in a temporary block of rows: 32 MiB of float64 on a CPU, enough to fill a GPU
+
+Train = Float[Tensor, "n d"]  # features with labels
+Labels = Int[Tensor, " n"]
+Test = Float[Tensor, "m d"]  # features to predict
+Eigenpairs = tuple[Float[Tensor, "d r"], Float[Tensor, " r"]]
 
 
-class Linear(NamedTuple):
-    """A linear classifier and what it said of the test rows: x is of class `classes[argmax(x @ weight + bias)]`."""
+class LinearClassifier(NamedTuple):
+    """The classifier `classes[argmax(x @ weight + bias)]` of the ids with a training row, and its predictions."""
 
     predicted: Int[Tensor, " m"]
     classes: Int[Tensor, " c"]
-    """The ids that have a training row, ascending."""
     weight: Float[Tensor, "d c"]
     bias: Float[Tensor, " c"]
     penalty: float
-    """The one given, or the one chosen of several."""
 
 
 def accuracy(predicted: Int[Tensor, " m"], labels: Int[Tensor, " m"]) -> float:
-    """The share of rows whose class was predicted, in percent."""
-    if predicted.shape != labels.shape or not len(labels):
-        raise ValueError(f"got {len(predicted)} predictions for {len(labels)} labels; want as many, and at least one")
+    """Share of rows predicted correctly, in percent."""
     return 100 * int((predicted == labels).sum()) / len(labels)
 
 
 @torch.no_grad()
-def knn(
-    train: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
-    test: Float[Tensor, "m d"],
-    *,
-    k: int = 20,
-    temperature: float = 0.07,
-    chunk: int = 2**26,
-) -> Int[Tensor, " m"]:
-    """The class with most weight among the k training rows of highest cosine, each weighing exp(cosine / temperature).
+def knn(train: Train, labels: Labels, test: Test, *, k: int = 20, temperature: float = 0.07) -> Int[Tensor, " m"]:
+    """Weighted vote of the k training rows with the highest cosine, each weighted by exp(cosine / temperature).
 
-    Exact; k above n means n. Holds `chunk` cosines at once (256 MiB), or those of one test row if that is more.
-    Weighted kNN of Wu et al. 2018, arXiv 1805.01978, section 3.4.
+    Exact; k above n means n. Weighted kNN of Wu et al. 2018, arXiv 1805.01978, section 3.4.
     """
-    _check(train, labels, test)
-    if k < 1 or not temperature > 0:
-        raise ValueError(f"got k = {k} and temperature = {temperature}; want at least 1, and above 0")
-    labels, classes, size = labels.long(), int(labels.max()) + 1, max(1, chunk // len(train))
-    keys = normalize(train.float()).T
+    _check_finite(train, test)
+    keys, labels, classes = normalize(train.float()).T, labels.long(), int(labels.max()) + 1
+
+    # A block of test rows at a time.
     predicted = []
-    for first in range(0, len(test), size):
-        cosine, index = (normalize(test[first : first + size].float()) @ keys).topk(min(k, len(train)))
-        # Relative to the nearest, which leaves the vote as it is: exp(1 / temperature) overflows float32 below 0.0113.
+    for rows in test.split(max(1, COSINES // len(train))):
+        cosine, index = (normalize(rows.float()) @ keys).topk(min(k, len(train)))
+        # Relative to the nearest row, for the same vote: exp(1 / temperature) overflows float32 below 0.0113.
         weight = ((cosine - cosine[:, :1]) / temperature).exp()
         votes = weight.new_zeros(len(weight), classes).scatter_add_(1, labels[index], weight)
         predicted.append(votes.argmax(1))
@@ -74,148 +67,130 @@ def knn(
 
 @torch.no_grad()
 def ridge(
-    train: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
-    test: Float[Tensor, "m d"],
-    *,
-    penalties: Sequence[float] = RIDGE_PENALTIES,
-) -> Linear:
-    """Least squares on one-hot labels with a free intercept, its penalty chosen by exact leave-one-out squared error.
+    train: Train, labels: Labels, test: Test, *, penalties: Sequence[float] = RIDGE_PENALTIES
+) -> LinearClassifier:
+    """Least squares on one-hot labels with a free intercept; exact leave-one-out error chooses the penalty.
 
     One eigendecomposition serves every penalty: each is a diagonal rescaling. A penalty is in units of the features'
-    mean variance v = trace(covariance) / d, so scaling the features changes nothing: scikit-learn's
-    Ridge(alpha=penalty * n * v). Costs n·d·min(n, d) once and n·d·c a penalty, in float64 because the weak penalties
-    divide by eigenvalues that float32 does not resolve.
+    mean variance v = trace(covariance) / d: scikit-learn's Ridge(alpha=penalty * n * v). Costs n·d·min(n, d) once and
+    n·d·c per penalty, in float64 because weak penalties divide by eigenvalues too small for float32.
     """
-    _check(train, labels, test, penalties)
-    mean, n = _mean(train), len(train)
-    classes, codes = (ids.to(mean.device) for ids in torch.unique(labels, return_inverse=True))
+    _check_finite(train, test)
+    n, mean = len(train), _column_means(train)
+    classes, codes = torch.unique(labels, return_inverse=True)
     prior = codes.bincount().to(mean) / n
-    basis, spectrum = _principal(train, mean)
-    shrink = 1 / (spectrum[:, None] + spectrum.new_tensor(penalties) * spectrum.sum() / train.shape[1])
-    # With Z = (X − mean) V, V and s the eigenpairs of the covariance, row i is predicted as prior + zᵢᵀ(s+λ)⁻¹ZᵀY/n and
-    # has the leverage hᵢ = 1/n + zᵢᵀ(s+λ)⁻¹zᵢ/n; had it been left out, its residual were the fitted one over 1 − hᵢ.
-    sums = mean.new_zeros(len(classes), len(mean))
-    for rows, x in _blocks(train, mean):
-        sums.index_add_(0, codes[rows], x)
+
+    # Eigenpairs V, s of the covariance, and (s + λ)⁻¹ for each penalty.
+    basis, spectrum = _eigenpairs(train, mean)
+    inverse = 1 / (spectrum[:, None] + spectrum.new_tensor(penalties) * spectrum.sum() / train.shape[1])
+
+    # ZᵀY/n, with Z = (X − mean) V and Y the centred one-hot labels, from the sum of each class's rows.
+    sums, blocks = mean.new_zeros(len(classes), len(mean)), codes.split(max(1, PROBE_BLOCK // train.shape[1]))
+    for ids, x in zip(blocks, _blocks(train, mean), strict=True):
+        sums.index_add_(0, ids, x)
     cross = basis.T @ sums.T / n
-    error = mean.new_zeros(len(penalties))
-    for rows, x in _blocks(train, mean):
-        z, y = x @ basis, one_hot(codes[rows], len(classes)) - prior
-        # One that alone decides its fit has residual 0 over 1 − h = 0, up to rounding; it must not decide the choice.
-        kept = (1 - 1 / n - z.square() @ shrink / n).clamp_min(1e-12)
+
+    # Leave-one-out errors. The fit predicts prior + zᵢᵀ(s+λ)⁻¹ZᵀY/n for row i, and its leverage is
+    # hᵢ = 1/n + zᵢᵀ(s+λ)⁻¹zᵢ/n: without row i, its residual would be the fitted one divided by 1 − hᵢ.
+    errors = mean.new_zeros(len(penalties))
+    for ids, x in zip(blocks, _blocks(train, mean), strict=True):
+        z, y = x @ basis, one_hot(ids, len(classes)) - prior
+        # A row that alone decides its fit has 0/0 up to rounding; the clamp stops it from deciding the choice too.
+        remainder = (1 - 1 / n - z.square() @ inverse / n).clamp_min(1e-12)
         for j in range(len(penalties)):
-            error[j] += ((y - z @ (shrink[:, j, None] * cross)) / kept[:, j, None]).square().sum()
-    best = int(error.argmin())
-    return _linear(test, classes, mean, basis @ (shrink[:, best, None] * cross), prior, penalties[best])
+            errors[j] += ((y - z @ (inverse[:, j, None] * cross)) / remainder[:, j, None]).square().sum()
+
+    best = int(errors.argmin())
+    return _classifier(test, classes, mean, basis @ (inverse[:, best, None] * cross), prior, penalties[best])
 
 
 @torch.no_grad()
 def logistic(
-    train: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
-    test: Float[Tensor, "m d"],
-    *,
-    penalties: Sequence[float] = LOGISTIC_PENALTIES,
-    seed: int = 0,
-    max_iter: int = 1000,
-) -> Linear:
+    train: Train, labels: Labels, test: Test, *, penalties: Sequence[float] = LOGISTIC_PENALTIES, seed: int = 0
+) -> LinearClassifier:
     """Multinomial logistic regression on standardised features: mean cross-entropy + penalty/2 · |weight|².
 
-    The intercept is free: scikit-learn's LogisticRegression(C=1/(penalty * n)) after StandardScaler, for three classes
-    or more; its form for two penalises half as much. Of several penalties the one most accurate on a fifth of each
-    class, drawn by `seed`, is fitted to all rows (the stronger of equals). They are tried from strong to weak, each
-    from the one before, until two in a row fall behind the best: the weak ones are slow. Where no class has the five
-    rows that this takes, the penalty is 1/n, scikit-learn's default. The penalty acts on weights
-    of standardised features; the returned ones are for features as they came. Warns when `max_iter` was not enough.
+    Equals scikit-learn's LogisticRegression(C=1/(penalty * n)) after StandardScaler for three or more classes; its form
+    for two classes penalises half as much. The returned weights are for features that are not standardised. Several
+    penalties compete on a held-out fifth of each class, drawn by `seed`, and the winner is fitted to all rows; if no
+    class has five rows, the penalty is 1/n, scikit-learn's default. Warns if MAX_ITER was not enough.
     """
-    _check(train, labels, test, penalties)
+    _check_finite(train, test)
     classes, codes = torch.unique(labels, return_inverse=True)
-    mean = _mean(train)
-    variance = sum((x.square().sum(0) for _, x in _blocks(train, mean)), torch.zeros_like(mean)) / len(train)
-    # A column that varies by less than float32 resolves is constant: it gets no weight rather than amplified rounding.
+
+    # Standardise. A column that varies by less than float32 resolves counts as constant and gets no weight.
+    mean = _column_means(train)
+    variance = sum((x.square().sum(0) for x in _blocks(train, mean)), torch.zeros_like(mean)) / len(train)
     scale = torch.where(variance.sqrt() > 1e-6 * mean.abs(), variance.rsqrt(), 0)
-    x = torch.cat([(block * scale).to(train.device, torch.float32) for _, block in _blocks(train, mean)])
-    # Of all rows, the held-out ones too: this uses no label, and a fit to some of the rows lies in the span of all.
-    basis, spectrum = _principal(x, zero := torch.zeros_like(mean))
-    path, start = sorted(penalties, reverse=True), None
-    best = path[0]
-    held = rank_in_class(codes, generator(seed, "validation")) < codes.bincount()[codes] // 5
-    if len(path) > 1 and not held.any():
+    x = torch.cat([(block * scale).float() for block in _blocks(train, mean)])
+
+    # Eigenpairs of all rows, held out or not: no label enters, and a fit to fewer rows lies in the same span.
+    zero = torch.zeros_like(mean)
+    basis, _ = pairs = _eigenpairs(x, zero)
+
+    # Choose the penalty most accurate on the held-out rows, the stronger of equals. Weak ones are slow: go from strong
+    # to weak, each from the fit before it, until two fall behind the best.
+    best, start, best_score, behind = max(penalties), None, -1.0, 0
+    held_out = rank_in_class(codes, generator(seed, "validation")) < codes.bincount()[codes] // 5
+    if len(penalties) > 1 and not held_out.any():
         best = 1 / len(train)
-    elif len(path) > 1:
-        x_kept, y_kept, theta, top, behind = x[~held], codes[~held], None, -1.0, 0
-        for penalty in path:
-            theta, _ = _softmax_regression(x_kept, y_kept, basis, spectrum, penalty, theta, max_iter, rough=True)
-            coded = _linear(x[held], classes, zero, basis @ theta[:-1], theta[-1], penalty).predicted
-            score = accuracy(coded, classes[codes[held]])
-            if score > top:
-                best, start, top, behind = penalty, theta, score, 0
-            else:
-                behind += score < top
+    elif len(penalties) > 1:
+        x_fit, y_fit, theta = x[~held_out], codes[~held_out], None
+        for penalty in sorted(penalties, reverse=True):
+            theta, _ = _softmax_regression(x_fit, y_fit, pairs, penalty, theta, rough=True)
+            score = accuracy(_most_likely(x[held_out], zero, basis @ theta[:-1], theta[-1]), codes[held_out])
+            if score > best_score:
+                best, start, best_score, behind = penalty, theta, score, 0
+            elif score < best_score:
+                behind += 1
             if behind == 2:
                 break
-    theta, gradient = _softmax_regression(x, codes, basis, spectrum, best, start, max_iter)
-    if gradient > 10 * TOLERANCE:
-        what = f"logistic regression at penalty {best:g} stopped at a gradient of {gradient:.1e}, wanted {TOLERANCE:g}"
-        warnings.warn(f"{what}; raise max_iter from {max_iter}, or the penalty", stacklevel=2)
-    return _linear(test, classes, mean, scale[:, None] * (basis @ theta[:-1]), theta[-1], best)
+
+    # Fit it to all rows.
+    theta, gradient = _softmax_regression(x, codes, pairs, best, start)
+    if gradient > 10 * MAX_GRADIENT:
+        stop = f"logistic regression at penalty {best:g} stopped at a gradient of {gradient:.1e}, want {MAX_GRADIENT:g}"
+        warnings.warn(f"{stop}; raise the penalty", stacklevel=2)
+    return _classifier(test, classes, mean, scale[:, None] * (basis @ theta[:-1]), theta[-1], best)
 
 
 @torch.no_grad()
 def few_label(
-    train: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
-    test: Float[Tensor, "m d"],
-    *,
-    per_class: int,
-    draws: int = 5,
-    seed: int = 0,
-    penalty: float = 1e-3,
+    train: Train, labels: Labels, test: Test, *, per_class: int, draws: int = 5, seed: int = 0
 ) -> Int[Tensor, "{draws} m"]:
-    """The classes predicted with `per_class` labels of each class, for several draws of them.
+    """Predictions from `per_class` labels of each class, for several draws of these labels.
 
-    A class that has fewer gives all it has. The draws of a seed are nested: those with 10 labels contain those with 1.
-    The probe is logistic regression on features centred by all training rows, which needs no label, and then of unit
-    length (the CL2N of SimpleShot, arXiv 1911.04623). Its penalty is fixed because ten labels cannot choose one; on raw
-    digits every penalty from 1e-6 to 1e-3 is within a point, and standardised or whitened columns do worse.
+    A smaller class gives all its labels; the draws of a seed are nested. Logistic regression on unit-length features,
+    first centred by all training rows, labelled or not (the CL2N of SimpleShot, arXiv 1911.04623). The penalty is fixed
+    because ten labels cannot choose one; on raw digits all from 1e-6 to 1e-3 agree within a point.
     """
-    _check(train, labels, test, (penalty,))
-    if per_class < 1 or draws < 1:
-        raise ValueError(f"got {per_class} labels a class and {draws} draws; want at least 1 of each")
+    _check_finite(train, test)
     classes, codes = torch.unique(labels, return_inverse=True)
-    mean = _mean(train)
-    x, x_test = (
-        torch.cat([normalize(b).to(f.device, torch.float32) for _, b in _blocks(f, mean)]) for f in (train, test)
-    )
+    mean = _column_means(train)
+    x, x_test = (torch.cat([normalize(block).float() for block in _blocks(rows, mean)]) for rows in (train, test))
+
+    # One regression per draw.
     zero, predicted = torch.zeros_like(mean), []
     for draw in range(draws):
-        few = rank_in_class(codes, generator(seed, "few labels", draw)) < per_class
-        basis, spectrum = _principal(x[few], zero)
-        theta, _ = _softmax_regression(x[few], codes[few], basis, spectrum, penalty, None, 1000)
-        predicted.append(_linear(x_test, classes, zero, basis @ theta[:-1], theta[-1], penalty).predicted)
+        labelled = rank_in_class(codes, generator(seed, "few labels", draw)) < per_class
+        basis, _ = pairs = _eigenpairs(x[labelled], zero)
+        theta, _ = _softmax_regression(x[labelled], codes[labelled], pairs, 1e-3, None)
+        predicted.append(classes[_most_likely(x_test, zero, basis @ theta[:-1], theta[-1])])
     return torch.stack(predicted)
 
 
 def _softmax_regression(
-    x: Float[Tensor, "n d"],
-    y: Int[Tensor, " n"],
-    basis: Float[Tensor, "d r"],
-    spectrum: Float[Tensor, " r"],
-    penalty: float,
-    start: Float[Tensor, "r+1 c"] | None,
-    max_iter: int,
-    *,
-    rough: bool = False,
+    x: Train, y: Labels, pairs: Eigenpairs, penalty: float, start: Float[Tensor, "r+1 c"] | None, *, rough: bool = False
 ) -> tuple[Float[Tensor, "r+1 c"], float]:
-    """The weight in the basis, below it the intercept, and the largest gradient left; every class must have a row.
+    """Weight in the basis, with the intercept as its last row, and the largest remaining gradient.
 
-    L-BFGS on u = theta / scale with scale⁻² = spectrum · share of the class + penalty, which is near the curvature: so
-    ill-conditioned features take tens of iterations and not thousands, and a gradient g costs about g²/2 nats of loss.
-    It stops where no |g| is above TOLERANCE; `rough` is 1e-3 and float32 products with x, which cannot resolve less.
+    L-BFGS on u = theta / scale with scale⁻² = spectrum · share of the class + penalty, close to the curvature:
+    ill-conditioned features take tens of iterations instead of thousands, and a gradient g costs about g²/2 nats of
+    loss. Stops when no |g| exceeds MAX_GRADIENT, or 1e-3 if `rough`: products in float32 are too coarse for less.
     """
+    # The intercept is one more direction: its feature is the constant 1, of mean square 1, without a penalty.
+    basis, spectrum = pairs
     share = y.bincount().to(spectrum) / len(y)
-    # The intercept is one more direction: its feature is the constant 1, of mean square 1, and is not penalised.
     decay = torch.cat([torch.full_like(spectrum, penalty), spectrum.new_zeros(1)])[:, None]
     scale = (torch.cat([spectrum, spectrum.new_ones(1)])[:, None] * share + decay).rsqrt()
     if start is None:  # the solution for an infinite penalty
@@ -228,48 +203,42 @@ def _softmax_regression(
         u.grad = scale * (torch.cat([basis.T @ to_weight, to_bias[None]]) + decay * theta)
         return value + (decay * theta.square()).sum() / 2
 
-    # A change of the loss below its rounding is the end as well.
-    gradient, change = (1e-3, 1e-8) if rough else (TOLERANCE, 1e-15)
-    lbfgs = torch.optim.LBFGS([u], 1, max_iter, None, gradient, change, history_size=20, line_search_fn="strong_wolfe")
+    # Stop as well once the loss changes by less than its rounding.
+    gradient, change = (1e-3, 1e-8) if rough else (MAX_GRADIENT, 1e-15)
+    lbfgs = torch.optim.LBFGS([u], 1, MAX_ITER, None, gradient, change, history_size=20, line_search_fn="strong_wolfe")
     lbfgs.step(loss)
-    loss()  # the line search may have left the gradient of another point than it took
+    loss()  # the line search may have left the gradient of another point
     assert u.grad is not None
     return u * scale, float(u.grad.abs().max())
 
 
 def _cross_entropy(
-    x: Float[Tensor, "n d"],
-    y: Int[Tensor, " n"],
-    weight: Float[Tensor, "d c"],
-    bias: Float[Tensor, " c"],
-    *,
-    rough: bool,
+    x: Float[Tensor, "n d"], y: Int[Tensor, " n"], w: Float[Tensor, "d c"], b: Float[Tensor, " c"], *, rough: bool
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "d c"], Float[Tensor, " c"]]:
-    """Mean cross-entropy in nats and its gradient to weight and bias, float64; holds one block of logits at a time.
-
-    Products are those of the weight's float64, and if `rough` those of x's float32, which take half the time or less.
-    """
-    value, to_weight, to_bias = weight.new_zeros(()), torch.zeros_like(weight), torch.zeros_like(bias)
-    size, like = max(1, BLOCK // max(weight.shape)), x if rough else weight
-    w, b = weight.to(like), bias.to(like)
-    for first in range(0, len(x), size):
-        rows, target = x[first : first + size].to(like), y[first : first + size, None].to(like.device)
+    """Mean cross-entropy in nats and its gradients, in float64; products in float32 if `rough`."""
+    value, to_w, to_b = w.new_zeros(()), torch.zeros_like(w), torch.zeros_like(b)
+    like, size = x if rough else w, max(1, PROBE_BLOCK // max(w.shape))
+    w, b = w.to(like), b.to(like)
+    for rows, target in zip(x.split(size), y[:, None].split(size), strict=True):
+        rows = rows.to(like)
         log_p = torch.addmm(b, rows, w).log_softmax(1)
         value -= log_p.gather(1, target).to(value).sum()
+
+        # The gradient to the logits is p − one_hot(y).
         to_logits = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1))
-        to_weight += (rows.T @ to_logits).to(to_weight)
-        to_bias += to_logits.sum(0).to(to_bias)
-    return value / len(x), to_weight / len(x), to_bias / len(x)
+        to_w += (rows.T @ to_logits).to(to_w)
+        to_b += to_logits.sum(0).to(to_b)
+    return value / len(x), to_w / len(x), to_b / len(x)
 
 
-def _principal(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> tuple[Float[Tensor, "d r"], Float[Tensor, " r"]]:
-    """The eigenvectors of (x − mean)ᵀ(x − mean) / n whose eigenvalues are above rounding, and these, in float64.
+def _eigenpairs(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Eigenpairs:
+    """Eigenvectors and eigenvalues of (x − mean)ᵀ(x − mean) / n in float64, without eigenvalues lost in rounding.
 
-    From the smaller of the d×d and the n×n product, which share their r ≤ min(n, d) eigenvalues above 0.
+    Decomposes the smaller of the d×d and the n×n product: they share their r ≤ min(n, d) eigenvalues above 0.
     """
     n, d = x.shape
-    wide = torch.cat([block for _, block in _blocks(x, mean)]).T if n < d else None
-    blocks = (block.T @ block for _, block in _blocks(x, mean))
+    wide = torch.cat([*_blocks(x, mean)]).T if n < d else None
+    blocks = (block.T @ block for block in _blocks(x, mean))
     spectrum, vectors = torch.linalg.eigh((sum(blocks, mean.new_zeros(d, d)) if wide is None else wide.T @ wide) / n)
     above = spectrum > max(n, d) * torch.finfo(spectrum.dtype).eps * spectrum[-1].clamp_min(0)
     spectrum, vectors = spectrum[above], vectors[:, above]
@@ -277,7 +246,7 @@ def _principal(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> tuple[Floa
 
 
 def rank_in_class(codes: Int[Tensor, " n"], rng: torch.Generator) -> Int[Tensor, " n"]:
-    """The place of each row, from 0, among the shuffled rows of its class."""
+    """Position of each row, from 0, among the shuffled rows of its class."""
     order = torch.randperm(len(codes), generator=rng).to(codes.device)
     order = order[codes[order].argsort(stable=True)]
     count = codes.bincount()
@@ -285,40 +254,33 @@ def rank_in_class(codes: Int[Tensor, " n"], rng: torch.Generator) -> Int[Tensor,
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(codes), device=codes.device) - first)
 
 
-def _linear(
+def _classifier(
     test: Tensor, classes: Tensor, mean: Tensor, weight: Float[Tensor, "d c"], bias: Float[Tensor, " c"], penalty: float
-) -> Linear:
-    """The result of the fit (x − mean) @ weight + bias, which is taken in float64: features may lie far from 0."""
-    best = torch.cat([(x @ weight + bias).argmax(1) for _, x in _blocks(test, mean)]).to(test.device)
-    classes, like = classes.to(test.device), torch.empty(0, device=test.device)
-    return Linear(classes[best], classes, weight.to(like), (bias - mean @ weight).to(like), float(penalty))
+) -> LinearClassifier:
+    """The fit (x − mean) @ weight + bias as a classifier of uncentred rows."""
+    predicted = classes[_most_likely(test, mean, weight, bias)]
+    return LinearClassifier(predicted, classes, weight.float(), (bias - mean @ weight).float(), float(penalty))
 
 
-def _mean(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-    """Column means in float64, on the device where all float64 work on x is done."""
-    zero = torch.zeros(x.shape[1], dtype=torch.float64, device="cpu" if x.device.type == "mps" else x.device)
-    return sum((block.sum(0) for _, block in _blocks(x, zero)), zero) / len(x)
+def _most_likely(
+    x: Float[Tensor, "n d"], mean: Float[Tensor, " d"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " c"]
+) -> Int[Tensor, " n"]:
+    """Column of the largest logit in each row, from float64 products: features may lie far from 0."""
+    return torch.cat([(block @ weight + bias).argmax(1) for block in _blocks(x, mean)])
 
 
-def _blocks(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Iterator[tuple[slice, Float[Tensor, "b d"]]]:
-    """x − mean, a block of rows at a time so that x is never copied whole; type and device are those of the mean."""
-    size = max(1, BLOCK // x.shape[1])
-    for first in range(0, len(x), size):
-        rows = slice(first, first + size)
-        yield rows, x[rows].to(mean) - mean
+def _column_means(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
+    zero = x.new_zeros(x.shape[1], dtype=torch.float64)
+    return sum((block.sum(0) for block in _blocks(x, zero)), zero) / len(x)
 
 
-def _check(train: Tensor, labels: Tensor, test: Tensor, penalties: Sequence[float] = (1.0,)) -> None:
-    """Raise ValueError for what no probe can use."""
-    shapes = f"{tuple(train.shape)} to train and {tuple(test.shape)} to test"
-    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1] or 0 in (*train.shape, *test.shape):
-        raise ValueError(f"got features of shape {shapes}; want (n, d) and (m, d), none of them 0")
-    if labels.shape != train.shape[:1]:
-        raise ValueError(f"got labels of shape {tuple(labels.shape)} for {len(train)} training rows; want one a row")
-    if negative := int((labels < 0).sum()):
-        raise ValueError(f"{negative} of {len(labels)} training labels are negative; want class ids from 0 up")
+def _blocks(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Iterator[Float[Tensor, "b d"]]:
+    """x − mean in blocks of rows, so that x is never copied whole; in the float64 of the mean."""
+    return (rows.to(mean) - mean for rows in x.split(max(1, PROBE_BLOCK // x.shape[1])))
+
+
+def _check_finite(train: Tensor, test: Tensor) -> None:
+    """Raise ValueError for features that no probe can use."""
     for name, x in (("training", train), ("test", test)):
         if bad := int((~x.isfinite()).any(1).sum()):
-            raise ValueError(f"{bad} of {len(x)} {name} rows hold nan or inf; leave them out or find what made them")
-    if not penalties or not all(0 < penalty < float("inf") for penalty in penalties):
-        raise ValueError(f"got penalties {tuple(penalties)}; want at least one, all above 0 and finite")
+            raise ValueError(f"{bad} of {len(x)} {name} rows hold nan or inf; leave them out, or repair their features")

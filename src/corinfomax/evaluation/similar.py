@@ -1,4 +1,4 @@
-"""Which images are alike: exact nearest rows by cosine, what is likely the same image twice, what resembles nothing."""
+"""Similar images: exact nearest neighbours by cosine, near-duplicates by pixels, and outliers."""
 
 from __future__ import annotations
 
@@ -10,182 +10,159 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-BLOCK = 1 << 24  # cosines held at once: 64 MiB
-FINE = 24  # side in pixels at which copies are told from likenesses
-SURE = 0.99  # correlation there: copies reach 0.999, different photographs of one kind of thing 0.98
-TILE = 2048  # rows and columns of the distances that `close` holds at once: 16 MiB
-SKETCH = 32  # leading directions in which copies are looked for
+COSINES_AT_ONCE = 1 << 24  # 64 MiB
+THUMBNAIL = 24  # side in pixels: enough to separate duplicates from images that merely look alike
+MIN_CORRELATION = 0.99  # least correlation of duplicates: they reach 0.999, different photographs of like objects 0.98
+TILE = 2048  # rows and columns of a block of distances: 16 MiB
+MAX_PAIRS = 5_000_000  # compared in full: minutes
 
 
-class Near(NamedTuple):
-    """The k rows nearest to each of n, most similar first."""
+class Neighbours(NamedTuple):
+    """The k nearest neighbours of n rows, most similar first."""
 
     rows: Int[Tensor, "n k"]
     cosine: Float[Tensor, "n k"]
 
 
 def centred(x: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
-    """Unit rows of what each row has beyond the mean of all; zeros stay zeros.
+    """Rows minus their mean, scaled to unit length; zeros stay zeros.
 
-    Most of the length of a network's features is common to every image: cosines about the origin are all near 1.
+    Most of the length of a network's features is common to all images: cosines about the origin are all near 1.
     """
     return F.normalize(x - x.mean(0), dim=1)
 
 
-def nearest(x: Float[Tensor, "n f"], *, k: int, queries: Int[Tensor, " q"] | None = None) -> Near:
-    """The k other rows most similar to each of the `queries`, or to every row; exact, in bounded memory.
+def nearest_neighbours(x: Float[Tensor, "n f"], *, k: int, queries: Int[Tensor, " q"] | None = None) -> Neighbours:
+    """The k other rows most similar to each query; exact, in bounded memory.
 
-    `x` has unit rows. k is cut to the number of other rows.
+    `x` has unit rows. `queries` are row numbers, by default all. k is limited to the number of other rows.
     """
-    asked = torch.arange(len(x), device=x.device) if queries is None else queries.to(x.device)
-    k = min(k, len(x) - 1)
-    rows, cosine = [], []
-    for some in asked.split(max(1, BLOCK // len(x))):
-        block = x[some] @ x.T
-        block[torch.arange(len(some), device=x.device), some] = -torch.inf  # not itself
-        top = block.topk(k, dim=1)
-        rows.append(top.indices.cpu())
-        cosine.append(top.values.cpu())
-    return Near(torch.cat(rows), torch.cat(cosine))
+    queries, best = torch.arange(len(x)) if queries is None else queries, []
+    for chunk in queries.split(max(1, COSINES_AT_ONCE // len(x))):
+        block = x[chunk] @ x.T
+        block[torch.arange(len(chunk)), chunk] = -torch.inf  # exclude the query itself
+        best.append(block.topk(min(k, len(x) - 1), dim=1))
+    cosine, rows = map(torch.cat, zip(*best, strict=True))
+    return Neighbours(rows, cosine)
 
 
-def best_of(queries: Float[Tensor, "q f"], blocks: Iterable[Float[Tensor, "_ f"]], *, k: int) -> Near:
-    """The k rows of all blocks, counted through, that are most similar to each query; exact, one block at a time.
+def nearest_in_blocks(queries: Float[Tensor, "q f"], blocks: Iterable[Float[Tensor, "_ f"]], *, k: int) -> Neighbours:
+    """The k rows most similar to each query; exact, one block of rows in memory at a time.
 
-    Queries and blocks have unit rows. k is cut to the number of rows; of equal cosines the earlier row comes first.
+    Rows have unit length and are numbered across blocks. k is limited to their number; of equals the first row wins.
     """
     rows, cosine, start = torch.zeros(len(queries), 0, dtype=torch.long), torch.zeros(len(queries), 0), 0
     for block in blocks:
-        for some in block.split(max(1, BLOCK // max(len(queries), 1))):
-            here = torch.arange(start, start + len(some)).expand(len(queries), -1)
-            rows, cosine = torch.cat((rows, here), 1), torch.cat((cosine, queries @ some.T), 1)
-            order = cosine.argsort(dim=1, descending=True, stable=True)[:, :k]
-            rows, cosine = rows.gather(1, order), cosine.gather(1, order)
-            start += len(some)
-    return Near(rows, cosine)
+        # merge the block with the best so far
+        block_rows = torch.arange(start, start + len(block)).expand(len(queries), -1)
+        rows, cosine = torch.cat((rows, block_rows), 1), torch.cat((cosine, queries @ block.T), 1)
+        order = cosine.argsort(dim=1, descending=True, stable=True)[:, :k]
+        rows, cosine = rows.gather(1, order), cosine.gather(1, order)
+        start += len(block)
+    return Neighbours(rows, cosine)
 
 
-def correlation(a: Float[Tensor, "m 3 s s"], b: Float[Tensor, "m 3 s s"]) -> Float[Tensor, " m"]:
-    """Of the pixels of each pair of pictures, or with the second one mirrored, whichever is more; 1 for equal ones."""
-    return torch.maximum(_correlation(a, b), _correlation(a, b.flip(3)))
+def pixel_correlation(a: Float[Tensor, "m 3 s s"], b: Float[Tensor, "m 3 s s"]) -> Float[Tensor, " m"]:
+    """Pixel correlation of each pair of images, or of one and the mirrored other if higher; 1 if equal."""
+    unit, correlations = _unit_pixels(a), []
+    for other in (b, b.flip(3)):
+        # Blank images have no correlation; equal ones are duplicates all the same.
+        equal = (a - other).abs().amax((1, 2, 3)) < 1 / 255
+        correlations.append(torch.where(equal, 1.0, (unit * _unit_pixels(other)).sum(1)))
+    return torch.maximum(*correlations)
 
 
-def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    x, y = (F.normalize(each.flatten(1) - each.flatten(1).mean(1, keepdim=True), dim=1) for each in (a, b))
-    # Two blank pictures have no correlation, and are one picture all the same.
-    equal = (a - b).abs().amax((1, 2, 3)) < 1 / 255
-    return torch.where(equal, 1.0, (x * y).sum(1))
+def _unit_pixels(x: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n f"]:
+    """Pixels minus their mean, one unit row per image: dot products are correlations."""
+    return F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1)
 
 
-class Copies(NamedTuple):
-    """Pairs of pictures that are likely one."""
+class NearDuplicates(NamedTuple):
+    """Pairs of rows that probably show the same image, lower row first, in no order."""
 
     pairs: Int[Tensor, "m 2"]
-    """Rows, the lower one first, in no order of the pairs."""
-    alike: Float[Tensor, " m"]
-    """Their correlation."""
-    whole: bool
-    """Whether all pairs were looked at; not so where more pictures than could be looked at resemble each other."""
+    complete: bool  # false if the search stopped early because too many images look alike
 
 
-def copies(
-    squares: UInt8[Tensor, "n 3 s s"], *, least: float = SURE, most: int = 5_000_000, sample: int = 8192
-) -> Copies:
-    """Every two pictures with a correlation of at least `least`, mirrored or not; none of them may be of one colour.
+def near_duplicates(thumbnails: UInt8[Tensor, "n 3 s s"]) -> NearDuplicates:
+    """All pairs with a pixel correlation of MIN_CORRELATION or more, mirrored or not; no thumbnail may be blank.
 
-    Exact, without looking at all pairs in full: for unit rows a correlation of c is a distance of √(2 − 2c), and a
-    projection brings nothing further apart. So whatever is further apart in a sketch of SKETCH numbers, the leading
-    directions of the mirror-symmetric half of each picture (which has all that a picture and its mirror image share),
-    is no copy; the others are correlated in full, at most `most` pairs.
+    Exact without correlating every pair: unit rows with correlation c lie √(2 − 2c) apart, and a projection brings no
+    two rows further apart. Pairs further apart in a sketch are ruled out, the others are correlated in full.
     """
-    if len(squares) < 2:
-        return Copies(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0), True)
-    blocks = squares.split(TILE)
-    some = _even(squares[:: max(1, len(squares) // sample)])
-    mean = some.mean(0)
-    _, directions = torch.linalg.eigh((some - mean).T @ (some - mean))
-    axes = directions.flip(1)[:, :SKETCH]
-    sketch = torch.cat([(_even(block) - mean) @ axes for block in blocks])
-    found, alike, looked = [], [], 0
-    for pairs in close(sketch, (2 - 2 * least) ** 0.5):
-        for few in pairs.split(TILE):
-            a, b = (squares[rows].float() / 255 for rows in few.unbind(1))
-            same = correlation(a, b)
-            found.append(few[same >= least])
-            alike.append(same[same >= least])
-        looked += len(pairs)
-        if looked > most:
+    pairs, n_compared = [torch.zeros(0, 2, dtype=torch.long)], 0
+    if len(thumbnails) < 2:
+        return NearDuplicates(pairs[0], True)
+
+    # sketch: the 32 leading directions of the mirror-symmetric halves, estimated from about 8,192 of them
+    sample = _symmetric_half(thumbnails[:: max(1, len(thumbnails) // 8192)])
+    mean = sample.mean(0)
+    axes = torch.linalg.eigh((sample - mean).T @ (sample - mean)).eigenvectors.flip(1)[:, :32]
+    sketch = torch.cat([(_symmetric_half(block) - mean) @ axes for block in thumbnails.split(TILE)])
+
+    # correlate near pairs; many images that look alike would take quadratic time
+    for candidates in pairs_within(sketch, (2 - 2 * MIN_CORRELATION) ** 0.5):
+        for chunk in candidates.split(TILE):
+            a, b = (thumbnails[rows].float() / 255 for rows in chunk.unbind(1))
+            pairs.append(chunk[pixel_correlation(a, b) >= MIN_CORRELATION])
+        n_compared += len(candidates)
+        if n_compared > MAX_PAIRS:
             break
-    empty = torch.zeros(0, 2, dtype=torch.long), torch.zeros(0)
-    return Copies(torch.cat([empty[0], *found]).sort(1).values, torch.cat([empty[1], *alike]), looked <= most)
+    return NearDuplicates(torch.cat(pairs).sort(1).values, n_compared <= MAX_PAIRS)
 
 
-def _even(squares: UInt8[Tensor, "n 3 s s"]) -> Float[Tensor, "n f"]:
-    """The mirror-symmetric half of each picture's unit pixels, as an orthogonal projection of them."""
-    x = squares.float()
-    unit = F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1).view_as(x)
-    left, right = unit[..., : (x.shape[3] + 1) // 2], unit.flip(3)[..., : (x.shape[3] + 1) // 2]
-    half = (left + right) / 2**0.5  # two equal halves in one: √2 keeps the length
-    if x.shape[3] % 2:
-        half[..., -1] /= 2**0.5  # the middle column is there once
+def _symmetric_half(thumbnails: UInt8[Tensor, "n 3 s s"]) -> Float[Tensor, "n f"]:
+    """Orthogonal projection of unit pixels onto the mirror-symmetric images: equal for an image and its mirror."""
+    unit = _unit_pixels(thumbnails.float()).view(thumbnails.shape)
+    half = (unit + unit.flip(3))[..., : THUMBNAIL // 2] / 2**0.5  # √2: half the columns carry all the length
     return half.flatten(1)
 
 
-def close(x: Float[Tensor, "n f"], distance: float) -> Iterator[Int[Tensor, "m 2"]]:
-    """Every two rows of `x` at most that `distance` apart, by and by, each pair once.
+def pairs_within(x: Float[Tensor, "n f"], distance: float) -> Iterator[Int[Tensor, "m 2"]]:
+    """All pairs of rows at most `distance` apart, each once, in batches.
 
-    Rows are compared in the order of their first column, as far as it alone allows: the more they differ in it, the
-    fewer pairs are computed. Memory is bounded but for the pairs of one tile.
+    Rows are sorted by their first column, and only rows within `distance` in that column are compared.
     """
     order = x[:, 0].argsort()
     x = x[order]
-    first, squared, one = x[:, 0].contiguous(), x.square().sum(1, keepdim=True) / 2, torch.ones(len(x), 1)
-    rows, columns = torch.cat((x, -squared, one), 1), torch.cat((x, one, -squared), 1).T.contiguous()
-    least = -(distance**2) / 2 - 1e-5  # of −|a − b|²/2, and what rounding takes from it
-    # One place for every tile: freed and asked for anew, they left gigabytes of holes in the heap.
-    half, is_close = x.new_empty(TILE * TILE), torch.empty(TILE * TILE, dtype=torch.bool)
+    first = x[:, 0].contiguous()
+
+    # −|a − b|²/2 = a·b − |a|²/2 − |b|²/2 as one matrix product
+    half_square, ones = x.square().sum(1, keepdim=True) / 2, torch.ones(len(x), 1)
+    rows, columns = torch.cat((x, -half_square, ones), 1), torch.cat((x, ones, -half_square), 1).T.contiguous()
+    least = -(distance**2) / 2 - 1e-5  # minus rounding
+
+    # One buffer for all tiles: allocating each anew fragments the heap by gigabytes.
+    products, is_near = x.new_empty(TILE * TILE), torch.empty(TILE * TILE, dtype=torch.bool)
     for start in range(0, len(x), TILE):
         stop = min(start + TILE, len(x))
         reach = int(torch.searchsorted(first, first[stop - 1] + distance + 1e-5, right=True))
-        for left in range(start, reach, TILE):
-            wide = min(TILE, reach - left)
-            tile, near = (place[: (stop - start) * wide].view(-1, wide) for place in (half, is_close))
-            torch.mm(rows[start:stop], columns[:, left : left + wide], out=tile)
+        for column in range(start, reach, TILE):
+            width = min(TILE, reach - column)
+            tile, near = (buffer[: (stop - start) * width].view(-1, width) for buffer in (products, is_near))
+            torch.mm(rows[start:stop], columns[:, column : column + width], out=tile)
             a, b = torch.ge(tile, least, out=near).nonzero().unbind(1)
-            pairs = torch.stack((a + start, b + left), 1)
+            pairs = torch.stack((a + start, b + column), 1)
             yield order[pairs[pairs[:, 0] < pairs[:, 1]]]
 
 
-class Twins(NamedTuple):
-    """Groups of pictures that are likely one, most alike first."""
+class DuplicateGroups(NamedTuple):
+    """Groups of ascending rows that probably show the same image, highest correlation first."""
 
     groups: list[list[int]]
-    """Rows of each group, ascending."""
-    alike: list[float]
-    """The least correlation along which each group hangs together."""
+    correlations: list[float]  # the lowest correlation among the pairs that connect each group
 
 
-def grouped(pairs: Int[Tensor, "m 2"], alike: Float[Tensor, " m"]) -> Twins:
-    """The groups that pairs make when whatever is joined to one of a group joins the group."""
-    above: dict[int, int] = {}
+def group_duplicates(pairs: Int[Tensor, "m 2"], correlations: Float[Tensor, " m"]) -> DuplicateGroups:
+    """Connected components of the pairs."""
+    rows, ends = pairs.unique(return_inverse=True)
 
-    def head(row: int) -> int:
-        while (up := above.setdefault(row, row)) != row:
-            above[row] = row = above[up]
-        return row
+    # pass the lowest row number along the pairs until nothing changes
+    group, previous = torch.arange(len(rows)), torch.arange(0)
+    while not group.equal(previous):
+        previous, group = group, group.scatter_reduce(0, ends.T.flatten(), group[ends].amin(1).repeat(2), "amin")
 
-    least: dict[int, float] = {}
-    for (a, b), value in zip(pairs.tolist(), alike.tolist(), strict=True):
-        a, b = sorted((head(a), head(b)))
-        above[b] = a
-        least[a] = min(value, least.get(a, 1.0), least.pop(b, 1.0) if a != b else 1.0)
-    members: dict[int, list[int]] = {}
-    for row in sorted(above):
-        members.setdefault(head(row), []).append(row)
-    order = sorted(members, key=lambda row: -least[row])
-    return Twins([members[row] for row in order], [least[row] for row in order])
-
-
-def strangers(features: Near, *, most: int) -> Int[Tensor, " m"]:
-    """The rows least like their nearest ones, by mean cosine, strangest first."""
-    return features.cosine.mean(1).argsort()[:most]
+    # order the groups by their lowest correlation
+    lowest = torch.ones(len(rows)).scatter_reduce(0, group[ends[:, 0]], correlations, "amin")
+    order = sorted(group.unique().tolist(), key=lambda row: -lowest[row])
+    return DuplicateGroups([rows[group == row].tolist() for row in order], lowest[order].tolist())

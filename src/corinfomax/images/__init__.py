@@ -1,1 +1,1 @@
-"""From the argument DATA to batches of decoded images."""
+"""Images: from the argument DATA to batches of decoded images."""

@@ -1,285 +1,186 @@
-"""Images inside zip and tar files: found by the archive's index and read in place, nothing is unpacked."""
+"""Images inside zip and tar files, located by the archive's index and read in place."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
 import itertools
 import os
 import re
-import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
 import numpy as np
 
-from corinfomax.images.files import (
-    DEFLATED,
-    EXTENSIONS,
-    PLAIN,
-    SPLIT_NAMES,
-    ZIPPED,
-    DataError,
-    MissingDataError,
-    Source,
-    Stored,
-    default_cache,
-)
+from corinfomax.images import files
+from corinfomax.images.files import SPLIT_NAMES, DataError, Source, Stored
 
 SUFFIXES = (".zip", ".tar")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar")
-FORMAT = 2  # of the kept indices
-ANY_NAME = ("utf-8", "surrogateescape")
-METHODS = {zipfile.ZIP_STORED: ZIPPED, zipfile.ZIP_DEFLATED: DEFLATED}
+MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz and zstd
+ZIP_METHODS = {zipfile.ZIP_STORED: files.ZIPPED, zipfile.ZIP_DEFLATED: files.DEFLATED}
+Position = tuple[int, int, int]  # offset, stored bytes and method of one file, as in `Stored.positions`
 
 
 class Member(NamedTuple):
-    """One image of an archive."""
+    """One image of an archive; members of a split sort by their paths inside it."""
 
+    inner: str  # path inside its split
     path: str
-    start: int
-    size: int
-    """In bytes, as it lies there."""
-    method: int
-    label: str = ""
-    """What the file of the same name that ends in .cls says, in shards that have those."""
+    archive: int  # row of its archive
+    position: Position
+    label: str  # text of the .cls file beside it, else empty
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """The archives directly in a folder, in order."""
+    """The archives directly in a folder, sorted."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def from_archives(root: Path, archives: Sequence[Path], cache: Path | None = None) -> dict[str, Source]:
-    """Splits of the images in one archive, or in several that are shards of one set; `root` is their folder.
+def from_archives(root: Path, archives: Sequence[Path]) -> dict[str, Source]:
+    """Splits of the images in one archive, or in several shards of one set in the folder `root`.
 
-    Of one archive paths are as in the folder that it would unpack to, and mean what they do there; a folder that holds
-    all else is left out of them. Of several the split is the word of SPLIT_NAMES in a name (set-train-0001.tar), and
-    paths begin with the archive's name. Where images have a text of their name ending in .cls, that is their class.
-    DataError for an archive that cannot be read, or where it is not clear what is meant. An archive's index is kept in
-    `cache`, if it can be, and the splits of the last call in memory, for as long as no archive changes.
+    One archive means what the folder that it unpacks to would mean; folders around all images are left out of their
+    paths. A shard's split is the word of SPLIT_NAMES in its name (set-train-0001.tar), and paths begin with its name.
+    A text of an image's name but ending in .cls holds its class. Raises DataError for an archive that is ambiguous or
+    cannot be read.
     """
-    stamps = []
-    for path in archives:
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise DataError(f"cannot read the archive {path}: {error.strerror}") from error
-        stamps.append((status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-    return dict(_splits(root, tuple(archives), tuple(stamps), cache or default_cache()))
+    statuses = [archive.stat() for archive in archives]  # before reading: a later change makes other stamps
+    stamps = np.array([(status.st_size, status.st_mtime_ns) for status in statuses], np.int64)
+    contents = [_read_members(archive, row) for row, archive in enumerate(archives)]
+    splits: dict[str, list[Member]] = {}
+    place = _place_in_folder if len(archives) == 1 else _place_in_shard
+    for archive, members in zip(archives, contents, strict=True):
+        for split, member in place(archive, members):
+            splits.setdefault(split, []).append(member)
 
-
-@functools.lru_cache(maxsize=1)  # a command asks several times, and a million images are ten seconds
-def _splits(
-    root: Path, archives: tuple[Path, ...], stamps: tuple[tuple[int, ...], ...], cache: Path
-) -> dict[str, Source]:
-    splits: dict[str, list[_Placed]] = {}
-    for place, archive in enumerate(archives):
-        members = _members(archive, stamps[place], cache)
-        if len(archives) == 1:
-            found = _as_a_folder(archive, members)
-        else:
-            found = [(_split_of(archive), member.path, f"{archive.name}/{member.path}", member) for member in members]
-        for split, inner, path, member in found:
-            splits.setdefault(split, []).append(_Placed(inner, path, place, member))
+    # without a split to train on, train on all images
     if not splits:
-        suffixes = " ".join(sorted(EXTENSIONS))
-        raise MissingDataError(
-            f"no image found in {', '.join(map(str, archives))}; looked for files that end in {suffixes}"
-        )
-    if "train" not in splits:  # no split is named, or not the one to train on
-        splits = {"train": [row for rows in splits.values() for row in rows]}
-    names = tuple(str(archive) for archive in archives)
-    whole = names[0] if len(archives) == 1 else str(root)
-    return {split: _source(whole, names, stamps, sorted(rows)) for split, rows in splits.items()}
+        raise files.no_images(", ".join(map(str, archives)))
+    if "train" not in splits:
+        splits = {"train": list(itertools.chain(*splits.values()))}
+    start = str(archives[0] if len(archives) == 1 else root)
+    return {split: _source(start, archives, stamps, sorted(members)) for split, members in splits.items()}
 
 
-class _Placed(NamedTuple):
-    """An image with its path within its split, its path, and which archive it lies in."""
-
-    inner: str
-    path: str
-    place: int
-    member: Member
-
-
-def _source(root: str, archives: tuple[str, ...], stamps: Sequence[tuple[int, ...]], rows: list[_Placed]) -> Source:
-    texts = [row.member.label for row in rows]
-    if any(texts) and not all(texts):
-        bare = next(row for row in rows if not row.member.label)
-        raise DataError(
-            f"{sum(map(bool, texts)):,} of the {len(rows):,} images in {root} have a class in a .cls beside them, and "
-            f"{bare.path} has none: label all of a split or none"
-        )
-    folders = [sys.intern(row.inner.partition("/")[0]) for row in rows if "/" in row.inner]
-    labels = next((tuple(each) for each in (texts, folders) if len(each) == len(rows) and len(set(each)) > 1), None)
-    places = [(row.place, row.member.start, row.member.size, row.member.method) for row in rows]
-    return Source(
-        root,
-        tuple(row.path for row in rows),
-        np.array([stamps[row.place][:2] for row in rows], np.int64),
-        labels,
-        stored=Stored(archives, np.array(places, np.int64)),
-    )
+def _source(root: str, archives: Sequence[Path], stamps: np.ndarray, members: Sequence[Member]) -> Source:
+    classes = tuple(member.label for member in members)
+    if any(classes) and not all(classes):
+        some = f"{sum(map(bool, classes)):,} of the {len(members):,} images in {root} have a class in a .cls"
+        bare = members[classes.index("")].path
+        raise DataError(f"{some} beside them, and {bare} has none: label all of a split or none")
+    labels = classes if len(set(classes)) > 1 else files.folder_labels([member.inner for member in members])
+    positions = np.array([(member.archive, *member.position) for member in members], np.int64)
+    stored = Stored(tuple(map(str, archives)), positions)
+    return Source(root, tuple(member.path for member in members), stamps[positions[:, 0]], labels, stored=stored)
 
 
-def _as_a_folder(archive: Path, members: Sequence[Member]) -> list[tuple[str, str, str, Member]]:
-    """Split, path within it, path and member of each, as `files.from_folder` has them."""
+def _place_in_folder(archive: Path, members: Sequence[Member]) -> Iterator[tuple[str, Member]]:
+    """Split of each image, and the image with its paths, as if the archive were unpacked."""
+    # leave out the folders around all images, down to one that is a split
     around = os.path.commonpath([member.path.rpartition("/")[0] for member in members]) if members else ""
-    outer = itertools.takewhile(lambda part: part.lower() not in SPLIT_NAMES, around.split("/") if around else ())
-    left_out = sum(len(part) + 1 for part in outer)
-    paths = [member.path[left_out:] for member in members]
-    tops = sorted({path.partition("/")[0] for path in paths if "/" in path})
-    named = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
-    if "train" not in named.values():
-        named = {}
-    for split in named.values():
-        if len(both := [top for top in named if named[top] == split]) > 1:
-            raise DataError(f"{archive} has two folders for {split}: {' and '.join(both)}; keep one")
-    found = []
-    for path, member in zip(paths, members, strict=True):
-        top, _, rest = path.partition("/")
-        if not named:
-            found.append(("train", path, path, member))
-        elif rest and top in named:
-            found.append((named[top], rest, path, member))
-    return found
+    outer = itertools.takewhile(lambda folder: folder.lower() not in SPLIT_NAMES, around.split("/") if around else ())
+    start = sum(len(folder) + 1 for folder in outer)
+
+    paths = [member.path[start:] for member in members]
+    folders = files.split_folders(archive, sorted({path.partition("/")[0] for path in paths if "/" in path}))
+    splits = {folder: split for split, folder in folders.items()}
+    for member, path in zip(members, paths, strict=True):
+        top, _, inner = path.partition("/")
+        if not splits:
+            yield "train", member._replace(inner=path, path=path)
+        elif inner and top in splits:
+            yield splits[top], member._replace(inner=inner, path=path)
 
 
-def _split_of(archive: Path) -> str:
-    """The split that a word of a shard's name says, or else train. DataError where several do."""
-    words = {SPLIT_NAMES[word] for word in re.split("[^a-z]+", archive.stem.lower()) if word in SPLIT_NAMES}
-    if len(words) > 1:
-        raise DataError(f"the name of {archive} says {' and '.join(sorted(words))}; name each shard by its split alone")
-    return next(iter(words), "train")
+def _place_in_shard(archive: Path, members: Iterable[Member]) -> Iterator[tuple[str, Member]]:
+    split = split_of(archive)
+    return ((split, member._replace(path=f"{archive.name}/{member.path}")) for member in members)
 
 
-def _members(archive: Path, stamp: tuple[int, ...], cache: Path) -> list[Member]:
-    """The images of an archive; of a path that is there twice the last, which is the one that unpacking leaves."""
-    known = f"{FORMAT} {archive.absolute()} {stamp}"  # times of writing alone can be set back, and are by some copies
-    digest = hashlib.blake2b(known.encode(*ANY_NAME), digest_size=16).hexdigest()
-    kept = cache / f"index-{digest}.npz"
-    if (read := _kept(kept)) is not None:
-        return read
+def split_of(shard: Path) -> str:
+    """Split in the name of a shard, else train; raises DataError if the name has several."""
+    words = re.split("[^a-z]+", shard.stem.lower())
+    splits = sorted({SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES})
+    if len(splits) > 1:
+        raise DataError(f"the name of {shard} says {' and '.join(splits)}; name each shard by its split alone")
+    return splits[0] if splits else "train"
+
+
+def _read_members(archive: Path, row: int) -> list[Member]:
+    """The images of an archive by their paths inside it; of a repeated path the last, as after unpacking."""
     try:
-        found = _zip(archive) if archive.suffix.lower() == ".zip" else _tar(archive)
+        positions, labels = (_read_zip(archive), {}) if archive.suffix.lower() == ".zip" else _read_tar(archive)
     except DataError:
         raise
-    except OSError as error:
-        if error.strerror is not None:  # of the file, not of what is in it
-            raise DataError(f"cannot read the archive {archive}: {error.strerror}") from error
-        raise DataError(f"the archive {archive} cannot be read: {error}; it is damaged, or no such archive") from error
-    except (EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"the archive {archive} cannot be read: {error}; it is damaged, or no such archive") from error
-    members = list({member.path: member for member in found}.values())
-    if members:
-        _keep(kept, members)
-    return members
+    except (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+        if reason := getattr(error, "strerror", None):  # the file itself, not its content
+            raise DataError(f"cannot read the archive {archive}: {reason}") from error
+        raise DataError(f"the archive {archive} cannot be read: {error}; it is damaged or of another format") from error
+    return [Member(name, name, row, position, labels.get(name, "")) for name, position in positions.items()]
 
 
-def _kept(path: Path) -> list[Member] | None:
-    """The index that `_keep` wrote, if it is there."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            texts = [arrays[name].tobytes().decode(*ANY_NAME).split("\0") for name in ("paths", "labels")]
-            numbers = arrays["numbers"].tolist()
-        return [
-            Member(image, start, size, method, label)
-            for image, (start, size, method), label in zip(texts[0], numbers, texts[1], strict=True)
-        ]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-        return None
-
-
-def _keep(path: Path, members: Sequence[Member]) -> None:
-    """Write an index, whole or not at all; where that cannot be, the archive is read again the next time."""
-    part = path.with_name(f"{path.stem}.{uuid4().hex}.part.npz")  # several processes may do so at once
-    texts = [
-        np.frombuffer("\0".join(column).encode(*ANY_NAME), np.uint8) for column in list(zip(*members, strict=True))[::4]
-    ]
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            numbers = np.array([member[1:4] for member in members], np.int64)
-            np.savez(part, paths=texts[0], labels=texts[1], numbers=numbers)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def _plain(path: str) -> str:
-    """A member's path as it would be unpacked: no root, no `.`."""
-    return "/".join(part for part in path.split("/") if part not in ("", "."))
-
-
-def _is_image(path: str) -> bool:
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.split("/") if part != "..")
-    return not hidden and path.lower().endswith(tuple(EXTENSIONS))
-
-
-def _zip(archive: Path) -> list[Member]:
+def _read_zip(archive: Path) -> dict[str, Position]:
+    positions = {}
     with zipfile.ZipFile(archive) as opened:
-        found = []
         for info in opened.infolist():
-            # Some programs of Windows write its own separators, which unpackers there take for such.
-            path = _plain(info.filename.replace("\\", "/") if "/" not in info.filename else info.filename)
-            if info.is_dir() or not _is_image(path):
+            # some Windows programs separate folders by \, and unpackers there accept it
+            name = _clean(info.filename.replace("\\", "/") if "/" not in info.filename else info.filename)
+            if info.is_dir() or not _is_image(name):
                 continue
             if info.flag_bits & 1:
                 raise DataError(f"{archive} is encrypted; unpack it, or make one without a password")
-            if info.compress_type not in METHODS:
-                raise DataError(
-                    f"{path} in {archive} is compressed by method {info.compress_type}; zip it with deflate or stored"
-                )
-            found.append(Member(path, info.header_offset, info.compress_size, METHODS[info.compress_type]))
-        return found
+            if info.compress_type not in ZIP_METHODS:
+                remedy = "zip it with deflate or stored"
+                raise DataError(f"{name} in {archive} is compressed by method {info.compress_type}; {remedy}")
+            positions[name] = info.header_offset, info.compress_size, ZIP_METHODS[info.compress_type]
+    return positions
 
 
-def _tar(archive: Path) -> list[Member]:
-    """The images of a tar, header by header through the whole file."""
+def _read_tar(archive: Path) -> tuple[dict[str, Position], dict[str, str]]:
+    """Position of each image, and the text of each .cls file beside one."""
     with archive.open("rb") as file:
-        if (magic := file.read(6)).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        if (magic := file.read(6)).startswith(MAGIC):
             raise DataError(f"{archive} is compressed ({magic[:3]!r}): unpack it, or make it a plain .tar or a .zip")
-    members: dict[str, Member] = {}
-    labels: dict[str, tuple[int, int]] = {}
-    files: dict[str, tuple[int, int]] = {}  # for hard links: what is in the archive once under two names
+
+    # header by header through the whole file
+    positions: dict[str, Position] = {}
+    texts: dict[str, Position] = {}
     with tarfile.open(archive, "r:") as opened:
         while (info := opened.next()) is not None:
-            opened.members = []  # type: ignore[attr-defined]  # it would keep them all
-            path = _plain(info.name)
-            if info.isreg() and not info.issparse():
-                where = info.offset_data, info.size
-            elif info.islnk() and (known := files.get(_plain(info.linkname))) is not None:
-                where = known
-            else:
+            opened.members = []  # type: ignore[attr-defined]  # else it keeps every header in memory
+            name = _clean(info.name)
+            linked = positions.get(_clean(info.linkname)) if info.islnk() else None  # a second name of an image
+            if not linked and (not info.isreg() or info.issparse()):
                 continue
-            if path.endswith(".cls"):
-                labels[path.removesuffix(".cls")] = where
-            elif _is_image(path):
-                files[path] = where
-                members[path] = Member(path, *where, PLAIN)
-    if not labels:
-        return list(members.values())
+            position = linked or (info.offset_data, info.size, files.PLAIN)
+            if name.endswith(".cls"):
+                texts[name.removesuffix(".cls")] = position
+            elif _is_image(name):
+                positions[name] = position
+
+    # a shard's names end at their first dot
+    labels = {}
     with archive.open("rb") as file:
-        return [
-            member._replace(label=_text(file.fileno(), labels, member.path, archive)) for member in members.values()
-        ]
+        for name in positions if texts else ():
+            stem = name[: name.index(".", name.rfind("/") + 1)]
+            if stem not in texts:
+                continue
+            start, size, _ = texts[stem]
+            try:
+                labels[name] = os.pread(file.fileno(), size, start).decode().strip()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{stem}.cls in {archive} is no text: {error}") from error
+    return positions, labels
 
 
-def _text(file: int, labels: dict[str, tuple[int, int]], path: str, archive: Path) -> str:
-    """What the .cls beside an image says; names end at the first dot, as shards have them."""
-    folder, slash, name = path.rpartition("/")
-    stem = f"{folder}{slash}{name.partition('.')[0]}"
-    if stem not in labels:
-        return ""
-    start, size = labels[stem]
-    try:
-        return os.pread(file, size, start).decode().strip()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{stem}.cls in {archive} is no text: {error}") from error
+def _clean(name: str) -> str:
+    """A member's path as it would be unpacked: without a root or `.`."""
+    return "/".join(folder for folder in name.split("/") if folder not in ("", "."))
+
+
+def _is_image(name: str) -> bool:
+    hidden = any(folder.startswith((".", "__MACOSX")) for folder in name.split("/") if folder != "..")
+    return not hidden and name.lower().endswith(files.EXTENSIONS)

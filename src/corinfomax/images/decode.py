@@ -1,8 +1,10 @@
-"""Decoding: the bytes of image files and arrays as upright RGB uint8, many at a time."""
+"""Decoding: image files and arrays to upright RGB bytes, whole or in crops, many at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import math
 import multiprocessing
 import os
 import signal
@@ -11,217 +13,116 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, Int64, UInt8
 from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
 from tqdm import tqdm
 
 from corinfomax.images.files import DataError, Source
 
 # Never EPS: Pillow would hand it to Ghostscript. AVIF last: before Pillow 11.3 asking for it raises.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-LONGEST = 4
-"""Longest side of a cached image, in short sides: it bounds the padding of a batch."""
-FEW = 256  # images for which no further process is worth starting
-CHUNK = 32  # images a task: handing over one 32×32 image costs as much as decoding it
-UPRIGHT: dict[object, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What undoes each value of EXIF's Orientation (tag 0x0112)."""
-
+LONGEST = 4  # longest side of a cached image, in short sides: it bounds the padding of a batch
+FORK_ABOVE = 256  # images; starting processes takes longer than decoding fewer
+IMAGES_PER_TASK = 32  # handing over one 32×32 image costs as much as decoding it
+OVERSIZE = 2  # sides of the view that a reduced crop keeps, so that resampling it is nearly exact
 KILLED = "a process that was decoding images was killed, perhaps for want of memory"
-Decoded = UInt8[np.ndarray, "3 _ _"] | str
-"""An image, or why it cannot be read."""
-Look = Callable[[Any], list[Any]]
-"""What looks at some images, and what it is told of them."""
+
+# EXIF orientations (tag 0x0112): the inverse of each
+UPRIGHT: dict[object, Transpose] = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM}
+UPRIGHT |= {5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+Task = Callable[[Any], Any]
 T = TypeVar("T")
+Crop = tuple[UInt8[np.ndarray, "3 _ _"], tuple[float, ...]]  # whole pixels that cover a crop, and its box among them
 
 
-def decode_all(source: Source, side: int, progress: bool) -> Generator[Decoded, None, None]:
-    """Each image of `source` in order, or why it cannot be read; a few chunks a core are in memory at any time."""
-    return each(source, lambda image: decode(image, side), progress)
+class Crops(NamedTuple):
+    """One crop of each image, at the top left of zeros, or of undefined pixels if the images are cached."""
+
+    pixels: UInt8[np.ndarray, "n 3 h w"]
+    sizes: Int[np.ndarray, "n 2"]  # height and width of each image's part of the pixels
+    boxes: Float[np.ndarray, "n 4"] | Int[np.ndarray, "n 4"]  # top, left, height, width; edges may lie inside a pixel
 
 
-def each(
-    source: Source, look: Callable[[Image.Image], T], progress: bool, *, said: str = "decoding"
-) -> Generator[T | str, None, None]:
-    """What `look` makes of each opened image of `source`, in order, or why it cannot be read.
-
-    All cores look; a few chunks a core are in memory at any time. Whatever `look` raises makes the image unreadable.
-    `said` is what the progress bar calls it. DataError where a process that looks was killed.
-    """
-    count = len(source.paths)
-    workers = min(cores(), max(1, -(-count // CHUNK)))
-    array = source.array() if source.array else None
-
-    def open_image(row: int) -> Image.Image:
-        if array is not None:
-            return Image.fromarray(array[row])
-        return Image.open(source.file(row), formats=FORMATS)
-
-    def look_at(rows: range) -> list[T | str]:
-        results: list[T | str] = []
-        for row in rows:
-            try:
-                with open_image(row) as image:
-                    results.append(look(image))
-            except UnidentifiedImageError:
-                results.append("not an image" if source.stamps[row, 0] else "empty file")
-            except Exception as error:  # a malformed file makes Pillow's parsers raise nearly anything
-                results.append(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-        return results
-
-    chunks = (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
-    pending: deque[Future[list[T | str]]] = deque()
-    with (
-        warnings.catch_warnings(),
-        pool_of(look_at, workers, fork=count > FEW) as (pool, task),
-        tqdm(total=count, desc=said, unit=" images", disable=None if progress else True) as bar,
-    ):
-        # What Pillow warns of (broken EXIF, many pixels) does not keep the pixels from being read.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        for rows in chunks:
-            pending.append(pool.submit(task, rows))
-            while len(pending) > 2 * workers or (pending and rows.stop == count):
-                results = pending.popleft().result()
-                yield from results
-                bar.update(len(results))
-
-
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def pool_of(look_at: Look, workers: int, *, fork: bool) -> Generator[tuple[Executor, Look], None, None]:
-    """Something that runs a task, and the task that is `look_at`.
-
-    Processes where they are wanted and can be forked, since small images are mostly Python, which threads do one at a
-    time; else threads.
-    """
-    processes = _processes(look_at, workers) if fork and workers > 1 and sys.platform == "linux" else None
-    if processes is None:
-        with ThreadPoolExecutor(workers) as threads:
-            yield threads, look_at
-        return
+def open_image(content: Path | io.BytesIO | UInt8[np.ndarray, "h w *rgb"]) -> Image.Image:
+    """Open a file, or pixels; a malformed one may raise nearly any Exception, now or in decoding."""
+    if isinstance(content, np.ndarray):
+        return Image.fromarray(content)
     try:
-        with processes:
-            yield processes, _look_at
-    except BrokenProcessPool as error:
-        raise DataError(KILLED) from error
+        return Image.open(content, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        empty = isinstance(content, Path) and content.stat().st_size == 0
+        raise DataError("empty file" if empty else "not an image") from error
 
 
-def _processes(look_at: Look, workers: int) -> ProcessPoolExecutor | None:
-    """Forked processes that are there for `look_at`; None where the system does not give as many."""
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (look_at, os.getpid()))
-    with warnings.catch_warnings():
-        # Python warns of threads when it forks; torch's are idle, and what is forked here never calls torch.
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        try:
-            pool.submit(os.getpid).result()  # forks them all
-        except OSError:
-            for child in (
-                set(multiprocessing.active_children()) - before
-            ):  # without them all, none of them is told to end
-                child.kill()
-                child.join()
-            return None
-    return pool
+def reason(error: Exception) -> str:
+    """Short reason why an image cannot be read, from the error of opening or decoding it."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-_tasks: list[Look] = []  # what a forked process is there for
+def try_image(source: Source, row: int, work: Callable[[Image.Image], T]) -> T | str:
+    """Result of `work` on one opened image of `source`, or the reason it is unreadable."""
+    try:
+        with open_image(source.content(row)) as image:
+            return work(image)
+    except Exception as error:  # Pillow's parsers raise nearly anything
+        return reason(error)
 
 
-def _begin(look_at: Look, parent: int) -> None:
-    """In a process just forked: what asks to stop is for the parent, and this one ends when the parent is gone."""
-    _tasks.append(look_at)
-    os.setpgid(0, 0)  # nor does it get what is sent to the parent's group
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # What Pillow warns of (broken EXIF, many pixels) does not keep the pixels from being read.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-
-    def end_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _look_at(told: Any) -> list[Any]:
-    return _tasks[-1](told)
-
-
-def too_many(unreadable: int, count: int) -> bool:
-    """Whether so many of `count` images are unreadable that the rest is not the data: over 1 % and over one, or all."""
-    return unreadable > max(1, 0.01 * count) or unreadable == count
-
-
-def check_skipped(source: Source, skipped: list[tuple[int, str]]) -> None:
-    """Raise where `too_many` of the images were unreadable."""
-    count = len(source.paths)
-    if not too_many(len(skipped), count):
-        return
-    named = ", ".join(f"{source.paths[row]} ({reason})" for row, reason in skipped[:5])
-    raise DataError(
-        f"{len(skipped):,} of {count:,} images in {source.root} cannot be read, and no more than 1 % is skipped: "
-        f"{named}{', …' if len(skipped) > 5 else ''}; remove or replace "
-        "them, or leave them out: corinfomax doctor writes the list that --skip takes"
-    )
+def read_again(source: Source, row: int, work: Callable[[Image.Image], T]) -> T:
+    """As `try_image`, for images that were readable once: raises DataError if one no longer is."""
+    if isinstance(result := try_image(source, row, work), str):
+        raise DataError(f"{source.paths[row]} in {source.root} cannot be read any more: {result}")
+    return result
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Height and width of an opened image once it is upright."""
     width, height = image.size
-    on_its_side = image.getexif().get(0x0112) in (5, 6, 7, 8)
-    return (width, height) if on_its_side and image.format != "TIFF" else (height, width)
+    sideways = image.getexif().get(0x0112) in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow turns a TIFF itself
+    return (width, height) if sideways else (height, width)
 
 
 def decode(image: Image.Image, side: int) -> UInt8[np.ndarray, "3 h w"]:
-    """An opened image as RGB bytes, upright, its short side reduced to `side` where it is longer.
+    """Decode an opened image to upright RGB, its short side reduced to `side` if it is longer.
 
-    The first frame of an animation; transparency over white; 16-bit levels divided by 257 (mode I is taken as 16-bit),
-    floats taken as 0 to 1, or as 0 to 255 if any is above 1. Of a side longer than LONGEST short ones only the middle
-    is kept. Raises what Pillow raises on a file that it cannot read whole.
+    An animation gives its first frame, an image longer than LONGEST short sides its middle. Transparency lies over
+    white. 16-bit levels (mode I counts as such) are divided by 257; floats are 0 to 1, or 0 to 255 if any is above 1.
+    Raises Pillow's errors for a file that is damaged or cut off.
     """
+    # A JPEG decodes faster at 1/2, 1/4 or 1/8 of its size; keep twice the side to resample from.
     short = min(image.size)
-    # A JPEG then decodes at 1/2, 1/4 or 1/8 of its size, in less time; twice the side is left to resample from.
     drafted = image.draft(None, (2 * side * image.width // short, 2 * side * image.height // short))
     image.load()
     upright = UPRIGHT.get(image.getexif().get(0x0112))
     rgb = to_rgb(image)
-    width, height = drafted[1][2:] if drafted else rgb.size  # of the drafted image in fractions of a pixel
+
+    # the middle of a long image
+    width, height = drafted[1][2:] if drafted else rgb.size  # a drafted image ends at a fraction of a pixel
     shorter = min(width, height)
     longest = LONGEST * max(shorter, side)
-    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    x, y = max(0, width - longest) // 2, max(0, height - longest) // 2
     width, height = min(width, longest), min(height, longest)
+
+    # reduce and turn it
+    size = round(width), round(height)
     if shorter > side:
         size = max(side, round(width * side / shorter)), max(side, round(height * side / shorter))
-    else:
-        size = round(width), round(height)
-    box = (left, top, left + width, top + height)
-    rgb = rgb.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+    rgb = rgb.resize(size, Image.Resampling.BICUBIC, (x, y, x + width, y + height), reducing_gap=3.0)
     if upright is not None:
         rgb = rgb.transpose(upright)
     return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image as RGB: transparency over white, 16-bit levels divided by 257."""
+    """Convert a loaded image to RGB, as `decode` describes it."""
     if image.mode.startswith("I"):
         image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
     elif image.mode == "F":
@@ -232,3 +133,202 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
+
+
+def read_crops(image: Image.Image, boxes: Int[np.ndarray, "v 4"], side: int) -> list[Crop]:
+    """Read regions of an opened image as RGB; `boxes` are in pixels of the upright image.
+
+    Large crops are reduced while OVERSIZE times `side` remains: first all together as far as the smallest allows, by
+    decoding a JPEG at 1/2, 1/4 or 1/8, then each by the means of blocks of pixels.
+    """
+    height, width = upright_size(image)
+    reduction = max(1, int(boxes[:, 2:].min()) // (OVERSIZE * side))
+    full = image.width
+    drafted = image.draft(None, (full // reduction, image.height // reduction)) if reduction > 1 else None
+    scale = drafted[1][2] / full if drafted else 1.0  # an eighth of 1,411 px is 176.4 px, in 177 pixels
+    image.load()
+
+    # turn it upright; a TIFF, turned by Pillow, has no orientation left
+    orientation = image.getexif().get(0x0112)
+    rgb = to_rgb(image)
+    if orientation in UPRIGHT:
+        rgb = rgb.transpose(UPRIGHT[orientation])
+
+    # The file's last row and column may be fractions of a pixel, and upright they may come first.
+    above = rgb.height - scale * height if orientation in (3, 4, 7, 8) else 0.0
+    before = rgb.width - scale * width if orientation in (2, 3, 6, 7) else 0.0
+
+    # the whole pixels around each crop
+    crops: list[Crop] = []
+    for box in boxes.tolist():
+        top, left, height, width = (scale * edge for edge in box)
+        top, left = top + above, left + before
+        right, bottom = min(math.ceil(left + width), rgb.width), min(math.ceil(top + height), rgb.height)
+        x, y = min(int(left), right - 1), min(int(top), bottom - 1)
+        factor = max(1, int(min(height, width)) // (OVERSIZE * side))
+        pixels = rgb.reduce(factor, (x, y, right, bottom))
+        edges = (top - y, left - x, min(height, bottom - top), min(width, right - left))
+        region = np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
+        crops.append((region, tuple(edge / factor for edge in edges)))
+    return crops
+
+
+def too_many(unreadable: int, count: int) -> bool:
+    """True for more unreadable images than may be skipped: over 1 % and over one, or all."""
+    return unreadable > max(1, 0.01 * count) or unreadable == count
+
+
+def check_skipped(source: Source, skipped: Sequence[tuple[int, str]]) -> None:
+    """Raise DataError for `too_many` unreadable images, given the row and reason of each."""
+    count = len(source.paths)
+    if too_many(len(skipped), count):
+        named = ", ".join(f"{source.paths[row]} ({cause})" for row, cause in skipped[:5])
+        named += ", …" if len(skipped) > 5 else ""
+        problem = f"{len(skipped):,} of {count:,} images in {source.root} cannot be read"
+        remedy = "remove or replace them, or leave them out with --skip and the list that corinfomax doctor writes"
+        raise DataError(f"{problem}, and no more than 1 % is skipped: {named}; {remedy}")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_images(
+    source: Source, work: Callable[[Image.Image], T], progress: bool, *, label: str = "decoding"
+) -> Generator[T | str, None, None]:
+    """Result of `work` on each opened image of `source`, or the reason it is unreadable.
+
+    In order, on all cores, with a few tasks a core in memory. Raises DataError if a worker process is killed.
+    """
+    count = len(source.paths)
+    tasks = [range(start, min(start + IMAGES_PER_TASK, count)) for start in range(0, count, IMAGES_PER_TASK)]
+    workers = min(cores(), max(1, len(tasks)))
+    if source.array is not None:
+        source.array()  # read before the fork, so that processes share it
+
+    def work_on(rows: range) -> list[T | str]:
+        return [try_image(source, row, work) for row in rows]
+
+    pending: deque[Future[list[T | str]]] = deque()
+    with (
+        warnings.catch_warnings(),
+        worker_pool(work_on, workers, fork=count > FORK_ABOVE) as submit,
+        tqdm(total=count, desc=label, unit=" images", disable=None if progress else True) as bar,
+    ):
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # broken EXIF and many pixels do no harm
+        for rows in tasks:
+            pending.append(submit(rows))
+            # wait for the oldest task if the queue is full, and for all after the last
+            while len(pending) > 2 * workers or (pending and rows.stop == count):
+                results = pending.popleft().result()
+                yield from results
+                bar.update(len(results))
+
+
+def padded(
+    images: Sequence[UInt8[np.ndarray, "3 _ _"]], new: Callable[..., np.ndarray] = np.zeros
+) -> tuple[UInt8[np.ndarray, "n 3 h w"], Int64[np.ndarray, "n 2"]]:
+    """One batch of unequal images, each at the top left of the largest height and width."""
+    sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
+    batch = new((len(images), 3, *sizes.max(0, initial=0)), np.uint8)
+    for slot, image, (height, width) in zip(batch, images, sizes.tolist(), strict=True):
+        slot[:, :height, :width] = image
+    return batch, sizes
+
+
+@contextlib.contextmanager
+def crop_reader(
+    source: Source, workers: int
+) -> Iterator[Callable[[Sequence[int], Int[np.ndarray, "n v 4"], int], list[Crops]]]:
+    """Start processes that read crops from the files of `source` until the end of the block.
+
+    The reader takes rows of `source`, boxes in their upright pixels and the side of the views, and gives one batch per
+    view. It raises DataError for a file that cannot be read, or if a process is killed.
+    """
+
+    def work(task: tuple[Sequence[int], Int[np.ndarray, "n v 4"], int]) -> list[list[Crop]]:
+        rows, boxes, side = task
+        regions = zip(rows, boxes, strict=True)
+        return [read_again(source, row, partial(read_crops, boxes=box, side=side)) for row, box in regions]
+
+    def read(rows: Sequence[int], boxes: Int[np.ndarray, "n v 4"], side: int) -> list[Crops]:
+        # a few files a task, over all workers
+        tasks = [slice(start, start + 8) for start in range(0, len(rows), 8)]
+        try:
+            futures = [submit((rows[task], boxes[task], side)) for task in tasks]
+            images = [crops for future in futures for crops in future.result()]
+        except BrokenExecutor as error:  # raised here, where the run can still be saved
+            raise DataError(KILLED) from error
+        return [_batch([crops[view] for crops in images]) for view in range(boxes.shape[1])]
+
+    with worker_pool(work, workers, fork=True) as submit:
+        yield read
+
+
+def crop_cached(images: Sequence[UInt8[np.ndarray, "3 _ _"]], boxes: Int[np.ndarray, "n v 4"]) -> list[Crops]:
+    """Crop decoded images, one batch per view; `boxes` are in their pixels."""
+    batches = []
+    for view in boxes.transpose(1, 0, 2).tolist():
+        crops: list[Crop] = []
+        for image, (top, left, height, width) in zip(images, view, strict=True):
+            crops.append((image[:, top : top + height, left : left + width], (0, 0, height, width)))
+        batches.append(_batch(crops, np.empty))  # zeros would take twice the time of all the rest
+    return batches
+
+
+def _batch(crops: Sequence[Crop], new: Callable[..., np.ndarray] = np.zeros) -> Crops:
+    pixels, sizes = padded([pixels for pixels, _ in crops], new)
+    return Crops(pixels, sizes, np.array([box for _, box in crops]))
+
+
+@contextlib.contextmanager
+def worker_pool(task: Task, workers: int, *, fork: bool) -> Generator[Callable[[Any], Future[Any]], None, None]:
+    """Start workers for `task` and yield a function that submits an argument for it."""
+    # Forked processes where the system allows it: small images are mostly Python, and threads execute that in turn.
+    processes = _fork(task, workers) if fork and workers > 1 and sys.platform == "linux" else None
+    try:
+        with processes or ThreadPoolExecutor(workers) as pool:
+            yield lambda argument: pool.submit(_run_task if processes else task, argument)
+    except BrokenExecutor as error:
+        raise DataError(KILLED) from error
+
+
+def _fork(task: Task, workers: int) -> ProcessPoolExecutor | None:
+    """Forked processes for `task`; None if the system does not allow that many."""
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (task, os.getpid()))
+    # Python warns of threads when it forks; torch's are idle, and the workers never call torch.
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        try:
+            pool.submit(os.getpid).result()  # forks them all
+        except OSError:
+            # an incomplete pool never tells its processes to end
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()
+                child.join()
+            return None
+    return pool
+
+
+_tasks: list[Task] = []  # of a forked process: its one task
+
+
+def _start_worker(task: Task, parent: int) -> None:
+    """Prepare a forked process: it leaves signals to its parent, and ends when that is gone."""
+    _tasks.append(task)
+    os.setpgid(0, 0)  # out of the parent's group, to which a terminal or batch system sends signals
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _run_task(argument: Any) -> Any:
+    return _tasks[-1](argument)

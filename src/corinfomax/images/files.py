@@ -1,13 +1,15 @@
-"""Images that lie on the user's disk: the splits of a folder, list or table, found but not opened."""
+"""Image files on disk: splits of a folder, list or table, without opening an image."""
 
 from __future__ import annotations
 
 import csv
 import errno
+import functools
 import io
 import json
 import os
 import stat
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,70 +19,60 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-EXTENSIONS = frozenset(
-    {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
-    | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
-)
+EXTENSIONS: tuple[str, ...] = (".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
+EXTENSIONS += (".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 SPLIT_NAMES = {name: split for split, names in SPLITS.items() for name in names}
 PATH_COLUMNS = ("path", "file", "filename", "image", "filepath")
 LABEL_COLUMNS = ("label", "class", "target")
+LARGEST = 2**30  # bytes of one unpacked file: above any image, below a bomb
+PLAIN, ZIPPED, DEFLATED = range(3)  # raw bytes; raw bytes after a zip header; compressed bytes after a zip header
 
 
 class DataError(ValueError):
-    """What is wrong with the images, their labels or their cache, and what to do about it."""
+    """Unusable images, labels or cache; the message gives the cure."""
 
 
 class MissingDataError(DataError, FileNotFoundError):
-    """There are no images where they were looked for."""
-
-
-LARGEST = 2**30  # bytes of one packed file: no image is as large, and a bomb is
-PLAIN, ZIPPED, DEFLATED = range(3)  # as it is; after a zip entry's header; so too, and compressed
+    """No images at the named place."""
 
 
 class Stored(NamedTuple):
-    """Where in archives the files of images lie."""
-
     archives: tuple[str, ...]
-    places: Int64[np.ndarray, "files 4"]
-    """Which archive, where in it, how many bytes, and how it lies there: PLAIN, ZIPPED or DEFLATED."""
+    positions: Int64[np.ndarray, "files 4"]  # row of the archive; offset; bytes; PLAIN, ZIPPED or DEFLATED
 
     def read(self, row: int) -> bytes:
-        """The bytes of one file. OSError where they are not there, zlib.error where they are not what was packed."""
-        place, start, size, method = self.places[row].tolist()
-        with Path(self.archives[place]).open("rb", buffering=0) as file:
+        """Read one file; raises OSError if it is gone, zlib.error if its bytes are damaged."""
+        archive, start, size, method = self.positions[row].tolist()
+        with Path(self.archives[archive]).open("rb", buffering=0) as file:
             if method != PLAIN:
+                # a zip header: 30 bytes that end with two lengths, a name and extra fields of those lengths
                 header = os.pread(file.fileno(), 30, start)
                 start += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             packed = os.pread(file.fileno(), size, start)
         if method != DEFLATED:
             return packed
-        found = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, LARGEST)
-        if len(found) == LARGEST:
+        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, LARGEST)
+        if len(content) == LARGEST:
             raise OSError(errno.EFBIG, f"more than {LARGEST / 1e9:.0f} GB once unpacked")
-        return found
+        return content
 
 
 @dataclass(frozen=True)
 class Source:
-    """The images of one split, found but not decoded."""
+    """The images of one split, located but not decoded."""
 
-    root: str
-    """Absolute folder or archive that the paths start from; of an array set, its name."""
-    paths: tuple[str, ...]
-    """One an image, with forward slashes."""
-    stamps: Int64[np.ndarray, "files 2"]
-    """Size in bytes and mtime in ns of each image file; of an array set, of the few files it is read from."""
-    labels: tuple[str, ...] | None
-    """Name of each image's class."""
-    array: Callable[[], UInt8[np.ndarray, "n h w *rgb"]] | None = None
-    """Reads the pixels of an array set; None where each path is a file."""
-    stored: Stored | None = None
-    """Where the files lie, if that is in archives."""
+    root: str  # absolute folder or archive that the paths start from; the name of an array set
+    paths: tuple[str, ...]  # one per image, with forward slashes
+    stamps: Int64[np.ndarray, "files 2"]  # bytes and mtime in ns of each file; of the few files that hold an array set
+    labels: tuple[str, ...] | None  # class name of each image
+    array: Callable[[], UInt8[np.ndarray, "n h w *rgb"]] | None = None  # reads the pixels of an array set, once
+    stored: Stored | None = None  # positions of the files if they lie in archives
 
-    def file(self, row: int) -> Path | io.BytesIO:
-        """What Pillow opens to read that image; of an array set there is none."""
+    def content(self, row: int) -> Path | io.BytesIO | UInt8[np.ndarray, "h w *rgb"]:
+        """One image as `decode.open_image` takes it."""
+        if self.array is not None:
+            return self.array()[row]
         return Path(self.root, self.paths[row]) if self.stored is None else io.BytesIO(self.stored.read(row))
 
     def take(self, rows: Sequence[int]) -> Source:
@@ -91,238 +83,217 @@ class Source:
             paths=tuple(self.paths[row] for row in rows),
             stamps=self.stamps if read else self.stamps[rows],
             labels=None if self.labels is None else tuple(self.labels[row] for row in rows),
-            array=(lambda: read()[rows]) if read else None,
-            stored=stored and stored._replace(places=stored.places[rows]),
+            array=functools.cache(lambda: read()[rows]) if read else None,
+            stored=stored and stored._replace(positions=stored.positions[rows]),
         )
+
+    def without(self, names: Collection[str]) -> Source | None:
+        """The images whose paths are not in `names`; None if no image is left."""
+        rows = [row for row, path in enumerate(self.paths) if path not in names]
+        if len(rows) == len(self.paths):
+            return self
+        return self.take(rows) if rows else None
 
 
 def default_cache() -> Path:
-    """Folder of the decoded images: $CORINFOMAX_CACHE, else corinfomax in $XDG_CACHE_HOME, else ~/.cache/corinfomax."""
+    """Cache folder: $CORINFOMAX_CACHE, else corinfomax in $XDG_CACHE_HOME, else in ~/.cache."""
     if chosen := os.environ.get("CORINFOMAX_CACHE"):
         return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "corinfomax"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "corinfomax"
 
 
-class File(NamedTuple):
-    path: str
-    size: int
-    mtime_ns: int
+Stamps = dict[str, tuple[int, int]]  # bytes and mtime in ns of each file, by its path from the root
 
 
-def scan(root: Path, below: str = "") -> list[File]:
-    """Every image file in or under the folder `below` of `root`, in order of their paths, which start from `root`.
+def scan(root: Path, below: str = "") -> Stamps:
+    """List the image files under the folder `below` of `root`, sorted by path.
 
-    An image file is one with a suffix in EXTENSIONS; hidden files and folders are left out. Links are followed, except
-    to a folder that they lie in themselves. A link that leads nowhere has size 0: decoding will name it.
+    Image files have a suffix in EXTENSIONS; hidden files and folders are ignored. Links are followed, except to a
+    folder around them. A broken link is listed with size 0, so that decoding reports it.
     """
-    suffixes = tuple(EXTENSIONS)  # one endswith for them all: Path.suffix is half of the time of a large folder
-    found: list[File] = []
+    stamps: Stamps = {}
+    # folders still to read, each with those around it
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [(f"{below}/" if below else "", frozenset())]
     while pending:
-        prefix, above = pending.pop()
+        prefix, parents = pending.pop()
         status = (root / prefix).stat()
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
+        folder = (status.st_dev, status.st_ino)
+        if folder in parents:  # a link led back
             continue
         with os.scandir(root / prefix) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 path = prefix + entry.name
-                is_image = path.lower().endswith(suffixes)
+                is_image = path.lower().endswith(EXTENSIONS)  # Path.suffix would take half of all the time
                 try:
                     status = entry.stat()
                 except OSError:  # a link to nothing or to itself
                     if is_image:
-                        found.append(File(path, 0, 0))
+                        stamps[path] = 0, 0
                     continue
                 if stat.S_ISDIR(status.st_mode):
-                    pending.append((f"{path}/", above | {identity}))
+                    pending.append((f"{path}/", parents | {folder}))
                 elif is_image and stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-                    found.append(File(path, status.st_size, status.st_mtime_ns))
-    return sorted(found)
+                    stamps[path] = status.st_size, status.st_mtime_ns
+    return dict(sorted(stamps.items()))
 
 
 def from_folder(root: Path) -> dict[str, Source]:
-    """Splits of an image folder: flat, nested, `<class>/…`, or `<split>/…` with any of these in each split.
+    """Splits of an image folder: flat, nested, `<class>/…`, or `<split>/…` around any of these.
 
-    Folders directly in it that SPLIT_NAMES lists, in any case, are splits if train is among them, and then nothing
-    else is read. Within a split the first folder of a path is its class, if every image lies in one and there are two
-    or more; else the split has no labels.
+    Folders that SPLIT_NAMES lists, in any case, are splits if one of them is train; all else is then ignored.
     """
+    tops = [entry.name for entry in sorted(root.iterdir()) if entry.name.lower() in SPLIT_NAMES and entry.is_dir()]
+    sources = {}
+    for split, below in (split_folders(root, tops) or {"train": ""}).items():
+        stamps = scan(root, below)
+        labels = folder_labels([path.removeprefix(f"{below}/") for path in stamps])
+        sources[split] = from_files(root, below, stamps, labels)
+    return sources
+
+
+def split_folders(root: Path, names: Iterable[str]) -> dict[str, str]:
+    """Folder of each split; {} without train. Raises DataError for two folders of one split."""
     folders: dict[str, str] = {}
-    for entry in sorted(root.iterdir()):
-        if (split := SPLIT_NAMES.get(entry.name.lower())) and entry.is_dir():
-            if split in folders:
-                raise DataError(f"{root} has two folders for {split}: {folders[split]} and {entry.name}; keep one")
-            folders[split] = entry.name
-    if "train" not in folders:
-        folders = {"train": ""}
-    return {split: _from_split_folder(root, below) for split, below in folders.items()}
+    for name in names:
+        if (split := SPLIT_NAMES.get(name.lower())) in folders:
+            raise DataError(f"{root} has two folders for {split}: {folders[split]} and {name}; keep one")
+        if split is not None:
+            folders[split] = name
+    return folders if "train" in folders else {}
 
 
-def _from_split_folder(root: Path, below: str) -> Source:
-    files = scan(root, below)
-    inner = [file.path.removeprefix(f"{below}/") for file in files]
-    classes = tuple(path.partition("/")[0] for path in inner if "/" in path)
-    labelled = len(classes) == len(files) and len(set(classes)) > 1
-    return from_files(root, below, files, classes if labelled else None)
+def folder_labels(paths: Sequence[str]) -> tuple[str, ...] | None:
+    """First folder of each path; None if a path has no folder or all have the same."""
+    folders = tuple(sys.intern(path.partition("/")[0]) for path in paths if "/" in path)
+    return folders if len(folders) == len(paths) and len(set(folders)) > 1 else None
 
 
-def from_files(root: Path, below: str, files: Sequence[File], labels: tuple[str, ...] | None) -> Source:
-    """These files, found in the folder `below` of `root`, as one split; raises MissingDataError if there are none."""
-    if not files:
-        suffixes = " ".join(sorted(EXTENSIONS))
-        raise MissingDataError(
-            f"no image found in {root / below} or its folders; looked for files that end in {suffixes}"
-        )
-    paths, sizes, times = zip(*files, strict=True)
-    return Source(str(root), paths, np.array([sizes, times], np.int64).T, labels)
+def from_files(root: Path, below: str, stamps: Stamps, labels: tuple[str, ...] | None) -> Source:
+    """One split from its files in the folder `below` of `root`; MissingDataError for none."""
+    if not stamps:
+        raise no_images(f"{root / below} or its folders")
+    return Source(str(root), tuple(stamps), np.array(list(stamps.values()), np.int64), labels)
 
 
-class Row(NamedTuple):
-    """One image of a list or table; `label` and `split` are empty where the file gives none."""
+def no_images(place: str) -> MissingDataError:
+    """The error for a place without images."""
+    return MissingDataError(f"no image found in {place}; looked for files that end in {' '.join(EXTENSIONS)}")
 
-    line: int
+
+class Line(NamedTuple):
+    number: int
     path: str
     label: str = ""
-    split: str = ""
+    split: str = "train"
 
 
 def from_list(file: Path) -> dict[str, Source]:
-    """The one split of a text file with a path a line, in its order; paths start from the list's folder.
-
-    Empty lines and lines that start with # are left out. Raises DataError for a path given twice or without a file.
-    """
-    return _from_rows(file, [Row(at, line) for at, line in _lines(file)])
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The number and text of each line that is not empty and no comment."""
-    # Path names need not be UTF-8: surrogateescape is how Python itself spells the others.
-    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    return ((at, line) for at, line in enumerate(text.split("\n"), 1) if line.strip() and not line.startswith("#"))
-
-
-def quoted(path: str) -> str:
-    """`path` as one line that is safe to show and that `read_names` reads back.
-
-    It is the path itself where that can be printed, and else a JSON string in ASCII: names may hold line breaks, bytes
-    that are no UTF-8, and codes that a terminal obeys.
-    """
-    plain = path.isprintable() and path == path.strip() and not path.startswith(("#", '"'))
-    return path if plain else json.dumps(path)
-
-
-def read_names(file: Path) -> frozenset[str]:
-    """The paths that a list names, one a line as `quoted` writes them; empty lines and those that start with # are not.
-
-    Raises MissingDataError where there is no such file, DataError with the line where a quoted name is no JSON string.
-    """
-    if not file.is_file():
-        raise MissingDataError(f"there is no list {file} of images to leave out; corinfomax doctor writes one")
-    return frozenset(_unquoted(file, at, line) for at, line in _lines(file))
-
-
-def names_as_text(names: Iterable[str]) -> str:
-    """A list that `read_names` reads."""
-    return "".join(f"{quoted(name)}\n" for name in names)
-
-
-def _unquoted(file: Path, at: int, line: str) -> str:
-    if not line.startswith('"'):
-        return line
-    try:
-        return str(json.loads(line))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"line {at} of {file} starts with a quote and is no JSON string ({error.msg}): {line!r}; quotes are for "
-            "names that are not plain text"
-        ) from error
-
-
-def without(source: Source, names: Collection[str]) -> Source | None:
-    """The images of `source` whose paths `names` does not have, as if the others were not there; None if none is left.
-
-    Classes stay what the whole folder says they are.
-    """
-    kept = [row for row, path in enumerate(source.paths) if path not in names]
-    if len(kept) == len(source.paths):
-        return source
-    return source.take(kept) if kept else None
+    """The one split of a text file with a path a line, from its folder; # starts a comment."""
+    return _from_lines(file, [Line(number, path) for number, path in _text_lines(file)])
 
 
 def from_table(file: Path) -> dict[str, Source]:
-    """Splits of a CSV table, in its order: a column of PATH_COLUMNS, perhaps one of LABEL_COLUMNS, perhaps `split`.
+    """Splits of a CSV table: a column of PATH_COLUMNS, perhaps of LABEL_COLUMNS and `split`.
 
-    Paths start from the table's folder. Within a split every image has a label or none has.
-    Raises DataError, with the line, for what does not fit.
+    Paths start from the table's folder; images keep its order. Raises DataError, with the line, for a path that is
+    listed twice or has no file, an unknown split, and a split with images that have a label and images that have none.
     """
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        # the columns, by their names in any case
         reader = csv.DictReader(stream, skipinitialspace=True, restval="")
         columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
         path = next((columns[name] for name in PATH_COLUMNS if name in columns), None)
         label = next((columns[name] for name in LABEL_COLUMNS if name in columns), None)
         split = columns.get("split")
         if path is None:
-            raise DataError(
-                f"{file} has no column of paths: its first line names {', '.join(columns) or 'nothing'}, "
-                f"one of {', '.join(PATH_COLUMNS)} is needed"
-            )
+            problem = f"has no column of paths: its first line names {', '.join(columns) or 'nothing'}"
+            raise DataError(f"{file} {problem}; call one column {' or '.join(PATH_COLUMNS)}")
+        lines: list[Line] = []
         try:
-            rows = [
-                Row(
-                    reader.line_num, row[path], row[label].strip() if label else "", row[split].strip() if split else ""
-                )
-                for row in reader
-            ]
+            for cells in reader:
+                line = Line(reader.line_num, cells[path], cells[label].strip() if label else "")
+                lines.append(line._replace(split=cells[split].strip()) if split else line)
         except csv.Error as error:
             raise DataError(f"line {reader.line_num} of {file}: {error}; is a quotation mark left open?") from error
-    for row in rows:
-        if not row.path.strip():
-            raise DataError(f"line {row.line} of {file} has no path; fill it in or remove the line")
-        if split and row.split.lower() not in SPLIT_NAMES:
-            raise DataError(
-                f"line {row.line} of {file} has split {row.split!r}; choose from {', '.join(SPLIT_NAMES)}, "
-                "or remove the column"
-            )
-    return _from_rows(file, rows)
+    return _from_lines(file, lines)
 
 
-def _from_rows(file: Path, rows: Sequence[Row]) -> dict[str, Source]:
-    lines: dict[str, int] = {}
-    for row in rows:
-        if row.path in lines:
-            raise DataError(f"{file} names {row.path} twice, in lines {lines[row.path]} and {row.line}; keep one")
-        lines[row.path] = row.line
-    splits: dict[str, list[Row]] = {}
-    for row in rows:
-        splits.setdefault(SPLIT_NAMES[row.split.lower()] if row.split else "train", []).append(row)
+def _from_lines(file: Path, lines: Sequence[Line]) -> dict[str, Source]:
+    numbers: dict[str, int] = {}
+    splits: dict[str, list[Line]] = {}
+    for line in lines:
+        number, path, _, split = line
+        if not path.strip():
+            raise DataError(f"line {number} of {file} has no path; fill it in or remove the line")
+        if split.lower() not in SPLIT_NAMES:
+            choices = ", ".join(SPLIT_NAMES)
+            raise DataError(f"line {number} of {file} has split {split!r}; choose from {choices}, or remove the column")
+        if path in numbers:
+            raise DataError(f"{file} names {path} twice, in lines {numbers[path]} and {number}; keep one")
+        numbers[path] = number
+        splits.setdefault(SPLIT_NAMES[split.lower()], []).append(line)
     if "train" not in splits:
-        raise DataError(f"{file} names no image to train on" + (": no row has split train" if rows else ""))
-    return {split: _from_split(file, split, part) for split, part in splits.items()}
+        raise DataError(f"{file} names no image to train on" + (": no row has split train" if lines else ""))
+    return {split: _from_split(file, split, images) for split, images in splits.items()}
 
 
-def _from_split(file: Path, split: str, rows: Sequence[Row]) -> Source:
-    files: list[File] = []
-    missing: list[Row] = []
-    for row in rows:
+def _from_split(file: Path, split: str, lines: Sequence[Line]) -> Source:
+    # the files themselves
+    stamps: Stamps = {}
+    missing: list[Line] = []
+    for line in lines:
         try:
-            status = (file.parent / row.path).stat()
+            status = (file.parent / line.path).stat()
+            stamps[line.path] = status.st_size, status.st_mtime_ns
         except OSError:
-            missing.append(row)
-            continue
-        files.append(File(row.path, status.st_size, status.st_mtime_ns))
+            missing.append(line)
     if missing:
-        raise MissingDataError(
-            f"{len(missing)} of the {len(rows)} {split} images that {file} names are not there, first line "
-            f"{missing[0].line}: {missing[0].path}; paths start from {file.parent}"
-        )
-    bare = [row for row in rows if not row.label]
-    if 0 < len(bare) < len(rows):
-        raise DataError(
-            f"{file} labels {len(rows) - len(bare)} of its {len(rows)} {split} images; the first without a label is "
-            f"{bare[0].path} in line {bare[0].line}: label all of a split or none"
-        )
-    return from_files(file.parent, "", files, None if bare else tuple(row.label for row in rows))
+        problem = f"{len(missing)} of the {len(lines)} {split} images in {file} do not exist"
+        first = f"line {missing[0].number}: {missing[0].path}"
+        raise MissingDataError(f"{problem}, first {first}; paths start from {file.parent}")
+
+    # labels: all or none
+    bare = [line for line in lines if not line.label]
+    if 0 < len(bare) < len(lines):
+        first = f"the first without a label is {bare[0].path} in line {bare[0].number}: label all of a split or none"
+        raise DataError(f"{file} labels {len(lines) - len(bare)} of its {len(lines)} {split} images; {first}")
+    return from_files(file.parent, "", stamps, None if bare else tuple(line.label for line in lines))
+
+
+def _text_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is neither empty nor a comment."""
+    # Path names need not be UTF-8: surrogateescape is Python's own spelling of the others.
+    lines = enumerate(file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"), 1)
+    return ((number, line) for number, line in lines if line.strip() and not line.startswith("#"))
+
+
+def read_names(file: Path) -> frozenset[str]:
+    """Paths in a skip list, one a line as `quoted` writes them; # starts a comment.
+
+    Raises MissingDataError if there is no such file, DataError with the line if a quoted name is not a JSON string.
+    """
+    if not file.is_file():
+        raise MissingDataError(f"no list of images to leave out at {file}; corinfomax doctor writes one")
+    names = set()
+    for number, line in _text_lines(file):
+        try:
+            names.add(str(json.loads(line)) if line.startswith('"') else line)
+        except json.JSONDecodeError as error:
+            problem = f"starts with a quote but is no JSON string ({error.msg}): {line!r}"
+            remedy = "quote only names that are not plain text"
+            raise DataError(f"line {number} of {file} {problem}; {remedy}") from error
+    return frozenset(names)
+
+
+def names_as_text(names: Iterable[str]) -> str:
+    """The inverse of `read_names`."""
+    return "".join(f"{quoted(name)}\n" for name in names)
+
+
+def quoted(path: str) -> str:
+    """`path` on one line that is safe to print and that `read_names` reads back, perhaps as JSON."""
+    # names may hold line breaks, bytes outside UTF-8 and codes that a terminal obeys
+    plain = path.isprintable() and path == path.strip() and not path.startswith(("#", '"'))
+    return path if plain else json.dumps(path)

@@ -1,135 +1,141 @@
-"""From one argument, DATA, to its splits: a folder, list, table or named set, before anything is decoded."""
+"""DATA: images named by one argument, a folder, list, table, archive or named set."""
 
 from __future__ import annotations
 
 import difflib
 import statistics
-import zlib
-from collections.abc import Collection
-from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from corinfomax.images.archives import PACKED, SUFFIXES, from_archives, shards_in
-from corinfomax.images.files import DataError, MissingDataError, Source, from_folder, from_list, from_table, without
+from corinfomax.images.decode import try_image
+from corinfomax.images.files import DataError, MissingDataError, Source, from_folder, from_list, from_table
 from corinfomax.images.named_sets import NAMED
 
-ROOT = Path("data")
-"""The folder of the named sets unless one is given."""
-
-
-def find(
-    data: str | Path,
-    *,
-    root: Path | None = None,
-    download: bool = False,
-    skip: Collection[str] = (),
-    cache: Path | None = None,
-) -> dict[str, Source]:
-    """Splits of `data` by name: `train` always, `val` and `test` where it has them; without the images in `skip`.
-
-    `data` is the name of a set in NAMED, else a folder of images or of archives, a list (.txt), a table (.csv) or an
-    archive (.zip, .tar), the index of which is kept in `cache`, the folder of the decoded images. A string that names
-    a set means the set, wherever the program runs; `./cifar10`, or a Path, means the folder. `root` is where the named
-    sets lie, ./data unless given; `download` lets torchvision fetch CIFAR when it is not there. `skip` has paths as
-    `Source.paths` has them; those of no image say nothing, and a split without any other image is none.
-    Raises MissingDataError where there is nothing of that name, DataError where what is there cannot be used.
-    """
-    kept = {name: without(source, skip) for name, source in _all(data, root, download, cache).items()}
-    if kept["train"] is None:
-        raise DataError(f"every training image of {data} is among those to leave out; shorten that list")
-    return {name: source for name, source in kept.items() if source is not None}
-
-
-def _all(data: str | Path, root: Path | None, download: bool, cache: Path | None) -> dict[str, Source]:
-    if isinstance(data, str) and data in NAMED:
-        return NAMED[data](data, root or ROOT, download)
-    place = Path(data).expanduser()
-    if place.is_dir():
-        return _of_folder(place.resolve(), cache)
-    if place.is_file():
-        if place.suffix.lower() in SUFFIXES:
-            return from_archives(place.absolute().parent, [place.absolute()], cache)
-        if place.name.lower().endswith(PACKED):
-            raise DataError(f"images in {place} cannot be read in place; unpack it, or make it a .tar or .zip")
-        readers = {".txt": from_list, ".csv": from_table}
-        if reader := readers.get(place.suffix.lower()):
-            return reader(place.absolute())
-        raise DataError(
-            f"{place} is a file, but no list of images (.txt), table (.csv) or archive (.zip, .tar); give one of those "
-            "or a folder"
-        )
-    close = difflib.get_close_matches(str(data), NAMED, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise MissingDataError(
-        f"no folder or file {str(data)!r} here, and no set of that name: {hint}The named sets are {', '.join(NAMED)}"
-    )
-
-
-def _of_folder(place: Path, cache: Path | None) -> dict[str, Source]:
-    """The images in a folder, or in the archives in it where there are no others."""
-    shards = shards_in(place)
-    try:
-        found = from_folder(place)
-    except MissingDataError:
-        if shards:
-            return from_archives(place, shards, cache)
-        if inner := [path for below in sorted(place.iterdir()) if below.is_dir() for path in shards_in(below)]:
-            raise DataError(
-                f"no image in {place}, but archives in its folders, first {inner[0]}: put them into one folder, each "
-                "named by its split (train-0001.tar)"
-            ) from None
-        raise
-    count = sum(len(source.paths) for source in found.values())
-    if len(shards) >= count:  # one beside its own content is common
-        raise DataError(
-            f"{place} holds {count:,} images and also {len(shards):,} archives, first {shards[0].name}: move what "
-            "is not meant, or name the archive"
-        )
-    return found
-
-
-def absolute(data: str) -> str:
-    """`data` as it can be named from any folder: a named set as it is, a path from the root."""
-    return data if data in NAMED else str(Path(data).expanduser().absolute())
-
-
-def root_of(data: str, root: Path | None) -> Path | None:
-    """Where a named set lies, as it can be named from any folder; None where `data` lies in no such place."""
-    return None if data not in NAMED or data == "mnist5k" else (root or ROOT).absolute()
+ROOT = Path("data")  # of the named sets
 
 
 class Survey(NamedTuple):
-    """What can be said of training images without decoding them."""
-
     images: int
-    short_side: int
-    """Median over some of them, in pixels."""
+    short_side: int  # median over at most 64 images, in pixels
 
 
-def survey(
-    data: str | Path,
-    *,
-    root: Path | None = None,
-    download: bool = False,
-    skip: Collection[str] = (),
-    cache: Path | None = None,
-    looks: int = 64,
-) -> Survey:
-    """How many training images `data` has, and their median short side, read from the headers of up to `looks` files.
+@dataclass(frozen=True)
+class Data:
+    """One set of images: its name, skip list and cache, and the choice of images to test on.
 
-    Raises as `find` does, and DataError when none of the files looked at is an image.
+    The name is a set in NAMED, a folder of images or archives, or a .txt list, .csv table, .zip or .tar. A string that
+    names a set always means the set; `./cifar10`, or a Path, means the folder.
     """
-    train = find(data, root=root, download=download, skip=skip, cache=cache)["train"]
-    if train.array is not None:
-        return Survey(len(train.paths), min(train.array().shape[1:3]))
-    sides = []
-    some = range(0, len(train.paths), max(1, len(train.paths) // looks))[:looks]
-    for row in some:
-        with suppress(OSError, zlib.error, Image.DecompressionBombError), Image.open(train.file(row)) as image:
-            sides.append(min(image.size))
-    if not sides:
-        raise DataError(f"none of {len(some)} files looked at in {train.root} is an image that can be opened")
-    return Survey(len(train.paths), int(statistics.median(sides)))
+
+    name: str | Path
+    root: Path | None = None  # folder of the named sets; ROOT by default
+    download: bool = False  # let torchvision fetch CIFAR if it is missing
+    skip: frozenset[str] = frozenset()  # images to leave out, by `Source.paths`; names of no image are ignored
+    cache: Path | None = None  # folder of the cached images; `files.default_cache()` by default
+    holdout: float | None = None  # share of the training images to test on instead of another split
+    test_split: str | None = None  # split to test on; by default test, else val
+
+    def __post_init__(self) -> None:
+        if self.holdout is not None and not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout is {self.holdout}; it is a share of the training images, at least 0 and below 1")
+        if self.holdout and self.test_split:
+            both = f"holdout {self.holdout} and test_split {self.test_split!r}"
+            raise ValueError(f"{both} both say what to test on; give one of them")
+
+    def splits(self) -> dict[str, Source]:
+        """Splits by name without the skipped images: train always, val and test if they have images.
+
+        Raises MissingDataError if nothing has this name, DataError if the data cannot be used.
+        """
+        sources = {name: source.without(self.skip) for name, source in self.whole_splits.items()}
+        if sources["train"] is None:
+            raise DataError(f"every training image of {self.name} is in the list to leave out; shorten it")
+        return {name: source for name, source in sources.items() if source is not None}
+
+    @cached_property
+    def whole_splits(self) -> dict[str, Source]:
+        """Splits by name with all their images, also those in `skip`; located once."""
+        if isinstance(self.name, str) and self.name in NAMED:
+            return NAMED[self.name](self.name, self.root or ROOT, self.download)
+        place = Path(self.name).expanduser()
+        if place.is_dir():
+            return _from_folder(place.resolve())
+        if place.is_file():
+            return _from_file(place.absolute())
+        close = difflib.get_close_matches(str(self.name), NAMED, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        sets = f"no set of that name: {hint}The named sets are {', '.join(NAMED)}"
+        raise MissingDataError(f"no folder or file {str(self.name)!r} here, and {sets}")
+
+    @property
+    def test_name(self) -> str | None:
+        """Split to test on: `test_split`, else test, else val; None if there is none.
+
+        Without `test_split`, labelled training images need a labelled split. With `holdout` above 0 there is none.
+        """
+        if self.holdout:
+            return None
+        splits = self.splits()
+        train = splits.pop("train")
+        if self.test_split is not None and self.test_split not in splits:
+            have = f"it has {', '.join(splits)}" if splits else "it has only train; holdout sets a share of it aside"
+            raise DataError(f"{self.name} has no split {self.test_split!r} to test on: {have}")
+        usable = (name for name, source in splits.items() if train.labels is None or source.labels is not None)
+        return self.test_split or min(usable, default=None)  # test comes before val
+
+    def survey(self) -> Survey:
+        """Count and median short side of the training images; raises DataError if none opens."""
+        train = self.splits()["train"]
+        count = len(train.paths)
+        rows = range(0, count, max(1, count // 64))[:64]
+        sides = [side for row in rows if isinstance(side := try_image(train, row, lambda image: min(image.size)), int)]
+        if not sides:
+            raise DataError(f"none of {len(rows)} files in {train.root} opens as an image, first {train.paths[0]}")
+        return Survey(count, int(statistics.median(sides)))
+
+    @property
+    def absolute_name(self) -> str:
+        """A name of the same images in any folder: that of the set, else an absolute path."""
+        return str(self.name) if self.name in NAMED else str(Path(self.name).expanduser().absolute())
+
+    @property
+    def absolute_root(self) -> Path | None:
+        """Absolute folder of a named set; None for a path and for a set that comes with a package."""
+        return None if self.name not in NAMED or self.name == "mnist5k" else (self.root or ROOT).absolute()
+
+
+def _from_file(place: Path) -> dict[str, Source]:
+    suffix = place.suffix.lower()
+    if suffix in SUFFIXES:
+        return from_archives(place.parent, [place])
+    if suffix in (".txt", ".csv"):
+        return from_list(place) if suffix == ".txt" else from_table(place)
+    if place.name.lower().endswith(PACKED):
+        raise DataError(f"images in {place} cannot be read in place; unpack it, or make it a .tar or .zip")
+    kinds = "list of images (.txt), table (.csv) or archive (.zip, .tar)"
+    raise DataError(f"{place} is a file, but no {kinds}; give one of those or a folder")
+
+
+def _from_folder(place: Path) -> dict[str, Source]:
+    """The images in a folder, or in the archives in it if there are no others."""
+    shards = shards_in(place)
+    try:
+        splits = from_folder(place)
+    except MissingDataError:
+        if shards:
+            return from_archives(place, shards)
+        folders = sorted(path for path in place.iterdir() if path.is_dir())
+        if inner := [path for folder in folders for path in shards_in(folder)]:
+            remedy = "put them into one folder, each named by its split (train-0001.tar)"
+            raise DataError(f"no image in {place}, but archives in its folders, first {inner[0]}: {remedy}") from None
+        raise
+
+    # One archive beside its unpacked content is common; as many archives as images are not clear.
+    count = sum(len(source.paths) for source in splits.values())
+    if len(shards) >= count:
+        holds = f"{count:,} images and also {len(shards):,} archives, first {shards[0].name}"
+        raise DataError(f"{place} holds {holds}: move what is not meant, or name the archive")
+    return splits

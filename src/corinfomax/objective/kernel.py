@@ -1,19 +1,18 @@
-"""CorInfoMax in the feature space of a kernel: our own step beyond the paper.
+"""CorInfoMax in the feature space of a kernel: our own extension of the paper.
 
-The log det of a batch's second moments is one of the Gram matrix of its rows (Sylvester's identity),
+By Sylvester's identity the log det of a batch's second moments is that of the Gram matrix of its rows,
 
     log det(ZᵀZ/N + εI_D) = log det(ZZᵀ/N + εI_N) + (D − N) log ε,
 
-and that knows the rows by their inner products alone. With exp((z_i·z_j − 1)/τ) in place of z_i·z_j it is the log det
-of features of all orders: not D directions are kept from collapsing but as many as there are images.
+and the Gram matrix knows the rows by their inner products only. Replacing z_i·z_j by exp((z_i·z_j − 1)/τ) takes the log
+det of features of all orders: it keeps images apart, as many as there are, instead of D dimensions.
 
     K_ij       = exp((z_i·z_j − 1)/τ)              unit rows; each view has its own K
-    big_bang   = −2/V · Σ log det(K_v + εI) / N    at least −2 log(1+ε), where no image is like another
-    attraction = 2/(V−1) · Σ ‖z_v − z̄‖² / (N·D)    as in `objective`
+    big_bang   = −2/V · Σ log det(K_v + εI) / N    at least −2 log(1+ε), when no two images are alike
+    attraction = 2/(V−1) · Σ ‖z_v − z̄‖² / (N·D)    as in `covariance`
     loss       = alpha · attraction + big_bang
 
-log det K is a sum over images of how badly each is foretold by those before it, log(K_ii − k_i K⁻¹ k_iᵀ): an image that
-is like others is pushed away the more the better they foretell it. There is no past.
+log det K sums how badly the earlier images predict each: the better one is predicted, the harder it is pushed away.
 """
 
 from __future__ import annotations
@@ -26,28 +25,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from corinfomax.objective.covariance import Terms, check_views, cholesky_log_det, moment_dtype, unit_rows
+from corinfomax.objective.covariance import Terms, check_views, cholesky_log_det, moment_dtype, require, unit_rows
 from corinfomax.recipes.fields import ALPHA_PER_DIM
 from corinfomax.runtime import processes
 
 
 class KernelLoss(nn.Module):
-    """The loss as a module for anyone's loop; it has no state.
+    """The kernel loss as a module; it has no state.
 
-    `terms = criterion(z1, z2)` takes two projections of shape (n, dim) or more, any floating dtype, and gives scalars
-    `terms.loss`, `terms.attraction` and `terms.big_bang`, differentiable, float64 (float32 on MPS, which has no other).
-    `alpha=None` means 3.906·dim. 2n² numbers a view are held, and about n³/2 multiplications are made for each.
-
-    Where torch.distributed runs, every process gives equally many rows of one batch; terms are those of the whole
-    batch, and the gradient is such that the mean over processes is the whole loss's.
-
-    Raises ValueError for wrong shapes, and for non-finite input except on CUDA and in several processes, as
-    `corinfomax_loss` does.
-
-    >>> criterion = KernelLoss(64)
-    >>> z1, z2 = torch.randn(2, 256, 64)
-    >>> bool(criterion(z1, z2).big_bang >= criterion.floor)
-    True
+    `terms = criterion(z1, z2)` takes two or more projections of shape (n, dim), in any floating dtype, and gives
+    float64 scalars (float32 on MPS). `alpha=None` means 3.906·dim. Holds 2n² numbers per view and takes about n³/2
+    multiplications for each. Errors, and batches over several processes, as with `CorInfoMaxLoss`.
     """
 
     def __init__(
@@ -60,66 +48,60 @@ class KernelLoss(nn.Module):
         normalize: bool = True,
     ) -> None:
         super().__init__()
-        for name, value, fits, wanted in (
-            ("dim", dim, dim >= 1, "at least 1"),
-            ("alpha", alpha, alpha is None or alpha >= 0, "at least 0, or None for 3.906·dim"),
-            ("temperature", temperature, 0 < temperature < math.inf, "above 0, and finite"),
-            ("eps", eps, eps > 0, "above 0"),
-        ):
-            if not fits:
-                raise ValueError(f"{name} is {value}; it must be {wanted}")
+        require(dim >= 1, f"dim is {dim}; it must be at least 1")
+        require(alpha is None or alpha >= 0, f"alpha is {alpha}; it must be at least 0, or None for 3.906·dim")
+        require(0 < temperature < math.inf, f"temperature is {temperature}; it must be above 0, and finite")
+        require(eps > 0, f"eps is {eps}; it must be above 0")
         self.dim, self.alpha = dim, ALPHA_PER_DIM * dim if alpha is None else alpha
         self.temperature, self.eps, self.normalize = temperature, eps, normalize
 
     @property
     def floor(self) -> float:
-        """The least big_bang that unit rows can reach: no image is like another."""
+        """Lower bound of the big bang for unit rows: no two images are alike."""
         return -2 * math.log1p(self.eps)
 
     def forward(self, *views: Float[Tensor, "n d"]) -> Terms:
         """The terms of this batch."""
-        if len(views) < 2:
-            raise ValueError(f"agreement needs at least 2 views; got {len(views)}")
+        require(len(views) >= 2, f"agreement needs at least 2 views; got {len(views)}")
         check_views(views, dim=self.dim)
         if self.normalize:
             views = tuple(unit_rows(z) for z in views)
+
+        # Autocast would run matmul in bfloat16, too coarse for a log det.
         with torch.autocast(views[0].device.type, enabled=False):
             dtype = moment_dtype(views[0].device)
             z = processes.scale_gradient(torch.stack([view.to(dtype) for view in views]))
             log_det = _LogDet.apply(z, self.temperature, self.eps)
             rows = z.shape[1] * processes.size()
             big_bang = -2 / len(z) * log_det.sum() / rows
-            own = 2 / (len(z) - 1) * (z - z.mean(0)).square().sum() / (rows * self.dim)
-            attraction = own + (processes.total(own.detach()) - own.detach())  # the rest is a constant to these rows
+            local = 2 / (len(z) - 1) * (z - z.mean(0)).square().sum() / (rows * self.dim)
+            attraction = local + (processes.total(local.detach()) - local.detach())  # other processes add a constant
             return Terms(self.alpha * attraction + big_bang, attraction, big_bang)
 
     def extra_repr(self) -> str:
-        return (
-            f"dim={self.dim}, alpha={self.alpha:g}, temperature={self.temperature:g}, eps={self.eps:g}, "
-            f"normalize={self.normalize}"
-        )
+        numbers = ", ".join(f"{name}={getattr(self, name):g}" for name in ("dim", "alpha", "temperature", "eps"))
+        return f"{numbers}, normalize={self.normalize}"
 
 
 class _LogDet(torch.autograd.Function):
-    """log det(K+εI) of each view's kernel matrix over the rows of all processes, its gradient in closed form.
+    """log det(K+εI) of each view's kernel matrix over the rows of all processes, with its gradient in closed form.
 
-    With G = (K+εI)⁻¹,  ∂ log det / ∂z_i = 2/τ · Σ_j G_ij K_ij z_j,  the diagonal included, for K is symmetric. One
-    Cholesky factor serves forward and backward.
+    With G = (K+εI)⁻¹,  ∂ log det / ∂z_i = 2/τ · Σ_j G_ij K_ij z_j, the diagonal included, since K is symmetric.
     """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, temperature: float, eps: float) -> Tensor:
-        every = processes.gather(z)
-        K = (every @ every.mT).sub_(1).div_(temperature).exp_()
+        Z = processes.gather_rows(z)
+        K = (Z @ Z.mT).sub_(1).div_(temperature).exp_()
         log_det, L = cholesky_log_det(K, eps)
-        ctx.save_for_backward(every, K, L)
+        ctx.save_for_backward(Z, K, L)
         ctx.temperature, ctx.rows = temperature, z.shape[1]
         return log_det
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        every, K, L = ctx.saved_tensors
-        here = slice(processes.rank() * ctx.rows, (processes.rank() + 1) * ctx.rows)
-        weights = torch.cholesky_inverse(L)[:, here] * K[:, here] * (2 / ctx.temperature * grads[0][:, None, None])
-        return weights @ every, None, None
+        Z, K, L = ctx.saved_tensors
+        mine = slice(processes.rank() * ctx.rows, (processes.rank() + 1) * ctx.rows)
+        weights = torch.cholesky_inverse(L)[:, mine] * K[:, mine] * (2 / ctx.temperature * grads[0][:, None, None])
+        return weights @ Z, None, None

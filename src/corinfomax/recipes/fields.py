@@ -1,46 +1,52 @@
-"""Every knob as frozen data, checked where it is made but for what objectives know, and its way to JSON and back."""
+"""Every setting of a run as frozen data, checked when it is made, and its way to JSON, to flags and back.
+
+The docstring of a field is its line in `corinfomax pretrain --help`, which leaves out `Rare` settings: these have a
+comment instead. `corinfomax recipes NAME` lists all of a recipe.
+"""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from math import inf, isfinite
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+T = TypeVar("T")
+Rare = Annotated[T, "rare"]  # a setting that --help leaves out
 ALPHA_PER_DIM = 3.906  # attraction = 2(1−cos)/D, so alpha ∝ D keeps the pull on the cosine: 250 at D = 64 in the paper
+IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One random augmentation of an image; operations are applied in the order of the fields."""
+    """One random augmentation of an image; its operations come in the order of the fields."""
 
     rotate: float = 0.0
-    """Largest rotation in degrees; the angle is U(-rotate, rotate). 0 is off."""
+    """Largest rotation, in degrees."""
     crop_area: tuple[float, float] = (0.08, 1.0)
-    """Range of the crop's share of the image's area."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the crop's width over height, drawn log-uniformly."""
+    """Share of the image's area that the crop covers."""
+    crop_ratio: Rare[tuple[float, float]] = (3 / 4, 4 / 3)  # width over height of the crop, log-uniform
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: float = 0.8
-    """Probability of colour jitter; its four parts come in random order."""
-    brightness: float = 0.4
-    """The factor is U(1 - brightness, 1 + brightness)."""
-    contrast: float = 0.4
-    """The factor is U(1 - contrast, 1 + contrast)."""
-    saturation: float = 0.2
-    """The factor is U(1 - saturation, 1 + saturation)."""
-    hue: float = 0.1
-    """Largest shift of the hue, in turns (at most 0.5)."""
+    """Probability of colour jitter, its four parts in random order."""
+    brightness: Rare[float] = 0.4  # factor U(1 − brightness, 1 + brightness)
+    contrast: Rare[float] = 0.4  # factor U(1 − contrast, 1 + contrast)
+    saturation: Rare[float] = 0.2  # factor U(1 − saturation, 1 + saturation)
+    hue: Rare[float] = 0.1  # largest shift of the hue, in turns (at most 0.5)
     grey: float = 0.2
-    """Probability of dropping the colour."""
+    """Probability of greyscale."""
     blur: float = 0.0
-    """Probability of a Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Range of the blur's standard deviation in pixels of the view."""
+    """Probability of Gaussian blur."""
+    blur_sigma: Rare[tuple[float, float]] = (0.1, 2.0)  # standard deviation of the blur, in pixels of the view
     solarize: float = 0.0
-    """Probability of inverting every value at or above 128."""
+    """Probability of inverting all values from 128 up."""
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter", "grey", "blur", "solarize"):
@@ -49,6 +55,7 @@ class View:
         for name, most in (("rotate", 180), ("brightness", inf), ("contrast", inf), ("saturation", inf), ("hue", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to {most:g}")
+
         # The blur's kernel reaches 6 px, three times a sigma of 2.
         for name, most in (("crop_area", 1.0), ("crop_ratio", inf), ("blur_sigma", 2.0)):
             low, high = getattr(self, name)
@@ -56,23 +63,21 @@ class View:
                 raise ValueError(f"{name} is {low} {high}; it must be two rising numbers above 0, at most {most:g}")
 
 
+PAPER_VIEWS = (View(blur=1.0), View(blur=0.1, solarize=0.2))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
     """A timm network without its classifier."""
 
     name: str = "resnet18"
-    """Any name timm knows."""
+    """Any network that timm has."""
     small_stem: bool = False
-    """ResNets only: a 3×3 first convolution and no max-pool, for small images; with `channels`, as wide as the first
-    of them instead of 64."""
-    stem_stride: int = 1
-    """Stride of the small stem's convolution; 2 costs a quarter."""
-    layers: tuple[int, ...] | None = None
-    """ResNets only: blocks in each stage; None is timm's own."""
-    channels: tuple[int, ...] | None = None
-    """ResNets only: width of each stage; None is timm's own."""
-    zero_init_last: bool = True
-    """ResNets only: blocks begin as identities, the last norm of each branch at 0. False learns more in short runs."""
+    """ResNet: 3×3 first convolution, no max-pool, for small images."""
+    stem_stride: Rare[int] = 1  # ResNet: stride of the small stem; 2 costs a quarter
+    layers: Rare[tuple[int, ...] | None] = None  # ResNet: blocks per stage; None is timm's
+    channels: Rare[tuple[int, ...] | None] = None  # ResNet: width per stage, and of the small stem; None is timm's
+    zero_init_last: Rare[bool] = True  # ResNet: blocks start as identities; False learns more in short runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,84 +85,55 @@ class Projector:
     """Linear layers with ReLU between them; the last one has no bias."""
 
     widths: tuple[int, ...] = (2048, 2048, 64)
-    """Width of each layer; the last is D, the dimension of the loss."""
+    """Width of each layer; the last is D, the loss's dimension."""
     batch_norm: bool = False
     """BatchNorm after every hidden layer."""
 
 
-Objective = Literal["corinfomax", "kernel", "ldmi", "vicreg", "barlow-twins", "simclr", "sigreg"]
-PAIRED: tuple[Objective, ...] = ("ldmi", "vicreg", "barlow-twins", "simclr")
-"""Objectives of two views, no more."""
-
-
-OWN: dict[Objective, tuple[str, ...]] = {
-    "corinfomax": ("alpha", "cov_decay", "mean_decay", "eps", "cov_init", "normalize"),
-    "kernel": ("alpha", "temperature", "eps", "normalize"),
-}
-"""What objectives know of a Loss; those that are not here know its weights."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """alpha · attraction + big_bang (arXiv 2209.07999), or another objective to compare it with."""
+    """alpha · attraction + big_bang (arXiv 2209.07999).
 
-    name: Objective = "corinfomax"
-    """kernel is our own: the log det of a kernel's matrix over the images, with temperature, alpha, eps and normalize
-    of the fields below. ldmi and those after it are there to compare with and know `weights` alone: ldmi is the mutual
-    information itself, which corinfomax maximises to first order; the rest need the extra `baselines`. Only corinfomax
-    and kernel have a verdict."""
-    weights: tuple[float, ...] = ()
-    """Of ldmi its eps; of vicreg invariance, variance and covariance; of barlow-twins redundancy; of simclr the
-    temperature; of sigreg the share of SIGReg. () is 0.001 and what their authors take: 25 25 1, 0.0051, 0.5, 0.05."""
+    Each loss ignores the settings of the other, so `--loss.name` alone switches a recipe.
+    """
+
+    name: Literal["corinfomax", "kernel"] = "corinfomax"
+    """Log det of the covariance, or of a kernel matrix over images."""
     alpha: float | None = None
-    """Weight of the attraction; None is 3.906·D, the rule the published rows obey."""
-    temperature: float = 0.25
-    """Of kernel: how near two projections must be to count as alike."""
+    """Weight of the attraction; None is 3.906·D, as published."""
+    temperature: Rare[float] = 0.25  # kernel: distance at which two projections count as alike
     cov_decay: float = 0.01
-    """Weight of the past covariance: 0.01 keeps 1 % of it."""
-    mean_decay: float = 0.01
-    """Weight of the past mean."""
-    eps: float | None = None
-    """Added to the diagonal inside log det; None is 1e-8 of a covariance, 1e-3 of a kernel's matrix."""
-    cov_init: float = 1.0
-    """The covariance starts at cov_init times the identity."""
-    normalize: bool = True
-    """L2-normalise each projection first."""
-
-    def of(self, name: Objective) -> Loss:
-        """Another objective with what both know of these fields; the rest is as usual."""
-        if name == self.name:
-            return self
-        both = set(OWN.get(self.name, ("weights",))) & set(OWN.get(name, ("weights",))) - {"weights"}
-        return Loss(name=name, **{field: getattr(self, field) for field in both})
+    """Weight of the past covariance; 0.01 keeps 1 % of it."""
+    mean_decay: Rare[float] = 0.01  # weight of the past mean
+    eps: Rare[float | None] = None  # added to the diagonal inside log det; None is 1e-8, or 1e-3 with a kernel
+    cov_init: Rare[float] = 1.0  # the covariance starts at cov_init times the identity
+    normalize: Rare[bool] = True  # L2-normalise each projection first
 
     @property
     def shift(self) -> float:
-        """What is added to the diagonal."""
-        return (1e-3 if self.name == "kernel" else 1e-8) if self.eps is None else self.eps
+        """The number added to the diagonal inside log det."""
+        return self.eps if self.eps is not None else 1e-3 if self.name == "kernel" else 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """The optimiser and its learning-rate schedule: linear warm-up, then cosine."""
+    """The optimiser and its learning rate: linear warm-up, then cosine."""
 
-    name: Literal["sgd", "adamw", "lars", "muon"] = "sgd"
+    name: Literal["sgd", "adamw", "muon"] = "sgd"
+    """Optimiser of the matrices; vectors get AdamW under Muon."""
     lr: float = 0.5
     """Peak learning rate."""
-    start_lr: float = 3e-3
-    """Learning rate of the first epoch."""
-    min_lr: float = 1e-6
-    """Learning rate at the end."""
+    start_lr: Rare[float] = 3e-3  # learning rate of the first epoch
+    min_lr: Rare[float] = 1e-6  # learning rate at the end
     warmup_epochs: float = 10
-    schedule: Literal["epoch", "step"] = "epoch"
-    """How often the learning rate changes: the paper's once an epoch, or smoothly at every step."""
-    momentum: float = 0.9
-    """Momentum, or AdamW's first beta."""
+    """Epochs of linear warm-up."""
+    schedule: Rare[Literal["epoch", "step"]] = "epoch"  # change of the learning rate: per epoch, as published, or step
+    momentum: Rare[float] = 0.9  # momentum, or AdamW's first beta
     weight_decay: float = 1e-4
-    decay_norms: bool = True
-    """Apply weight decay to norms and biases too, as the paper does."""
+    """Weight decay; decoupled with AdamW and Muon."""
+    decay_norms: Rare[bool] = True  # decay norms and biases too, as published
     clip: float | None = None
-    """Largest norm of the gradient of all weights together; a longer one is scaled down to it. None is no limit."""
+    """Largest norm of the whole gradient; None is no limit."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "start_lr", "min_lr", "warmup_epochs", "momentum", "weight_decay"):
@@ -174,208 +150,187 @@ class Probe:
     epochs: int = 100
     batch: int = 256
     lr: float = 0.2
-    min_lr: float = 0.002
-    """Learning rate at the end of the cosine."""
-    decay_epochs: int | None = None
-    """Divide the learning rate by ten every so many epochs, instead of the cosine."""
-
-
-IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-PAPER_VIEWS = (View(blur=1.0), View(blur=0.1, solarize=0.2))
+    min_lr: float = 0.002  # learning rate at the end of the cosine
+    decay_epochs: int | None = None  # divide the learning rate by ten every so many epochs, instead of the cosine
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides the result of a run, data apart."""
+    """Everything that decides the result of a run, except its data."""
 
+    epochs: float = 100
+    """Passes over the images; the last may be a part."""
+    batch: int = 512
+    """Images per step; an epoch's short last batch is dropped."""
+    micro_batch: int | None = None
+    """Images per forward, for less memory; the gradient stays exact."""
+    precision: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Arithmetic of the network; auto is bfloat16 if that is faster here."""
+    # float16 needs CUDA and scales the gradient. float64 compares runs, since rounding grows with the steps.
+    seed: int = 0
+    """Seed of every random number."""
     size: int = 32
-    """Side S of the square the network sees, in pixels."""
-    early_sizes: tuple[int, ...] = ()
-    """Sides of the views in the first parts of the run, smaller for speed; none is `size` from the start."""
-    early_shares: tuple[float, ...] = ()
-    """Share of the steps of each of these parts; what they leave is the last part's, at `size`."""
-    test_scale: float = 1.0
-    """Side of the views once trained, for features, scores and export, over `size`; unless 1, in fours of pixels.
-    Crops show things larger than whole images do, so that larger test views may score better (arXiv 1906.06423)."""
+    """Side of the training views, in pixels."""
+    test_scale: Rare[float] = 1.0  # test resolution ÷ training resolution, rounded to 4 px
+    # Crops show objects larger than whole images do, so a larger test resolution may score better (arXiv 1906.06423).
     cache_side: int = 32
-    """Short side of the cached images, in pixels; larger ones are reduced to it, smaller ones kept."""
+    """Short side of the cached images, in pixels; smaller ones keep their size."""
     from_files: bool = False
-    """Cache no images: every crop is cut from the file itself, at full resolution, by processes that decode ahead. For
-    sets whose copies would not fit on the disk; `cache_side` is then what looks and scores see."""
+    """Crop from the files at full resolution; cache no images."""
     mean: tuple[float, float, float] = IMAGENET_STATS[0]
-    """Subtracted from red, green and blue in [0, 1]."""
+    """Mean of red, green and blue in [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STATS[1]
-    """What red, green and blue are divided by."""
+    """Standard deviation of red, green and blue."""
     views: tuple[View, View] = PAPER_VIEWS
-    """How an image's crops are made, in turn."""
-    crops: int = 2
-    """Views of an image in a step, attracted to one another; more of them cost as many more forwards, so that
-    it is crops, not epochs, that runs are compared by."""
+    """Augmentation of each view, in turn."""
+    n_views: int = 2
+    """Views of an image per step; each costs one forward."""
     backbone: Backbone = field(default_factory=Backbone)
     projector: Projector = field(default_factory=Projector)
     loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)
-    teacher: float | None = None
-    """Weight of the past in a teacher, the moving average of the network; step s weighs it (1+s)/(10+s) at most. Views
-    are attracted to its projections of the image's other views, at half the pull, for nothing comes to meet them. It is
-    the network, not its teacher, that is scored and exported; one more forward a view. None is no teacher."""
-    probe: Probe = field(default_factory=Probe)
-    epochs: float = 100
-    """Times every image is seen; the last one may be a part."""
-    batch: int = 512
-    """Images a step; the last short batch of an epoch is dropped."""
-    micro_batch: int | None = None
-    """Images of a view whose activations are held at once, for less memory; None is the whole batch. The gradient stays
-    the whole batch's; BatchNorm sees parts."""
-    precision: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Arithmetic of the network and of Muon's iterations: auto is bfloat16 where the hardware is faster in it, else
-    float32; float16 (CUDA alone, the network's gradient scaled) is for GPUs without bfloat16; float64 is for comparing
-    runs, as rounding grows with the steps. The loss is always float64."""
-    seed: int = 0
-    """Every random number follows from it."""
+    probe: Rare[Probe] = field(default_factory=Probe)
 
     def __post_init__(self) -> None:
+        # Sizes and lengths.
         if not 0 < self.test_scale < inf:
             raise ValueError(f"test_scale is {self.test_scale}; it must be above 0")
         if min(self.size, self.cache_side) < 1:
             raise ValueError(f"size and cache_side must be at least 1, got {self.size} and {self.cache_side}")
         if not 0 < self.epochs < inf:
             raise ValueError(f"epochs is {self.epochs}; it must be above 0")
-        if self.crops < 2:
-            raise ValueError(f"crops is {self.crops}; agreement needs at least 2 views of an image")
-        if self.teacher is not None and not 0 <= self.teacher < 1:
-            raise ValueError(f"teacher is {self.teacher}; the weight of its past is from 0 to below 1")
-        if len(self.early_sizes) != len(self.early_shares) or min(self.early_sizes, default=1) < 1:
-            raise ValueError(
-                f"early_sizes and early_shares are {self.early_sizes} and {self.early_shares}; each part needs a side, "
-                "of at least 1 pixel, and a share"
-            )
-        if min(self.early_shares, default=0.0) < 0 or sum(self.early_shares) > 1 + 1e-9:
-            raise ValueError(f"early_shares are {self.early_shares}; they must be at least 0 and at most 1 together")
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {self.std}; each must be above 0")
+
+        # Views and batches.
+        if self.n_views < 2:
+            raise ValueError(f"n_views is {self.n_views}; agreement needs at least 2 views of an image")
         if self.from_files and any(view.rotate for view in self.views):
-            raise ValueError("from_files cuts crops from files, which cannot be rotated first: --views.0.rotate 0")
+            raise ValueError("from_files crops from files and cannot rotate them first: --views.0.rotate 0")
         if self.batch < 2:
             raise ValueError(f"batch is {self.batch}; BatchNorm and the covariance need at least 2 images")
         if self.micro_batch is not None and self.micro_batch < 2:
             raise ValueError(f"micro_batch is {self.micro_batch}; BatchNorm needs at least 2 images")
-        if min(self.std) <= 0:
-            raise ValueError(f"std is {self.std}; each must be above 0")
         if not self.projector.widths or min(self.projector.widths) < 1:
             raise ValueError(f"projector widths must be one or more numbers above 0, got {self.projector.widths}")
 
     def steps(self, images: int) -> int:
-        """Of a run on so many images."""
+        """The number of steps of a run on so many images."""
         return round(self.epochs * (images // self.batch))
 
     @property
     def test_side(self) -> int:
-        """Side of the views once trained, in pixels."""
+        """Side of the test views, in pixels: for features, scores and export."""
         return self.size if self.test_scale == 1 else max(1, round(self.test_scale * self.size / 4)) * 4
 
-
-def check_objective(recipe: Recipe) -> None:
-    """ValueError for knobs that the recipe's objective knows nothing of.
-
-    Not where a recipe is made: what is typed is read before the recipe that it changes is chosen.
-    """
-    loss = recipe.loss
-    usual = {field.name: field.default for field in dataclasses.fields(loss) if field.name != "name"}
-    own = OWN.get(loss.name, ("weights",))
-    if odd := sorted(name for name in usual if name not in own and getattr(loss, name) != usual[name]):
-        has, wrong = (", ".join(f"--loss.{name.replace('_', '-')}" for name in names) for names in (own, odd))
-        others = [name for name, known in OWN.items() if set(odd) <= set(known)]
-        cure = f"; --loss.name {others[0]} knows it" if others else ""
-        raise ValueError(f"{loss.name}, this recipe's objective, knows nothing of {wrong}; it has {has}{cure}")
-    if recipe.teacher is not None and loss.name != "corinfomax":
-        raise ValueError(f"{loss.name}, this recipe's objective, knows no --teacher; --loss.name corinfomax does")
-    if recipe.crops != 2 and loss.name in PAIRED:
-        raise ValueError(f"crops is {recipe.crops}, and {loss.name} compares two views")
+    @property
+    def resolution(self) -> str:
+        """Training and test resolution in words."""
+        tested = f", tested at {self.test_side} px" if self.test_side != self.size else ""
+        return f"at {self.size} px{tested}"
 
 
-def sides(recipe: Recipe) -> str:
-    """The sizes of its views in words."""
-    tested = f", tested at {recipe.test_side} px" if recipe.test_side != recipe.size else ""
-    return f"at {recipe.size} px{tested}"
-
-
-LATER: dict[str, dict[str, Any]] = {
-    "recipe": {
-        "test_scale": 1.0,
-        "early_sizes": (),
-        "early_shares": (),
-        "crops": 2,
-        "from_files": False,
-        "teacher": None,
-    },
-    "recipe.loss": {"name": "corinfomax", "weights": (), "temperature": 0.25},
-    "recipe.backbone": {"zero_init_last": True},
-    "recipe.optim": {"clip": None},
-}
-"""Knobs that older recipes on disk lack, with what those did."""
-
-
-def to_json(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON's types; `from_json` gives it back equal."""
-    return dataclasses.asdict(recipe)
-
-
-def flags(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Every knob of a recipe as the flag that sets it, with its value."""
-    if dataclasses.is_dataclass(value):
-        fields = [(field.name.replace("_", "-"), getattr(value, field.name)) for field in dataclasses.fields(value)]
-    elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-        fields = [(str(i), item) for i, item in enumerate(value)]
+def flags(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting of a recipe: its flag without dashes, such as `optim.lr`, and its value."""
+    if dataclasses.is_dataclass(settings):
+        inner = {field.name.replace("_", "-"): getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    elif isinstance(settings, tuple) and settings and dataclasses.is_dataclass(settings[0]):
+        inner = {str(i): item for i, item in enumerate(settings)}
     else:
-        return [(prefix, " ".join(map(str, value)) if isinstance(value, tuple) else value)]
-    return [row for name, inner in fields for row in flags(inner, f"{prefix}.{name}" if prefix else name)]
+        return {prefix: settings}
+    values: dict[str, Any] = {}
+    for name, value in inner.items():
+        values |= flags(value, f"{prefix}.{name}" if prefix else name)
+    return values
 
 
-def typed(recipe: Recipe, usual: Recipe) -> list[str]:
-    """The words of a command that make `usual` into `recipe`."""
+def difference(settings: Any, base: Any) -> list[str]:
+    """The words of a command that turn `base`, a recipe or other options, into `settings`."""
     words = []
-    for (flag, value), (_, other) in zip(flags(recipe), flags(usual), strict=True):
-        if value == other:
+    before = flags(base)
+    for flag, value in flags(settings).items():
+        if value == before[flag]:
             continue
+        head, dot, last = flag.rpartition(".")
         if isinstance(value, bool):
-            head, dot, last = flag.rpartition(".")
             words.append(f"--{flag}" if value else f"--{head}{dot}no-{last}")
         else:
-            words += [f"--{flag}", *str(value).split()]
+            words += [f"--{flag}", *map(_word, value if isinstance(value, tuple) else (value,))]
     return words
 
 
+def _word(value: Any) -> str:
+    """A value as it is typed: 5 for 5.0, but every digit that matters."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
+
+
+def help_lines(recipe: Recipe) -> list[str]:
+    """A line for each setting that is not rare: its flag, its value in `recipe`, its docstring."""
+    # Docstrings of fields live in the source only.
+    meanings: dict[str, str] = {}
+    for kind in ast.parse(inspect.getsource(sys.modules[__name__])).body:
+        body = kind.body if isinstance(kind, ast.ClassDef) else []
+        for line, text in itertools.pairwise(body):
+            rare = isinstance(line, ast.AnnAssign) and ast.unparse(line.annotation).startswith("Rare[")
+            if isinstance(line, ast.AnnAssign) and isinstance(text, ast.Expr) and not rare:
+                meanings[f"{kind.name}.{ast.unparse(line.target)}"] = ast.literal_eval(text.value)  # type: ignore[attr-defined]
+
+    # Groups that are left out: rare ones, and the second view, which has the first one's settings.
+    kinds = {"": "Recipe", "views.0": "View"}
+    kinds |= {"backbone": "Backbone", "projector": "Projector", "loss": "Loss", "optim": "Optim"}
+    lines = []
+    for flag, value in flags(recipe).items():
+        group, _, name = flag.rpartition(".")
+        if (meaning := meanings.get(f"{kinds.get(group)}.{name.replace('-', '_')}")) is not None:
+            shown = " ".join(map(_word, value if isinstance(value, tuple) else (value,)))
+            lines.append(f"  --{flag:<24} {shown:<18} {meaning}")
+    return lines
+
+
+def override(base: Recipe, source: Recipe, names: Collection[str]) -> Recipe:
+    """`base` with the settings `names` taken from `source`; names are flags without dashes."""
+    content, values = to_json(base), flags(source)
+    for name in names:
+        *path, last = name.replace("-", "_").split(".")
+        place: Any = content
+        for key in path:
+            place = place[int(key) if key.isdigit() else key]
+        place[last] = values[name]
+    return from_json(content)
+
+
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON; `from_json` gives it back equal."""
+    return dataclasses.asdict(recipe)
+
+
 def from_json(content: Any) -> Recipe:
-    """The recipe that `to_json` wrote. ValueError with the field's name for a missing, unknown or ill-typed one."""
-    recipe = _from_json(Recipe, content, "recipe")
-    assert isinstance(recipe, Recipe)
-    return recipe
+    """The recipe that `to_json` wrote; ValueError that names a missing, unknown or ill-typed field."""
+    return _from_json(Recipe, content, "recipe")
 
 
 def _from_json(kind: Any, content: Any, where: str) -> Any:
+    """`content` as a value of type `kind`."""
+    # a dataclass: every field, no other
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
-        if isinstance(content, dict):
-            content = LATER.get(where, {}) | content
         if not isinstance(content, dict) or set(content) != set(hints):
-            odd = sorted(set(content) ^ set(hints)) if isinstance(content, dict) else content
-            raise ValueError(f"{where} must have the fields {', '.join(hints)}; missing or unknown: {odd}")
+            wrong = sorted(set(content) ^ set(hints)) if isinstance(content, dict) else content
+            raise ValueError(f"{where} must have the fields {', '.join(hints)}; missing or unknown: {wrong}")
         return kind(**{name: _from_json(hint, content[name], f"{where}.{name}") for name, hint in hints.items()})
+
+    # tuples, optional values, choices and plain values
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple and isinstance(content, (list, tuple)):
         kinds = arguments[:1] * len(content) if arguments[-1] is Ellipsis else arguments
         if len(kinds) == len(content):
-            return tuple(
-                _from_json(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, content, strict=True))
-            )
+            pairs = enumerate(zip(kinds, content, strict=True))
+            return tuple(_from_json(kind, item, f"{where}[{i}]") for i, (kind, item) in pairs)
     elif origin is UnionType:
-        if content is None and NoneType in arguments:
-            return None
-        return _from_json(arguments[0], content, where)
-    elif origin is Literal:
-        if content in arguments:
-            return content
+        return None if content is None else _from_json(arguments[0], content, where)
     elif kind is float and type(content) in (int, float):
         return float(content)
-    elif isinstance(kind, type) and type(content) is kind:
+    elif content in arguments if origin is Literal else type(content) is kind:
         return content
     raise ValueError(f"{where} must be {kind}, got {content!r}")

@@ -1,4 +1,4 @@
-"""A run as one HTML page: the verdict, what was measured, what the network saw and what it made of it."""
+"""The parts of a run's page, computed from its network and images: features, neighbours, maps and thumbnails."""
 
 from __future__ import annotations
 
@@ -6,305 +6,225 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from corinfomax.diagnosis import measures
-from corinfomax.evaluation import features as embed
 from corinfomax.evaluation import maps, similar
-from corinfomax.evaluation.similar import Near
-from corinfomax.images.cache import Splits
-from corinfomax.network import Network
+from corinfomax.evaluation.features import extract_features
+from corinfomax.evaluation.similar import DuplicateGroups, Neighbours
 from corinfomax.recipes.fields import Recipe, View
-from corinfomax.report import page, pictures
-from corinfomax.report.pictures import Pool
+from corinfomax.report import content, page
+from corinfomax.report.content import Card, Content, Layout, Subject
+from corinfomax.report.thumbnails import Pool, view_pixels, webp, webp_thumbnails
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.seeds import generator, key
 from corinfomax.training import batches
-from corinfomax.views.operations import Parameters
+from corinfomax.views.operations import ViewParameters
 
-MOST = 60_000  # images that are embedded: more of them say no more, and cost
-MAPPED = 10_000  # images of a neighbour map, which takes minutes for more
-PICTURED = 5_000  # images of the map that have a picture
-MAP_BUDGET = 3_500_000  # characters of all pictures of the map: the page of 50,000 images stays far under 8 MB
-PICTURE_BUDGET = 800_000  # characters of all other pictures
-SEEN = 16  # images of the contact sheet
-QUERIES, NEIGHBOURS = 12, 6
-GROUPS, GROUP_SIZE, STRANGERS = 12, 6, 18
-CROWD = 10  # neighbours that an image is judged by
-COARSE = 8  # side in pixels at which twins are looked for
-MAYBE = 0.95  # least correlation there
-DIRECTIONS = 128  # leading directions of the features in which neighbours are looked for among all images
-
-
-class Subject(NamedTuple):
-    """The run that a page is about, and the images to show it on."""
-
-    run: Path
-    network: Network
-    recipe: Recipe
-    step: int
-    """Steps that the network was trained for."""
-    facts: dict[str, Any]
-    splits: Splits
-    same_images: bool
-    """Whether `splits` is what the run was trained on."""
+MAX_EMBEDDED = 60_000  # images: more would take time and show nothing new
+MAX_MAPPED = 10_000  # images of a neighbour map, which takes minutes for more
+MAX_THUMBNAILS = 5_000  # images of the map with a thumbnail
+MAP_BUDGET = 3_500_000  # characters of the map's thumbnails: the page of 50,000 images stays far under 8 MB
+GALLERY_BUDGET = 800_000  # characters of all thumbnails in the galleries
+SHEET_IMAGES, SHEET_SIDE = 16, 128  # the contact sheet: images, and pixels of each
+QUERIES, NEIGHBOURS = 12, 6  # nearest neighbours to show: queries, and images per query
+SHOWN_GROUPS, GROUP_IMAGES = 12, 6  # near-duplicates to show: groups, and images per group
+SHOWN_OUTLIERS, CROWD = 18, 10  # outliers to show, and neighbours that decide whether an image is one
+DIRECTIONS = 128  # leading directions of the features in the search among all images
+COARSE, COARSE_DIRECTIONS = 8, 48  # pixels of the side at which near-duplicates are searched first, and directions
+COARSE_CORRELATION = 0.95  # least pixel correlation of near-duplicates there
 
 
-def write(subject: Subject, out: Path, *, device: torch.device, progress: bool = True) -> Path:
+def write_page(subject: Subject, out: Path, *, device: torch.device) -> Path:
     """Write the page of a run to `out`, whole or not at all.
 
-    The network is put into eval mode. Raises OSError or ValueError where the run folder cannot be read.
+    The network ends in eval mode. OSError or ValueError when the run folder cannot be read.
     """
-    text = page.render(gather(subject, device=device, progress=progress))
-    run_folder.write_whole(out, lambda temporary: page.write_text(temporary, text))
+    run_folder.write_text(out, page.render(gather_content(subject, device=device)))
     return out
 
 
-def gather(subject: Subject, *, device: torch.device, progress: bool = True) -> dict[str, Any]:
-    """All that the page shows, as plain values; its name for every part is the one in the template."""
-    run, recipe = subject.run, subject.recipe
-    network = subject.network.to(device).eval()
-    about = run_folder.read_json(run / "recipe.json")
-    results = run_folder.read_json(run / "results.json") if (run / "results.json").exists() else {}
-    metrics = run_folder.read_metrics(run)
-    clock: dict[str, float] = {}
+def gather_content(subject: Subject, *, device: torch.device) -> Content:
+    """Everything that the page of a run shows."""
+    subject = subject._replace(run=subject.run.resolve())
+    results, rows = run_folder.read_results(subject.run), run_folder.read_metrics(subject.run)
+    if results.best_checkpoint is not None and not (subject.run / results.best_checkpoint).is_file():
+        results = results._replace(best_checkpoint=None)
 
-    parts = {name: part for name, part in subject.splits._asdict().items() if part is not None}
-    pool = pictures.pool(parts, most=MOST, generator=generator(recipe.seed, "report"))
-    with _timed(clock, "embedding the images"):
-        features = torch.cat(
-            [
-                embed.features(
-                    network.backbone, part, recipe, device=device, progress=f"embedding {name}" if progress else None
-                )
-                for name, part in zip(pool.splits, pool.parts, strict=True)
-            ]
-        )
-        projections = _projections(network, features, recipe, device=device)
-    with _timed(clock, "neighbours, twins, outliers"):
-        squares = pool.squares(torch.arange(len(pool)), side=COARSE)
+    # features and projections of a sample of all images
+    recipe, seconds = subject.recipe, dict[str, float]()
+    splits = {name: images for name, images in subject.splits._asdict().items() if images is not None}
+    pool = Pool(splits).sample(MAX_EMBEDDED, generator(recipe.seed, "report"))
+    with _timed(seconds, "features"):
+        features, spectra = _spectra(subject, pool, device)
+
+    # relations between the images; the crowd decides on outliers, the queries are shown
+    with _timed(seconds, "neighbours, near-duplicates, outliers"):
+        coarse = pool.thumbnails(torch.arange(len(pool)), side=COARSE)
         unit = similar.centred(features)
-        crowd = similar.nearest(_leading(unit), k=CROWD)
-        twins = _twins(pool, squares, crowd)
+        crowd = similar.nearest_neighbours(maps.leading(unit, dims=DIRECTIONS), k=CROWD)
+        groups = _near_duplicates(pool, coarse, crowd)
         queries = torch.linspace(0, len(pool) - 1, min(QUERIES, len(pool))).round().long().unique()
-        near = similar.nearest(unit, k=NEIGHBOURS, queries=queries)
-    with _timed(clock, "maps"):
+        nearest = similar.nearest_neighbours(unit, k=NEIGHBOURS, queries=queries)
+    with _timed(seconds, "maps"):
         layouts = _layouts(features, recipe)
-    with _timed(clock, "pictures"):
-        rows = _spread(layouts[0]["xy"], PICTURED, generator(recipe.seed, "pictured"))
-        thumbs, _ = pictures.thumbnails(pool, rows, budget=MAP_BUDGET)
-        album = _Album(pool, queries, near, twins, similar.strangers(crowd, most=STRANGERS), crowd)
-        sheet = contact_sheet(subject, device=device) if subject.same_images else None
+        colours = (255 * coarse.mean((2, 3))).round().byte()
 
-    return {
-        "title": f"{Path(subject.facts['data']).stem or subject.facts['data']} · {subject.facts['recipe_name']}",
-        "run": run.resolve().name,
-        "verdict": results.get("verdict"),
-        "best": _best(results, run),
-        "about": about,
-        "facts": subject.facts,
-        "recipe": recipe,
-        "step": subject.step,
-        "steps": recipe.steps(subject.facts["images"]),
-        "results": results,
-        "metrics": metrics,
-        "spectra": [_spectrum("backbone features", features), _spectrum("projections", projections)],
-        "sheet": sheet,
-        "same_images": subject.same_images,
-        "map": {
-            "layouts": layouts,
-            "pool": pool,
-            "colours": (squares.mean((2, 3)) * 255).round().byte().numpy(),
-            "pictured": rows,
-            "thumbs": thumbs,
-        },
-        "sampled_from": sum(map(len, parts.values())),
-        **album.shown(),
-        "seconds": clock,
-    }
+    # thumbnails
+    with _timed(seconds, "thumbnails"):
+        mapped = _spread_rows(layouts[0].plane, MAX_THUMBNAILS, generator(recipe.seed, "pictured"))
+        thumbnails = dict(zip(mapped, webp_thumbnails(pool, mapped, budget=MAP_BUDGET), strict=True))
+        shown = _galleries(pool, queries.tolist(), nearest, groups, crowd)
+        sheet = contact_sheet(subject, device=device) if subject.same_images else []
+
+    total = sum(map(len, splits.values()))
+    return Content(subject, results, rows, spectra, sheet, pool, total, layouts, colours, thumbnails, *shown, seconds)
 
 
 @contextmanager
-def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     started = time.monotonic()
     yield
-    clock[name] = time.monotonic() - started
+    seconds[stage] = time.monotonic() - started
 
 
-@torch.inference_mode()
-def _projections(
-    network: Network, features: Float[Tensor, "n f"], recipe: Recipe, *, device: torch.device
-) -> Float[Tensor, "n d"]:
-    """What the loss would be given for each image's centre view."""
+def _spectra(subject: Subject, pool: Pool, device: torch.device) -> tuple[Float[Tensor, "n f"], list[content.Spectrum]]:
+    """The features of the pool, and the spectra of features and projections."""
+    network, recipe, blocks = subject.network.to(device).eval(), subject.recipe, []
+    for name, images in pool.splits.items():
+        title = f"features of {name}"
+        blocks.append(extract_features(network.backbone, images, recipe, device=device, progress=title))
+    features = torch.cat(blocks)
+
+    # projections as the loss gets them, of whole images instead of views
     dtype = next(network.projector.parameters()).dtype
-    z = torch.cat([network.projector(rows.to(device, dtype)).float().cpu() for rows in features.split(4096)])
-    return torch.nn.functional.normalize(z, dim=1) if recipe.loss.normalize else z
+    with torch.inference_mode():
+        z = torch.cat([network.projector(rows.to(device, dtype)).float().cpu() for rows in features.split(4096)])
+        z = torch.nn.functional.normalize(z, dim=1) if recipe.loss.normalize else z
+
+    spectra = []
+    for name, x in (("backbone features", features.double()), ("projections", z.double())):
+        shares, rank = measures.covariance_spectrum(x).tolist(), float(measures.effective_rank(x))
+        spectra.append(content.Spectrum(name, shares, rank))
+    return features, spectra
 
 
-def _leading(x: Float[Tensor, "n f"], dims: int = DIRECTIONS) -> Float[Tensor, "n g"]:
-    """Unit rows in the leading directions alone, which carry nearly all of a cosine at a part of the cost."""
-    if x.shape[1] <= dims:
-        return x
-    return torch.nn.functional.normalize(maps.principal(x, dims=dims)[0], dim=1)
-
-
-def _twins(pool: Pool, squares: Float[Tensor, "n 3 s s"], crowd: Near) -> similar.Twins:
-    """Pictures that are likely the same one, mirrored or not: each image's nearest by features and by pixels."""
-    by_pixels = similar.nearest(_leading(similar.centred(squares.flatten(1)), 48), k=1)
-    rows = torch.arange(len(pool))
-    pairs = torch.cat([torch.stack((rows, near.rows[:, 0]), 1) for near in (crowd, by_pixels)])
-    pairs = pairs.sort(1).values.unique(dim=0)
-    pairs = pairs[_alike(squares, pairs) >= MAYBE]
-    rows, places = pairs.unique(return_inverse=True)
-    alike = _alike(pool.squares(rows, side=similar.FINE), places)
-    return similar.grouped(pairs[alike >= similar.SURE], alike[alike >= similar.SURE])
-
-
-def _alike(squares: Float[Tensor, "n 3 s s"], pairs: Int[Tensor, "m 2"]) -> Float[Tensor, " m"]:
-    some = [similar.correlation(squares[a], squares[b]) for a, b in (few.unbind(1) for few in pairs.split(4096))]
-    return torch.cat(some) if some else torch.zeros(0)
-
-
-def _spectrum(name: str, x: Float[Tensor, "n d"]) -> dict[str, Any]:
-    x = x.double()
-    return {
-        "name": name,
-        "width": x.shape[1],
-        "values": measures.covariance_spectrum(x).tolist(),
-        "rank": float(measures.effective_rank(x)),
-    }
-
-
-def _layouts(features: Float[Tensor, "n f"], recipe: Recipe) -> list[dict[str, Any]]:
-    """The maps of the features: name, coordinates in [0, 1], and the rows they are of where not of all."""
+def _layouts(features: Float[Tensor, "n f"], recipe: Recipe) -> list[Layout]:
+    """Principal components of all images, and a neighbour map of some when PaCMAP is installed."""
     plane, share = maps.principal(features)
-    percent = 100 * share.sum().item()
-    layouts = [{"name": "PCA", "about": f"{percent:.0f} % of the variance", "xy": _fitted(plane), "rows": None}]
-    rows = torch.randperm(len(features), generator=generator(recipe.seed, "map"))[:MAPPED].sort().values
-    whole = len(rows) == len(features)
-    for name in maps.neighbour_maps():
-        # They need some neighbours that are not all there is, and a distance that is not 0.
-        if len(features) > 3 * CROWD and bool((features != features[0]).any()):
-            plane = maps.neighbour_map(name, features[rows], seed=key(recipe.seed, "map"))
-            about = "near images stay near" + ("" if whole else f"; {len(rows):,} of {len(features):,} images")
-            layouts.append({"name": name, "about": about, "xy": _fitted(plane), "rows": None if whole else rows})
+    layouts = [Layout("PCA", f"{100 * share.sum().item():.0f} % of the variance", _unit_square(plane))]
+
+    # a neighbour map: PaCMAP needs more rows than a row's neighbours, and a distance above 0
+    if maps.pacmap_installed() and len(features) > 3 * CROWD and bool((features != features[0]).any()):
+        order = torch.randperm(len(features), generator=generator(recipe.seed, "map"))
+        rows = order[:MAX_MAPPED].sort().values
+        plane = maps.neighbour_map(features[rows], seed=key(recipe.seed, "map"))
+        some = len(rows) < len(features)
+        caption = "near images stay near" + (f"; {len(rows):,} of {len(features):,} images" if some else "")
+        layouts.append(Layout("PaCMAP", caption, _unit_square(plane), rows if some else None))
     return layouts
 
 
-def _fitted(plane: Float[Tensor, "n 2"]) -> Float[Tensor, "n 2"]:
-    """Moved and scaled into the unit square, both axes by one factor."""
+def _unit_square(plane: Float[Tensor, "n 2"]) -> Float[Tensor, "n 2"]:
+    """Points moved and scaled into the unit square, both axes by one factor."""
     low, high = plane.amin(0), plane.amax(0)
     scale = (high - low).max().clamp_min(1e-30)
     return (plane - (low + high) / 2) / scale + 0.5
 
 
-def _spread(plane: Float[Tensor, "n 2"], count: int, generator: torch.Generator) -> list[int]:
-    """Rows spread over a map: one of each cell of a grid first, so that lonely points have their picture, then any."""
+def _spread_rows(plane: Float[Tensor, "n 2"], count: int, generator: torch.Generator) -> list[int]:
+    """Rows spread over a map: one from each cell of a grid first, to cover lonely points, then any others."""
+    # the cell of each point, in random order
     order = torch.randperm(len(plane), generator=generator)
-    if len(plane) <= count:
-        return list(range(len(plane)))
     side = max(1, int(count**0.5))
     cell = (plane[order] * side).long().clamp(0, side - 1) @ torch.tensor([side, 1])
-    # Stable sort by cell: the first of each run of equal cells is a random member.
-    by_cell = cell.argsort(stable=True)
-    first = torch.ones(len(plane), dtype=torch.bool)
-    first[1:] = cell[by_cell][1:] != cell[by_cell][:-1]
-    chosen = order[torch.cat((by_cell[first], by_cell[~first].sort().values))][:count]
-    return sorted(chosen.tolist())
+
+    # the first of each cell is a random member
+    _, first = np.unique(cell.numpy(), return_index=True)
+    others = np.setdiff1d(np.arange(len(plane)), first)
+    return sorted(order[np.concatenate((first, others))[:count]].tolist())
 
 
-def _best(results: dict[str, Any], run: Path) -> str | None:
-    """The checkpoint that label-free measures prefer, from the run folder, when it is still there."""
-    best = results.get("best_checkpoint")
-    return best if isinstance(best, str) and (run / best).is_file() else None
+def _near_duplicates(pool: Pool, coarse: Float[Tensor, "n 3 s s"], crowd: Neighbours) -> DuplicateGroups:
+    """Groups of probably equal images, mirrored or not, among each image's nearest by features and by pixels."""
+    # candidates: the nearest neighbours that are alike at low resolution
+    pixels = maps.leading(similar.centred(coarse.flatten(1)), dims=COARSE_DIRECTIONS)
+    by_pixels = similar.nearest_neighbours(pixels, k=1)
+    rows = torch.arange(len(pool))
+    pairs = torch.cat([torch.stack((rows, nearest.rows[:, 0]), 1) for nearest in (crowd, by_pixels)])
+    pairs = pairs.sort(1).values.unique(dim=0)
+    pairs = pairs[_correlations(coarse, pairs) >= COARSE_CORRELATION]
+
+    # those that are alike at high resolution too
+    rows, places = pairs.unique(return_inverse=True)
+    correlations = _correlations(pool.thumbnails(rows, side=similar.THUMBNAIL), places)
+    alike = correlations >= similar.MIN_CORRELATION
+    return similar.group_duplicates(pairs[alike], correlations[alike])
 
 
-def contact_sheet(subject: Subject, *, device: torch.device) -> list[dict[str, Any]]:
-    """Images of the last training step with the very views that the network was given of them."""
-    recipe, images = subject.recipe, subject.splits.train
-    step = max(0, subject.step - 1)
-    indices = batches.indices(recipe, step, len(images))
-    some = slice(0, SEEN)
-    sizes = images.sizes[indices]
-    steps = recipe.steps(len(images))
-    crops = [
-        pictures.normalised_to_bytes(x.float(), mean=recipe.mean, std=recipe.std)
-        for x in batches.step_views(batches.of_step(recipe, step, steps), images, step, device, some)
-    ]
-    # For the captions alone: the pictures come from the training loop's own function.
-    drawn = batches.draw_views(recipe, sizes, step)
-    whole = Pool(("train",), (images,))
-    return [
-        {
-            "path": images.paths[row],
-            "image": pictures.webp(whole.pixels(row), 128),
-            "views": [
-                {
-                    "image": pictures.webp(x[place], 128, quality=85),
-                    "said": operations(batches.of_crop(recipe, crop), p, sizes[place], place),
-                }
-                for crop, (x, p) in enumerate(zip(crops, drawn, strict=True))
-            ],
-        }
-        for place, row in enumerate(indices[some].tolist())
-    ]
+def _correlations(thumbnails: Float[Tensor, "n 3 s s"], pairs: Int[Tensor, "m 2"]) -> Float[Tensor, " m"]:
+    blocks = (block.unbind(1) for block in pairs.split(4096))
+    return torch.cat([similar.pixel_correlation(thumbnails[a], thumbnails[b]) for a, b in blocks])
 
 
-def operations(view: View, p: Parameters, size: Int[Tensor, " 2"], place: int) -> str:
-    """What was done to one image, in words."""
-    _, _, height, width = p.box[place].tolist()
-    said = [f"crop {100 * height * width / float(size.prod()):.0f} %"]
-    if view.rotate:
-        said.append(f"turned {round(float(p.angle[place]))}°".replace("-", "−"))
-    said += ["flipped"] * bool(p.flip[place]) + ["jitter"] * bool(p.jitter[place]) + ["grey"] * bool(p.grey[place])
-    if p.blur[place]:
-        said.append(f"blur {float(p.sigma[place]):.1f} px")
-    return " · ".join(said + ["solarised"] * bool(p.solarize[place]))
+def _galleries(
+    pool: Pool, queries: list[int], nearest: Neighbours, groups: DuplicateGroups, crowd: Neighbours
+) -> tuple[list[content.Neighbourhood], content.DuplicateGallery, list[Card]]:
+    """The neighbourhoods, the near-duplicates and the outliers, with all their images within one budget."""
+    outliers = crowd.cosine.mean(1).argsort()[:SHOWN_OUTLIERS].tolist()
+    shown = [group[:GROUP_IMAGES] for group in groups.groups[:SHOWN_GROUPS]]
+    rows = sorted({*queries, *outliers}.union(*nearest.rows.tolist(), *shown))
+    webps = webp_thumbnails(pool, rows, budget=GALLERY_BUDGET)
+    cards = {row: Card(pool.path(row), pool.label(row), text) for row, text in zip(rows, webps, strict=True)}
+
+    neighbourhoods = []
+    for query, rows, cosines in zip(queries, nearest.rows.tolist(), nearest.cosine.tolist(), strict=True):
+        neighbours = [cards[row]._replace(cosine=c) for row, c in zip(rows, cosines, strict=True)]
+        neighbourhoods.append(content.Neighbourhood(cards[query], neighbours))
+
+    # the first groups with their cards, counts over all
+    duplicates = []
+    for rows, group, correlation in zip(shown, groups.groups, groups.correlations, strict=False):
+        duplicates.append(content.DuplicateCards([cards[row] for row in rows], len(group), correlation))
+    across_splits = sum(len({pool.place(row)[0] for row in group}) > 1 for group in groups.groups)
+    mixed_classes = sum(len({pool.label(row) for row in group}) > 1 for group in groups.groups)
+    counts = len(groups.groups), sum(map(len, groups.groups)), across_splits, mixed_classes
+    lonely = [cards[row]._replace(cosine=float(crowd.cosine[row].mean())) for row in outliers]
+    return neighbourhoods, content.DuplicateGallery(duplicates, *counts), lonely
 
 
-class _Album(NamedTuple):
-    """Which images the galleries show."""
+def contact_sheet(subject: Subject, *, device: torch.device) -> list[content.SheetRow]:
+    """Images of the last training step, with the very views that the network got of them."""
+    # the batch of that step, as training reads it
+    recipe, pool = subject.recipe, Pool({"train": subject.splits.train})
+    batch = batches.read_batch(recipe, subject.splits.train, max(0, subject.step - 1), device, slice(SHEET_IMAGES))
+    shown = [view_pixels(x, recipe) for x in batches.apply_views(recipe, batch, device)]
 
-    pool: Pool
-    queries: Int[Tensor, " q"]
-    near: Near
-    twins: similar.Twins
-    strangers: Int[Tensor, " m"]
-    crowd: Near
+    # one row per image, with a caption for each view
+    sheet = []
+    for i, row in enumerate(batch.indices.tolist()):
+        described = []
+        for v, (view, parameters) in enumerate(zip(shown, batch.parameters, strict=True)):
+            caption = view_caption(recipe.views[v % 2], parameters, batch.sizes[i], i)
+            described.append((webp(view[i], SHEET_SIDE, quality=85), caption))
+        sheet.append(content.SheetRow(pool.path(row), webp(pool.pixels(row), SHEET_SIDE), described))
+    return sheet
 
-    def shown(self) -> dict[str, Any]:
-        """The galleries, each picture as large as all of them together may be."""
-        groups = [group[:GROUP_SIZE] for group in self.twins.groups[:GROUPS]]
-        lists = [self.queries.tolist(), *self.near.rows.tolist(), *groups, self.strangers.tolist()]
-        rows = sorted({row for some in lists for row in some})
-        images, _ = pictures.thumbnails(self.pool, rows, budget=PICTURE_BUDGET)
-        image = dict(zip(rows, images, strict=True))
 
-        def card(row: int, cosine: float | None = None) -> dict[str, Any]:
-            part, local = self.pool.place(row)
-            path, label = self.pool.parts[part].paths[local], self.pool.label(row)
-            return {"path": path, "label": label, "image": image[row], "cosine": cosine}
-
-        return {
-            "neighbours": [
-                {"query": card(query), "near": [card(*pair) for pair in zip(rows, cosines, strict=True)]}
-                for query, rows, cosines in zip(
-                    self.queries.tolist(), self.near.rows.tolist(), self.near.cosine.tolist(), strict=True
-                )
-            ],
-            "twins": {
-                "groups": [
-                    {"cards": [card(row) for row in shown], "count": len(group), "alike": alike}
-                    for shown, group, alike in zip(groups, self.twins.groups, self.twins.alike, strict=False)
-                ],
-                "count": len(self.twins.groups),
-                "images": sum(map(len, self.twins.groups)),
-                "across": sum(len({self.pool.place(row)[0] for row in group}) > 1 for group in self.twins.groups),
-                "disagree": sum(len({self.pool.label(row) for row in group}) > 1 for group in self.twins.groups),
-            },
-            "strangers": [card(row, float(self.crowd.cosine[row].mean())) for row in self.strangers.tolist()],
-        }
+def view_caption(view: View, p: ViewParameters, size: Int[Tensor, " 2"], i: int) -> str:
+    """The random operations of image i's view in words, in their order; `size` is the image's height and width."""
+    _, _, height, width = p.box[i].tolist()
+    phrases = {
+        f"crop {100 * height * width / float(size.prod()):.0f} %": True,
+        f"rotated {round(float(p.angle[i]))}°".replace("-", "−"): view.rotate,
+        "flipped": p.flip[i],
+        "jitter": p.jitter[i],
+        "grey": p.grey[i],
+        f"blur {float(p.sigma[i]):.1f} px": p.blur[i],
+        "solarised": p.solarize[i],
+    }
+    return " · ".join(phrase for phrase, applied in phrases.items() if applied)

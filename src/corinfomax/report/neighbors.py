@@ -1,126 +1,92 @@
-"""Which images of a set are most like a given picture: exact, one pass, only the best kept in memory."""
+"""Exact search for the images most similar to a query, in one pass over a set of any size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from PIL import Image
-from torch import Tensor, nn
+from jaxtyping import UInt8
+from torch import nn
 
 from corinfomax.evaluation import features, similar
-from corinfomax.images.cache import Images
-from corinfomax.images.decode import FORMATS, decode
+from corinfomax.images.decode import decode, open_image, reason
 from corinfomax.images.files import DataError
 from corinfomax.recipes.fields import Recipe
-from corinfomax.report import page, pictures
+from corinfomax.report import page
+from corinfomax.report.content import Card, Neighbourhood
+from corinfomax.report.thumbnails import Pool, webp
 from corinfomax.runtime.seeds import generator
 
-CENTRE = 10_000  # images whose mean feature is the origin of the cosines
-PICTURE = 160  # pixels of the long side on the page
+CARD_SIDE = 160  # pixels of the long side on the page
 
 
-class Found(NamedTuple):
-    """The images most like one picture, most similar first."""
+class Matches(NamedTuple):
+    """The images most similar to a query, best first, as rows of the pool."""
 
     query: Path
     rows: list[int]
-    """Places in the pool of all splits."""
     cosine: list[float]
 
 
 def search(
-    backbone: nn.Module,
-    pool: pictures.Pool,
-    recipe: Recipe,
-    queries: Sequence[Path],
-    *,
-    k: int = 12,
-    device: torch.device | str = "cpu",
-    batch: int = 512,
-) -> list[Found]:
-    """The `k` images of the pool most similar to each picture in `queries`: cosine of backbone features, exact.
+    backbone: nn.Module, pool: Pool, recipe: Recipe, queries: Sequence[Path], *, k: int, device: torch.device
+) -> list[Matches]:
+    """The k images of the pool most similar to each query, by cosine of backbone features; exact.
 
-    Cosines are about the mean feature of the pool, or of 10,000 of its images drawn evenly where there are more: about
-    the origin all images are alike. Beside that only the k best of each query are kept, however many images there are.
-    Raises DataError for a picture that cannot be read.
+    The origin of the cosines is the mean feature of the pool, or of 10,000 images drawn evenly from a larger one:
+    about zero all images are alike. Only the k best per query stay in memory. DataError when a query is unreadable.
     """
-    asked = _query_features(backbone, queries, recipe, device)
-    some = pictures.pool(
-        dict(zip(pool.splits, pool.parts, strict=True)), most=CENTRE, generator=generator(0, "centre of neighbours")
-    )
-    centre = torch.cat([features.features(backbone, part, recipe, device=device, batch=batch) for part in some.parts])
-    origin = centre.mean(0)
-    blocks = (
-        F.normalize(block - origin, dim=1)
-        for name, part in zip(pool.splits, pool.parts, strict=True)
-        for block in features.feature_blocks(
-            backbone, part, recipe, device=device, batch=batch, progress=f"looking through {name}"
-        )
-    )
-    near = similar.best_of(F.normalize(asked - origin, dim=1), blocks, k=k)
-    return [
-        Found(query, rows, cosine)
-        for query, rows, cosine in zip(queries, near.rows.tolist(), near.cosine.tolist(), strict=True)
-    ]
-
-
-def _query_features(
-    backbone: nn.Module, queries: Sequence[Path], recipe: Recipe, device: torch.device | str
-) -> Float[Tensor, "q f"]:
-    """One picture at a time, so that sizes may differ; decoded and cut as the images of the set are."""
-    rows = []
+    # the queries, decoded like the images of the pool; one at a time, as sizes may differ
+    vectors = []
     for query in queries:
-        pixels = torch.from_numpy(_read(query, recipe.cache_side))[None]
-        sizes = torch.tensor([pixels.shape[2:]])
-        rows.append(features.of_pixels(backbone, pixels, sizes, recipe, torch.device(device)))
-    return torch.cat(rows)
+        pixels = torch.from_numpy(_read_query(query, recipe.cache_side))[None]
+        vectors.append(features.features_of_pixels(backbone, pixels, torch.tensor([pixels.shape[2:]]), recipe, device))
+
+    # the mean feature of the pool or of a part of it, as the origin of the cosines
+    sample = pool.sample(10_000, generator(0, "centre of neighbours")).splits.values()
+    origin = torch.cat([features.extract_features(backbone, x, recipe, device=device) for x in sample]).mean(0)
+
+    # the images of the pool, a batch at a time
+    unit = (
+        F.normalize(block - origin, dim=1)
+        for name, images in pool.splits.items()
+        for block in features.feature_blocks(backbone, images, recipe, device=device, progress=f"searching {name}")
+    )
+    nearest = similar.nearest_in_blocks(F.normalize(torch.cat(vectors) - origin, dim=1), unit, k=k)
+    return list(map(Matches, queries, nearest.rows.tolist(), nearest.cosine.tolist()))
 
 
-def _read(query: Path, side: int) -> np.ndarray:
+def _read_query(query: Path, side: int) -> UInt8[np.ndarray, "3 h w"]:
     try:
-        with Image.open(query, formats=FORMATS) as image:
-            return np.ascontiguousarray(decode(image, side))
+        with open_image(query) as image:
+            return decode(image, side)
     except FileNotFoundError:
-        raise DataError(f"no picture at {query}") from None
+        raise DataError(f"no image at {query}") from None
     except Exception as error:  # a malformed file makes Pillow's parsers raise nearly anything
-        raise DataError(f"{query} cannot be read as an image: {error}") from error
+        raise DataError(f"{query} cannot be read as an image: {reason(error)}") from error
 
 
-def pool_of(parts: dict[str, Images]) -> pictures.Pool:
-    """All images of all splits in one row."""
-    return pictures.Pool(tuple(parts), tuple(parts.values()))
-
-
-def as_text(found: Found, pool: pictures.Pool) -> str:
-    """A line an image: cosine, class where there is one, split and path."""
-    labelled = any(pool.label(row) is not None for row in found.rows)
-    lines = [f"{found.query}"]
-    for row, cosine in zip(found.rows, found.cosine, strict=True):
-        label = f"  {pool.label(row) or '–':<16}" if labelled else ""
-        split = pool.splits[pool.place(row)[0]]
-        lines.append(f"  {cosine:6.3f}{label}  {split}: {pool.path(row)}")
+def matches_as_text(matches: Matches, pool: Pool) -> str:
+    """One line per image: cosine, class if it has one, split and path."""
+    labels = [pool.label(row) for row in matches.rows]
+    lines = [str(matches.query)]
+    for row, label, cosine in zip(matches.rows, labels, matches.cosine, strict=True):
+        column = f"  {label or '–':<16}" if any(labels) else ""
+        lines.append(f"  {cosine:6.3f}{column}  {pool.place(row)[0]}: {pool.path(row)}")
     return "\n".join(map(page.visible, lines))
 
 
-def as_page(found: Sequence[Found], pool: pictures.Pool, *, data: str) -> str:
-    """One HTML page with each picture and what is like it; nothing is fetched, every name escaped."""
-    rows: list[dict[str, Any]] = []
-    for one in found:
-        shown = pictures.webp(_read(one.query, PICTURE).transpose(1, 2, 0), PICTURE)
-        cards = [
-            {
-                "image": pictures.webp(pool.pixels(row), PICTURE),
-                "path": pool.path(row),
-                "label": pool.label(row),
-                "cosine": cosine,
-            }
-            for row, cosine in zip(one.rows, one.cosine, strict=True)
-        ]
-        rows.append({"query": {"image": shown, "path": str(one.query), "label": None, "cosine": None}, "near": cards})
-    return page.render_neighbors(rows, data=data, images=len(pool))
+def matches_as_page(results: Sequence[Matches], pool: Pool, *, data: str) -> str:
+    """One HTML page with every query and its matches."""
+    neighbourhoods = []
+    for query, rows, cosines in results:
+        pixels = _read_query(query, CARD_SIDE).transpose(1, 2, 0)
+        cards = []
+        for row, cosine in zip(rows, cosines, strict=True):
+            cards.append(Card(pool.path(row), pool.label(row), webp(pool.pixels(row), CARD_SIDE), cosine))
+        neighbourhoods.append(Neighbourhood(Card(str(query), None, webp(pixels, CARD_SIDE)), cards))
+    return page.render_neighbours(neighbourhoods, data=data, images=len(pool))

@@ -1,4 +1,4 @@
-"""The run folder: recipe.json, metrics.jsonl, results.json, checkpoints; whatever is written is whole or not there."""
+"""The run folder: recipe.json, metrics.jsonl, results.json and checkpoints. Every file is whole or absent."""
 
 from __future__ import annotations
 
@@ -7,37 +7,36 @@ import errno
 import glob
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
+from corinfomax.runtime.records import Json, Results, Row
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """`write(temporary)` into a sibling file, synced to the disk, then renamed onto `path`: never half a file.
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a sibling file, sync it to disk and rename it to `path`, so that no half file appears.
 
-    What a killed process left of an earlier try is removed: a file of the run has one writer at a time. OSError with
-    the path and the system's reason where it cannot be written.
+    Leftovers of a killed process are removed. OSError with the path and the system's reason when it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with _named(path):
+    with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-            left.unlink(missing_ok=True)
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            leftover.unlink(missing_ok=True)
+
         try:
             write(temporary)
             _sync(temporary)
             temporary.replace(path)
-            _sync(path.parent)  # the new name too is on the disk
+            _sync(path.parent)  # the new name is on the disk too
         finally:
             temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """An OSError inside says in words what could not be written."""
+def _naming(path: Path) -> Iterator[None]:
+    """Put the path into any OSError inside the block."""
     try:
         yield
     except OSError as error:
@@ -51,177 +50,160 @@ def _sync(path: Path) -> None:
         return
     try:
         os.fsync(handle)
-    except OSError:  # some file systems refuse it for folders; for a file's content it must hold
+    except OSError:  # some file systems refuse to sync folders; a file's content must be synced
         if not path.is_dir():
             raise
     finally:
         os.close(handle)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 with its own line ends, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+
+
 def write_json(path: Path, content: Any) -> None:
-    """`content` as an indented JSON file, whole or not at all."""
+    """Write `content` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """`text` as a UTF-8 file with the line ends it has, whole or not at all."""
-    write_whole(path, lambda temporary: _write_text(temporary, text))
-
-
-def add_json(path: Path, content: dict[str, Any]) -> None:
-    """`content` into the JSON object of a file, beside what else it holds; a new file where there is none."""
+def add_json(path: Path, content: Json) -> None:
+    """Merge `content` into the JSON object of a file, or start the file with it."""
     write_json(path, (read_json(path) if path.exists() else {}) | content)
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
-
-
 def read_json(path: Path) -> Any:
-    """What a JSON file says; ValueError with its name when it is not JSON."""
+    """The content of a JSON file; ValueError with its name when it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no readable JSON: {error}") from error
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+
+
+def read_results(run: Path) -> Results:
+    """The verdict and scores of a run so far; empty without results.json."""
+    path = run / "results.json"
+    return Results.from_json(read_json(path)) if path.exists() else Results()
+
+
+def append_metrics(run: Path, row: Row) -> None:
+    """Add one line to metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    with _naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row.to_json()) + "\n")
 
 
 def sync_metrics(run: Path) -> None:
-    """Every line of metrics.jsonl so far is on the disk, as a checkpoint that goes on from them is."""
+    """Bring metrics.jsonl to the disk, before a checkpoint that continues from it."""
     path = run / "metrics.jsonl"
     if path.exists():
-        with _named(path):
+        with _naming(path):
             _sync(path)
 
 
-def append_metrics(run: Path, row: dict[str, Any]) -> None:
-    """One more line of metrics.jsonl."""
+def read_metrics(run: Path) -> list[Row]:
+    """Every row of metrics.jsonl, without an end that a crash damaged; ValueError for damage before the last row."""
     path = run / "metrics.jsonl"
-    with _named(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Every whole line of metrics.jsonl; the end of the file that a crash cut short or never wrote is left out.
-
-    ValueError where a line before others is no row.
-    """
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows: list[dict[str, Any]] = []
-    broken = None
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    rows: list[Row] = []
+    damaged = None
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            broken = broken or number
-        elif broken is not None:
-            raise ValueError(f"line {broken} of {path} is no row of metrics; mend it or take it out")
-        else:
-            rows.append(row)
+            row = Row.from_json(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, no number, no object
+            damaged = damaged or number
+            continue
+        if damaged is not None:
+            raise ValueError(f"line {damaged} of {path} is not a row of metrics: correct or remove it")
+        rows.append(row)
     return rows
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Leave out rows and checkpoints after `step`: the resumed run writes them again, and the latter are damaged.
-
-    What a killed process was writing is removed too.
-    """
-    for left in (*run.glob(".*.part"), *(run / "checkpoints").glob(".*.part")):
-        left.unlink(missing_ok=True)
-    for path in checkpoints(run):
-        if step_of(path) > step:
-            path.unlink()
-    rows = [row for row in read_metrics(run) if row["step"] <= step]
-    write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    """Remove rows and checkpoints after `step`, which the resumed run writes again, and leftovers of a kill."""
+    late = [path for path in checkpoints(run) if step_of(path) > step]
+    for path in (*run.glob(".*.part"), *(run / "checkpoints").glob(".*.part"), *late):
+        path.unlink(missing_ok=True)
+    rows = [row for row in read_metrics(run) if row.step <= step]
+    write_text(run / "metrics.jsonl", "".join(json.dumps(row.to_json()) + "\n" for row in rows))
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps belongs."""
+    """The path of the checkpoint after `step` steps."""
     return run / "checkpoints" / f"step-{step:08d}.safetensors"
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*.safetensors") if CHECKPOINT.fullmatch(path.name))
+    paths = (run / "checkpoints").glob("step-*.safetensors")
+    return sorted(path for path in paths if path.stem.removeprefix("step-").isdecimal())
 
 
 def step_of(checkpoint: Path) -> int:
-    """After how many steps a checkpoint was written."""
-    found = CHECKPOINT.fullmatch(checkpoint.name)
-    assert found is not None, checkpoint
-    return int(found[1])
+    """The number of steps before a checkpoint, from its name."""
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 @contextlib.contextmanager
-def held(run: Path) -> Iterator[None]:
-    """Keep other processes from writing into the run's folder; the system lets go of it even if this one is killed.
+def locked(run: Path) -> Iterator[None]:
+    """Lock the run folder against other processes; the system releases it even when this process is killed.
 
-    ValueError when another process holds it. Where the system or the file system has no such locks, nothing is kept.
+    ValueError when another process holds it. Systems and file systems without locks go unprotected.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
+
     path = run / ".lock"
     while True:
-        with _named(run):
+        with _naming(run):
             file = path.open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.close()
-            raise ValueError(f"{run} is in use by another process; wait for it, or choose another --out") from error
+            raise ValueError(f"{run} is in use by another process: wait for it, or choose another --out") from error
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
                 file.close()
                 raise
-        if _is(file, path):
-            break
-        file.close()  # whoever held it took it away in the moment between
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # the process before removed it between open and flock
     with file:
         yield
 
 
 @contextlib.contextmanager
-def begun(run: Path) -> Iterator[None]:
-    """A new run in the folder `run`, held; the folder is taken away if by the end of the block nothing began in it.
+def new_run(run: Path) -> Iterator[None]:
+    """Lock the folder of a new run; remove it again if nothing began by the end of the block.
 
-    ValueError when it holds a run, or another process holds it.
+    ValueError when it already holds a run, or another process uses it.
     """
-    with _named(run):
+    with _naming(run):
         run.mkdir(parents=True, exist_ok=True)
-    with held(run):
+    with locked(run):
         if checkpoints(run) or read_metrics(run):
-            raise ValueError(f"{run} holds a run already; --resume {run} goes on with it, another --out starts anew")
+            raise ValueError(f"{run} already holds a run: resume it with --resume {run}, or choose another --out")
         try:
             yield
         finally:
             if not (run / "recipe.json").exists():
                 with contextlib.suppress(OSError):
                     (run / ".lock").unlink(missing_ok=True)
-                    run.rmdir()  # only where it is empty
-
-
-def _is(file: IO[str], path: Path) -> bool:
-    """Whether the open file is still the one at `path`."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+                    run.rmdir()  # only when it is empty
 
 
 def fresh_folder(parent: Path, name: str) -> Path:
-    """A new folder `parent/name`, or name-2, name-3, … when that is taken."""
+    """Create the folder `parent/name`, or name-2, name-3, … when that exists."""
     parent.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 10_000):
-        path = parent / (name if number == 1 else f"{name}-{number}")
-        try:
+    path, number = parent / name, 1
+    while True:
+        with contextlib.suppress(FileExistsError):
             path.mkdir()
-        except FileExistsError:
-            continue
-        return path
-    raise FileExistsError(f"{parent} holds 9,999 runs called {name}; name another folder")
+            return path
+        number += 1
+        path = parent / f"{name}-{number}"

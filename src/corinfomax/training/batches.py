@@ -1,148 +1,140 @@
-"""What one step learns from: which images, at which size, which views. All of it follows from recipe and step."""
+"""The batch of a step: its images, the random parameters of their views, and the views themselves.
+
+All of it follows from the recipe and the step. Parameters are drawn for the global batch before processes share it, so
+the number of processes changes nothing but rounding.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-from collections.abc import Sequence
-from dataclasses import replace
+import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num, UInt8
 from torch import Tensor
 
 from corinfomax.images.cache import Images
-from corinfomax.recipes.fields import Recipe, View
+from corinfomax.images.decode import cores, crop_cached, crop_reader
+from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime.seeds import generator
-from corinfomax.training.prefetch import Batch, reader
 from corinfomax.views import operations
+from corinfomax.views.operations import ViewParameters
+
+
+class Pixels(NamedTuple):
+    """Whole images, or the region of each image that one view's crop covers; padded to one height and width."""
+
+    images: UInt8[Tensor, "n 3 h w"]
+    sizes: Int[Tensor, "n 2"]  # height and width without padding, on the CPU
+    boxes: Num[Tensor, "n 4"] | None = None  # the crop in these pixels, on the CPU; None for whole images
+
+
+class Batch(NamedTuple):
+    """One process's images of a step."""
+
+    indices: Int[Tensor, " n"]
+    sizes: Int[Tensor, "n 2"]  # height and width of each image
+    parameters: tuple[ViewParameters, ...]  # of each view
+    pixels: tuple[Pixels, ...] = ()  # whole images for all views, or regions for each view; empty until they are read
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its pixels on the device; the host does not wait for the copy."""
+        moved = (part._replace(images=part.images.to(device, non_blocking=True)) for part in self.pixels)
+        return self._replace(pixels=tuple(moved))
+
+
+# Draw.
+
+
+def draw_batch(recipe: Recipe, images: Images, step: int, part: slice = slice(None)) -> Batch:
+    """The batch of a step without pixels; `part` is this process's slice of the global batch."""
+    rows = indices(recipe, step, len(images))
+    sizes = images.sizes[rows]
+    return Batch(rows[part], sizes[part], tuple(p.take(part) for p in draw_views(recipe, sizes, step)))
 
 
 def indices(recipe: Recipe, step: int, count: int) -> Int[Tensor, " b"]:
-    """Which images make the global batch of a step: a slice of the epoch's permutation, the short last one dropped."""
+    """Images of a step's global batch: a slice of the epoch's permutation; its short last slice is dropped."""
     epoch, place = divmod(step, count // recipe.batch)
     return _order(recipe.seed, epoch, count)[place * recipe.batch : (place + 1) * recipe.batch]
 
 
-@functools.lru_cache(maxsize=2)  # a million images take 20 ms to shuffle; batches are read ahead into the next epoch
+@functools.lru_cache(maxsize=2)  # shuffling a million images takes 20 ms; reading ahead reaches into the next epoch
 def _order(seed: int, epoch: int, count: int) -> Int[Tensor, " n"]:
     return torch.randperm(count, generator=generator(seed, "order", epoch))
 
 
-def of_step(recipe: Recipe, step: int, steps: int) -> Recipe:
-    """The recipe with the size of the views in that one of a run's steps."""
-    for size, end in _early(recipe, steps):
-        if step < end:
-            return replace(recipe, size=size)
-    return recipe
+def draw_views(recipe: Recipe, sizes: Int[Tensor, "b 2"], step: int) -> list[ViewParameters]:
+    """Random parameters of each view of a step's images, which have these heights and widths."""
+    generators = [generator(recipe.seed, f"view {i}", step) for i in range(recipe.n_views)]
+    return [operations.draw(recipe.views[i % 2], sizes, rng) for i, rng in enumerate(generators)]
 
 
-def _early(recipe: Recipe, steps: int) -> list[tuple[int, int]]:
-    """Side of the views of each early part, and the step at which it ends."""
-    ends = itertools.accumulate(recipe.early_shares)
-    return [(size, min(steps, round(end * steps))) for size, end in zip(recipe.early_sizes, ends, strict=True)]
+# Read.
 
 
-def work(recipe: Recipe, step: int, steps: int) -> int:
-    """Of a view, summed over the first `step` of a run's steps: roughly what these cost."""
-    done, total = 0, 0
-    for size, end in (*_early(recipe, steps), (recipe.size, steps)):
-        part = max(0, min(step, end) - done)
-        done, total = done + part, total + part * size**2
-    return total
+def read_batch(recipe: Recipe, images: Images, step: int, device: torch.device, part: slice = slice(None)) -> Batch:
+    """The batch of one step with its pixels, read without reading ahead."""
+    with contextlib.ExitStack() as stack:
+        return reader(recipe, images, device, stack)(draw_batch(recipe, images, step, part))
+
+
+def reader(
+    recipe: Recipe, images: Images, device: torch.device, stack: contextlib.ExitStack
+) -> Callable[[Batch], Batch]:
+    """A function that reads the pixels of a batch; its processes live until the stack is closed.
+
+    Images without a cache are read as regions from their files. Cached images of unequal sizes go to a GPU as regions
+    when that is less than all of them padded to one size. All else is read whole: a CPU touches only what crops cover.
+    DataError when a file is lost.
+    """
+
+    def read_whole(batch: Batch) -> Batch:
+        return batch._replace(pixels=(Pixels(*images.batch(batch.indices)),))
+
+    if images.files is None and (device.type != "cuda" or images.equal):
+        return read_whole
+    if images.files is not None:
+        source, rows, _ = images.files
+        workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of the processes on this machine
+        crop_files = stack.enter_context(crop_reader(source, workers))
+
+    def read_regions(batch: Batch) -> Batch:
+        boxes = torch.stack([p.box for p in batch.parameters], 1)
+        whole, regions = batch.sizes.amax(0).prod(), boxes[:, :, 2:].amax(0).prod(1).sum()  # pixels, padded
+        if images.files is not None:
+            crops = crop_files(rows[batch.indices].tolist(), boxes.numpy(), recipe.size)
+        elif any(view.rotate for view in recipe.views) or whole <= regions:
+            return read_whole(batch)  # to be rotated before they are cropped, or no larger than the regions
+        else:
+            crops = crop_cached(images.cached(batch.indices), boxes.numpy())
+        return batch._replace(pixels=tuple(Pixels(*map(torch.from_numpy, crop)) for crop in crops))
+
+    return read_regions
+
+
+# Apply.
+
+
+def apply_views(recipe: Recipe, batch: Batch, device: torch.device) -> list[Float[Tensor, "n 3 s s"]]:
+    """The views of a batch that has its pixels, on the device: one tensor per view."""
+    batch = batch.to(device)
+    whole = batch.pixels[0].boxes is None
+    views = []
+    for i, p in enumerate(batch.parameters):
+        images, sizes, boxes = batch.pixels[0 if whole else i]
+        p = p if boxes is None else p._replace(box=boxes)
+        views.append(operations.apply(images, sizes, p, size=recipe.size, mean=recipe.mean, std=recipe.std))
+    return views
 
 
 def make_views(
-    recipe: Recipe,
-    pixels: UInt8[Tensor, "n 3 h w"],
-    sizes: Int[Tensor, "b 2"],
-    step: int,
-    device: torch.device,
-    here: slice = slice(None),
+    recipe: Recipe, pixels: UInt8[Tensor, "n 3 h w"], sizes: Int[Tensor, "n 2"], step: int, device: torch.device
 ) -> list[Float[Tensor, "n 3 s s"]]:
-    """The views of the images `here` of one step's batch, drawn for all of it from generators keyed on the step."""
-    pixels = pixels.to(device)
-    drawn = draw_views(recipe, sizes, step)
-    return [
-        operations.apply(pixels, sizes[here], p.take(here), size=recipe.size, mean=recipe.mean, std=recipe.std)
-        for p in drawn
-    ]
-
-
-def cut_views(
-    recipe: Recipe,
-    cuts: Sequence[Batch],
-    sizes: Int[Tensor, "b 2"],
-    step: int,
-    device: torch.device,
-    here: slice = slice(None),
-) -> list[Float[Tensor, "n 3 s s"]]:
-    """The same of crops that were cut out already; `sizes` are those of the whole images."""
-    made = []
-    for cut, drawn in zip(cuts, draw_views(recipe, sizes, step), strict=True):
-        assert cut.boxes is not None
-        p, pixels = drawn.take(here)._replace(box=cut.boxes), cut.pixels.to(device)
-        made.append(operations.apply(pixels, cut.sizes, p, size=recipe.size, mean=recipe.mean, std=recipe.std))
-    return made
-
-
-def views_of(
-    recipe: Recipe,
-    given: Sequence[Batch],
-    sizes: Int[Tensor, "b 2"],
-    step: int,
-    device: torch.device,
-    here: slice = slice(None),
-) -> list[Float[Tensor, "n 3 s s"]]:
-    """The views of what was read of the images `here`, whole or cut; `sizes` are those of all the batch's images."""
-    if given[0].boxes is None:
-        return make_views(recipe, given[0].pixels, sizes, step, device, here)
-    return cut_views(recipe, given, sizes, step, device, here)
-
-
-def boxes(recipe: Recipe, images: Images, step: int, here: slice) -> tuple[Int[Tensor, "n v 4"], int] | None:
-    """The boxes that one step's crops of the images `here` of its batch are cut out by, and the side of the views.
-
-    None where images that there are copies of go whole: those that are turned first, and those that padded to the
-    largest height and width of the batch take no more room than their crops do.
-    """
-    copied = images.files is None
-    if copied and any(view.rotate for view in recipe.views):
-        return None
-    sizes = images.sizes[indices(recipe, step, len(images))]
-    drawn = torch.stack([drawn.box for drawn in draw_views(recipe, sizes, step)], 1)
-    if copied and sizes.amax(0).prod() <= drawn[:, :, 2:].amax(0).prod(1).sum():
-        return None
-    return drawn[here], recipe.size
-
-
-def step_views(
-    recipe: Recipe, images: Images, step: int, device: torch.device, here: slice = slice(None)
-) -> list[Float[Tensor, "n 3 s s"]]:
-    """The views of the images `here` of one step's batch, read for this once."""
-    sizes = images.sizes[indices(recipe, step, len(images))]
-    return views_of(recipe, read(recipe, images, step, device, here), sizes, step, device, here)
-
-
-def read(recipe: Recipe, images: Images, step: int, device: torch.device, here: slice = slice(None)) -> list[Batch]:
-    """What one step's crops are made of, read for this once."""
-    with contextlib.ExitStack() as stack:
-
-        def chosen(step: int) -> Int[Tensor, " n"]:
-            return indices(recipe, step, len(images))[here]
-
-        return reader(images, chosen, lambda step: boxes(recipe, images, step, here), device, stack)(step)
-
-
-def draw_views(recipe: Recipe, sizes: Int[Tensor, "b 2"], step: int) -> list[operations.Parameters]:
-    """What is done to each image of a step's batch, for each of its crops."""
-    return [
-        operations.draw(of_crop(recipe, crop), sizes, generator(recipe.seed, f"view {crop}", step))
-        for crop in range(recipe.crops)
-    ]
-
-
-def of_crop(recipe: Recipe, crop: int) -> View:
-    """How the crop of that number is made."""
-    return recipe.views[crop % len(recipe.views)]
+    """The views that a step would draw of these whole images."""
+    parameters = tuple(draw_views(recipe, sizes, step))
+    batch = Batch(torch.arange(len(sizes)), sizes, parameters, (Pixels(pixels, sizes),))
+    return apply_views(recipe, batch, device)

@@ -1,12 +1,12 @@
-"""The exact gradient of the whole batch in the memory of a small one.
+"""The exact gradient of a whole batch in the memory of a small one.
 
-The loss is no sum over images, so gradients of parts of the batch do not add up to its gradient. But it sees the images
-through their projections alone: so first all projections without a graph, then the loss's gradient to them, then each
-part again with its graph, from which the chain rule goes on. One more forward is the price.
+The loss is not a sum over images, so gradients of parts of the batch do not add up to its gradient. But it sees images
+through their projections only. So: all projections without a graph, the gradient of the loss to them, then each part
+again with its graph, from which the chain rule continues. The price is one more forward pass.
 
-BatchNorm takes its statistics over each part (and over that part of every process), in both passes the same: the
-gradient is exactly that of a batch whose BatchNorm sees it in parts, which is another network than one that sees it
-whole. Without BatchNorm it is that of the whole batch. Running statistics move once for each part.
+BatchNorm takes its statistics over each part (and over that part of every process), the same in both passes: the
+gradient is exact for a network whose BatchNorm sees the batch in parts. Without BatchNorm it is exact for the whole
+batch. Running statistics move once per part.
 """
 
 from __future__ import annotations
@@ -25,37 +25,43 @@ def backward(
     project: Callable[[Float[Tensor, "m 3 s s"], int], Float[Tensor, "m d"]],
     network: nn.Module,
     criterion: Callable[..., Terms],
-    crops: Sequence[Float[Tensor, "n 3 s s"]],
+    views: Sequence[Float[Tensor, "n 3 s s"]],
     part: int,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> Terms:
-    """Accumulate the gradient of the loss of all views into the network, `part` images of a view at a time.
+    """Accumulate the gradient of `scale(loss)` into the network, `part` images of a view at a time.
 
-    `project(images, i)` runs the network on the i-th part, counted over the views: the same for the same i, dropout
-    included. The gradient is that of `scale(loss)`.
+    `project(images, i)` runs the network on part i, counted over all views; the same i gives the same result, dropout
+    included.
     """
-    parts = [images for view in crops for images in view.split(part)]
-    leaves = [z.requires_grad_() for z in projections(project, crops, part)]
+    # First pass, without a graph: projections, and the gradient of the loss to them.
+    leaves = [z.requires_grad_() for z in _project_all(project, views, part)]
     terms = criterion(*leaves)
     scale(terms.loss).backward()
+
+    # Second pass: each part with its graph.
+    parts = [images for view in views for images in view.split(part)]
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     gradients = [gradient for leaf in leaves if leaf.grad is not None for gradient in leaf.grad.split(part)]
     for i, (images, gradient) in enumerate(zip(parts, gradients, strict=True)):
         project(images, i).backward(gradient)
+
+    # The second pass ran on the same images, so running statistics must not move again.
     for buffer, before in buffers:
-        buffer.copy_(before)  # the second pass saw the same images again
+        buffer.copy_(before)
     return terms
 
 
 @torch.no_grad()
-def projections(
+def _project_all(
     project: Callable[[Float[Tensor, "m 3 s s"], int], Float[Tensor, "m d"]],
-    crops: Sequence[Float[Tensor, "n 3 s s"]],
+    views: Sequence[Float[Tensor, "n 3 s s"]],
     part: int,
 ) -> list[Float[Tensor, "n d"]]:
-    """Of all views, `part` images at a time and without a graph; `project` as in `backward`."""
-    each = math.ceil(len(crops[0]) / part)
-    return [
-        torch.cat([project(images, v * each + i) for i, images in enumerate(view.split(part))])
-        for v, view in enumerate(crops)
-    ]
+    """Projections of all views without a graph; `project` as in `backward`."""
+    per_view = math.ceil(len(views[0]) / part)
+    z = []
+    for v, view in enumerate(views):
+        parts = enumerate(view.split(part), v * per_view)
+        z.append(torch.cat([project(images, i) for i, images in parts]))
+    return z

@@ -1,31 +1,32 @@
-"""Where a run is, on the terminal."""
+"""Progress of a run on the terminal."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
 from corinfomax.diagnosis import verdict
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import processes
-from corinfomax.training import batches
+from corinfomax.runtime.records import Kind, Row
+
+LINE_SECONDS = 20  # between lines without a terminal
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line now and then."""
+    """A bar on a terminal; elsewhere a plain line now and then. Only the first process prints."""
 
-    def __init__(self, recipe: Recipe, first: int, steps: int, rows: list[dict[str, Any]]) -> None:
-        self.recipe, self.first, self.steps, self.batch = recipe, first, steps, recipe.batch
-        self.rows = rows
-        self.before = max((row.get("seconds", 0.0) for row in rows), default=0.0)
-        self.kind: verdict.Kind | None = None
-        self.started = self.told = time.monotonic()
-        self.bar = tqdm(
-            initial=first * self.batch,
-            total=steps * self.batch,
+    def __init__(self, recipe: Recipe, first: int, steps: int, rows: Sequence[Row]) -> None:
+        self.recipe, self.first, self.steps = recipe, first, steps
+        self.kind: Kind | None = None
+        self._seconds_before = max((row.seconds for row in rows), default=0.0)
+        self._started = self._printed = time.monotonic()
+        self._bar = tqdm(
+            initial=first * recipe.batch,
+            total=steps * recipe.batch,
             unit="img",
             unit_scale=True,
             desc="pretraining",
@@ -37,54 +38,48 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    @property
-    def best(self) -> int | None:
-        """After how many steps the look was that is best so far."""
-        return verdict.best_step(self.rows, (row["step"] for row in self.rows))
+        self._bar.close()
 
     @property
     def seconds(self) -> float:
-        """Time spent on training, that before a resume with it."""
-        return self.before + time.monotonic() - self.started
+        """Training time so far, in seconds; earlier parts of a resumed run included."""
+        return self._seconds_before + time.monotonic() - self._started
 
-    def show(self, row: dict[str, Any], waited: float) -> None:
-        """Tell where the run is: speed, time left, the loss, how far the spread is from its bound; and what share of
-        the time it `waited`, in seconds, for images, where that is worth a word."""
-        text = f"loss {row['loss']:.3f} · attraction {row['attraction']:.5f}"
-        if "gap" in row:
-            text += f" · {row['gap']:.3f} above 2·ln D"
-        if "knn" in row:
-            text += f" · kNN {row['knn']:.1f} %"
-        self.rows.append(row)
-        self.judge()
-        if self.kind is not None:
-            text += f" · {self.kind}"
-        if (share := waited / (time.monotonic() - self.started)) >= 0.01:
-            text += f" · {share:.0%} of the time waiting for images"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(row["step"] * self.batch - self.bar.n)
+    def show(self, rows: Sequence[Row], waited: float) -> None:
+        """Show the last row; `waited` is the time in seconds that steps waited for images."""
+        self._announce_verdict(rows)
+        row, text = rows[-1], self._text(rows[-1], waited)
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(row.step * self.recipe.batch - self._bar.n)
+
+        # without a terminal: a line every LINE_SECONDS, at every score and at the end
         now = time.monotonic()
-        due = now - self.told > 20 or "knn" in row or row["step"] == self.steps
-        if due and self.bar.disable and processes.rank() == 0:
-            self.told = now
-            speed = (row["step"] - self.first) / (now - self.started)
-            before, done, whole = (
-                batches.work(self.recipe, step, self.steps) for step in (self.first, row["step"], self.steps)
-            )
-            left = (whole - done) / (done - before) * (now - self.started)
-            print(
-                f"step {row['step']}/{self.steps} · {speed * self.batch:.0f} images/s · "
-                f"{left / 60:.1f} min left · {text}",
-                file=sys.stderr,
-            )
+        due = now - self._printed > LINE_SECONDS or row.knn is not None or row.step == self.steps
+        if due and self._bar.disable and processes.rank() == 0:
+            self._printed = now
+            speed = (row.step - self.first) / (now - self._started)  # in steps
+            left = (self.steps - row.step) / speed / 60
+            images = f"{speed * self.recipe.batch:.0f} images/s"
+            print(f"step {row.step}/{self.steps} · {images} · {left:.1f} min left · {text}", file=sys.stderr)
 
-    def judge(self) -> None:
-        """Say what the run looks like when that has changed; after the last step the command says it."""
+    def _text(self, row: Row, waited: float) -> str:
+        """Loss, gap, score, verdict, and the share of time spent waiting for images from 1 % on."""
+        parts = [f"loss {row.loss:.3f}", f"attraction {row.attraction:.5f}"]
+        if row.gap is not None:
+            parts.append(f"{row.gap:.3f} above 2·ln D")
+        if row.knn is not None:
+            parts.append(f"kNN {row.knn:.1f} %")
+        if self.kind is not None:
+            parts.append(self.kind)
+        if (share := waited / (time.monotonic() - self._started)) >= 0.01:
+            parts.append(f"{100 * share:.0f} % of the time waiting for images")
+        return " · ".join(parts)
+
+    def _announce_verdict(self, rows: Sequence[Row]) -> None:
+        """Print the verdict when its kind has changed; the verdict on the whole run is the command's to print."""
         if processes.rank() > 0:
             return
-        found = verdict.judge(self.rows, self.recipe, steps=self.steps)
-        if found is not None and found.kind != self.kind and self.rows[-1]["step"] < self.steps:
-            self.bar.write(f"step {self.rows[-1]['step']}: {found.text}", file=sys.stderr)
-            self.kind = found.kind
+        judged = verdict.judge(rows, self.recipe, steps=self.steps)
+        if judged is not None and judged.kind != self.kind and rows[-1].step < self.steps:
+            self._bar.write(f"step {rows[-1].step}: {judged.text}", file=sys.stderr)
+            self.kind = judged.kind

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question asked between steps, to which all processes give one answer."""
+"""Ctrl-C and SIGTERM as a question between steps, with one answer in all processes."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from types import FrameType
 
 from corinfomax.runtime import processes
 
-DELAY = 1.0  # seconds between two questions of one process to the others, since each makes the host wait
+DELAY = 1.0  # seconds between two exchanges among processes, each of which makes the host wait
 
 
 class Stop:
-    """Whether the run was asked to stop."""
+    """A request to stop the run."""
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
+        self._requested = threading.Event()
         self._step, self._time, self._next = 0, time.monotonic(), 0
 
-    def ask(self) -> None:
-        """Stop after the step that is under way."""
-        self._asked.set()
+    def request(self) -> None:
+        """Stop after the current step."""
+        self._requested.set()
 
     def agreed(self, done: int) -> bool:
-        """Whether to stop now that `done` steps are done: the same answer in every process, about DELAY late at most.
+        """Whether to stop after `done` steps: the same answer in every process, up to about DELAY late.
 
-        Every process calls this after every step. How long to wait with the next question is agreed with this one.
+        Every process calls this after every step. Each exchange also agrees on the step of the next one.
         """
         if processes.size() == 1:
-            return self._asked.is_set()
+            return self._requested.is_set()
         if done < self._next:
             return False
         now = time.monotonic()
-        a_step = (now - self._time) / max(1, done - self._step)
-        asked, a_step = processes.largest(float(self._asked.is_set()), a_step)
-        self._step, self._time, self._next = done, now, done + max(1, int(DELAY / max(a_step, 1e-6)))
-        return bool(asked)
+        step_seconds = (now - self._time) / max(1, done - self._step)
+        requested, step_seconds = processes.largest(float(self._requested.is_set()), step_seconds)
+        self._step, self._time, self._next = done, now, done + max(1, int(DELAY / max(step_seconds, 1e-6)))
+        return bool(requested)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """What Ctrl-C or SIGTERM asks, so that a step is never cut in half; a second Ctrl-C stops at once."""
+    """Turn Ctrl-C and SIGTERM into a request, so that no step is cut in half; a second Ctrl-C stops at once."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals reach the main thread alone
+        yield stop  # only the main thread may handle signals
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.ask()
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.request()
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     for number in before:
-        signal.signal(number, ask)
+        signal.signal(number, request)
     try:
         yield stop
     finally:

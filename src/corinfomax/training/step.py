@@ -1,159 +1,151 @@
-"""What training changes, network, loss, optimiser and scaler: built, updated, judged, copied and put back."""
+"""One training step: the learner (network, loss, optimiser, scaler), its update, its checks, its copies."""
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from corinfomax.network import Network, arithmetic, fixed_size, precision, ready
-from corinfomax.objective.baselines import Baseline
+from corinfomax.network import Network, autocast, choose_precision, has_fixed_size, match_dtype
 from corinfomax.objective.covariance import CorInfoMaxLoss, NotFiniteInputError, Terms
 from corinfomax.objective.kernel import KernelLoss
-from corinfomax.recipes.fields import OWN, Recipe, check_objective
+from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import processes
+from corinfomax.runtime.records import Facts
 from corinfomax.runtime.seeds import key
-from corinfomax.training import micro_batch
-from corinfomax.training import optimizer as optim
+from corinfomax.training import micro_batch, optimizer
 from corinfomax.weights import checkpoint
 from corinfomax.weights.checkpoint import Checkpoint
 
 NUMBERS = ("loss", "attraction", "big_bang", "gradient_norm")
-"""What a step is told by, in this order."""
-CURE = "a lower learning rate or a larger batch is the usual cure"
+"""The numbers of a step, in this order."""
+CURE = "a lower learning rate or a larger batch usually helps"
 
 
 class NotFiniteError(FloatingPointError):
     """Loss, gradient or weights became nan or infinite in `step`, counted from 0."""
 
-    def __init__(self, step: int, message: str) -> None:
-        super().__init__(message)
-        self.step = step
-
-
-Criterion = CorInfoMaxLoss | KernelLoss | Baseline
+    def __init__(self, step: int, what: str, *more: str) -> None:
+        super().__init__("; ".join((what, CURE, *more)))
+        self.step, self.what = step, what
 
 
 class Learner(NamedTuple):
-    """The network, the loss with its moments, the optimiser with its state, the scale of a float16 gradient, and the
-    network's teacher."""
+    """Everything that training changes."""
 
     network: Network
-    criterion: Criterion
+    criterion: nn.Module
+    """`criterion(*projections)` gives Terms; its `floor` is the big bang's lower bound, None without a big bang."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    """Passes everything through as it is unless the precision is float16."""
-    teacher: Network | None = None
-    """The moving average of the network, where the recipe wants one."""
+    """Scales the gradient of a float16 run; passes everything through in other precisions."""
 
 
-def build(recipe: Recipe, device: torch.device, *, compiled: bool = False) -> Learner:
-    """The learner before the first step; the weights follow from the recipe's seed.
+def build(
+    recipe: Recipe, device: torch.device, *, compiled: bool = False, criterion: nn.Module | None = None
+) -> Learner:
+    """The learner before the first step; its weights follow from the recipe's seed.
 
-    With `compiled` a call of the whole network goes through torch.compile, anew for each shape of its input.
-
-    ValueError for float16 elsewhere than on CUDA, and for an early size where the backbone takes one size alone.
+    `compiled` sends the network through torch.compile, once for each shape of its input. A `criterion` replaces the
+    recipe's own. ValueError for float16 without CUDA, and for a test size of its own on a backbone of fixed input size.
     """
     half = recipe.precision == "float16"
     if half and device.type != "cuda":
-        raise ValueError(f"precision float16 trains on CUDA alone, this is {device.type}: --precision bfloat16")
-    if {*recipe.early_sizes, recipe.test_side} - {recipe.size} and fixed_size(recipe.backbone):
-        raise ValueError(
-            f"{recipe.backbone.name} takes views of one size, and --early-sizes or --test-scale asks for others"
-        )
+        raise ValueError(f"precision float16 needs CUDA, the device is {device.type}: try --precision bfloat16")
+    if recipe.test_side != recipe.size and has_fixed_size(recipe.backbone):
+        raise ValueError(f"{recipe.backbone.name} has one input size and cannot be tested at another: --test-scale 1")
+
+    # The network: weights first, then device, memory format and shared BatchNorm.
     torch.manual_seed(key(recipe.seed, "weights"))
     network = Network(recipe.backbone, recipe.projector, size=recipe.size)
     network = network.to(device, torch.float64 if recipe.precision == "float64" else None)
     network = network.to(memory_format=torch.channels_last)
     processes.share_batch_norm(network)
-    teacher = None if recipe.teacher is None else copy.deepcopy(network).requires_grad_(False)
-    for model in (network, teacher):
-        if compiled and model is not None:
-            model.compile(dynamic=False)
-    criterion = build_criterion(recipe).to(device)
+    if compiled:
+        network.compile(dynamic=False)
+
+    # Loss, optimiser and scaler.
+    criterion = (build_criterion(recipe) if criterion is None else criterion).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
-    lower = torch.bfloat16 if precision(recipe, device) == "bfloat16" else None
-    return Learner(network, criterion, optim.build(network, recipe.optim, lower), scaler, teacher)
+    lower = torch.bfloat16 if choose_precision(recipe, device) == "bfloat16" else None
+    return Learner(network, criterion, optimizer.build(network, recipe.optim, lower), scaler)
 
 
-def build_criterion(recipe: Recipe) -> Criterion:
-    """The recipe's objective. ValueError for one to compare with in several processes, or with knobs or weights that
-    are not its own, and where it needs lightly and that is not here."""
-    check_objective(recipe)
-    dim = recipe.projector.widths[-1]
-    own = {name: getattr(recipe.loss, name) for name in OWN.get(recipe.loss.name, ())} | {"eps": recipe.loss.shift}
-    if recipe.loss.name == "corinfomax":
-        return CorInfoMaxLoss(dim, views=recipe.crops, **own)
-    if recipe.loss.name == "kernel":
-        return KernelLoss(dim, **own)
-    if processes.size() > 1:
-        raise ValueError(f"objective {recipe.loss.name} is there to compare with, in one process")
-    return Baseline(recipe.loss)
+def build_criterion(recipe: Recipe) -> CorInfoMaxLoss | KernelLoss:
+    """The recipe's loss; ValueError that names an impossible setting."""
+    loss, dim = recipe.loss, recipe.projector.widths[-1]
+    if loss.name == "kernel":
+        return KernelLoss(dim, alpha=loss.alpha, temperature=loss.temperature, eps=loss.shift, normalize=loss.normalize)
+    return CorInfoMaxLoss(
+        dim,
+        views=recipe.n_views,
+        alpha=loss.alpha,
+        cov_decay=loss.cov_decay,
+        mean_decay=loss.mean_decay,
+        eps=loss.shift,
+        cov_init=loss.cov_init,
+        normalize=loss.normalize,
+    )
 
 
 def update(
     recipe: Recipe,
     learner: Learner,
-    crops: Sequence[Float[Tensor, "n 3 s s"]],
+    views: Sequence[Float[Tensor, "n 3 s s"]],
     step: int,
     device: torch.device,
     lap: Callable[[str], object] = lambda part: None,
 ) -> Float[Tensor, " 4"]:
-    """One update on ready views: forward, loss, backward, clipping, optimiser; gives its NUMBERS, on the device.
+    """One update from the views of a batch: forward, loss, backward, clip, optimiser. Returns NUMBERS on the device.
 
-    `lap` is told of each part when it is done. The gradient's norm is that before clipping, of the whole batch. With
-    float16 the scaler leaves out an update whose gradient is not finite, and reads one number from the device to know.
-    NotFiniteError where the loss looks at its input: on the CPU, in a single process.
+    The gradient norm is that of the whole batch before clipping. A float16 update with an overflowing gradient is
+    skipped; the scaler reads one number from the device to know. `lap` is called with the name of each part at its
+    end. NotFiniteError when the loss rejects its input, which it checks on a CPU in a single process only.
     """
-    network, criterion, optimizer, scaler, teacher = learner
+    network, criterion, optim, scaler = learner
 
-    def project(x: Tensor, part: int, model: Network = network) -> Tensor:
-        # For dropout and stochastic depth, where a backbone has them; each process and part its own.
+    def project(x: Tensor, part: int) -> Tensor:
+        # Dropout and stochastic depth get random numbers of their own in each process and part.
         torch.manual_seed(key(recipe.seed, f"network {processes.rank()} {part}", step))
-        with arithmetic(recipe, device):
-            return model(ready(x, model))
+        with autocast(recipe, device):
+            return network(match_dtype(x, network))
 
-    optimizer.zero_grad(set_to_none=True)
-    part = len(crops[0]) if recipe.micro_batch is None else min(recipe.micro_batch, len(crops[0]))
-    judge: Callable[..., Terms] = criterion
-    if teacher is not None:
-        taught = micro_batch.projections(functools.partial(project, model=teacher), crops, part)
-        judge = functools.partial(criterion, teacher=taught)
+    # Forward, loss and backward, all at once or in micro-batches.
+    optim.zero_grad(set_to_none=True)
+    n = len(views[0])
+    part = n if recipe.micro_batch is None else min(recipe.micro_batch, n)
+    terms: Terms
     try:
-        if part < len(crops[0]):
-            terms = micro_batch.backward(project, network, judge, crops, part, scaler.scale)
+        if part < n:
+            terms = micro_batch.backward(project, network, criterion, views, part, scaler.scale)
         else:
-            z = [project(x, v) for v, x in enumerate(crops)]  # apart: each view has its own BatchNorm statistics
+            z = [project(x, v) for v, x in enumerate(views)]  # one forward per view: BatchNorm sees one view at a time
             lap("forward")
-            terms = judge(*z)
+            terms = criterion(*z)
             lap("loss")
             scaler.scale(terms.loss).backward()
     except NotFiniteInputError as error:
-        known = f"in step {step}, at learning rate {optimizer.param_groups[0]['lr']:.3g}: {error}"
-        if isinstance(criterion, CorInfoMaxLoss):
-            known += f" (smallest eigenvalue of the covariances before {smallest_eigenvalue(criterion):.3g})"
-        raise NotFiniteError(step, f"{known}; {CURE}") from error
+        lr, smallest = optim.param_groups[0]["lr"], (f"{name} {x:.3g}" for name, x in _eigenvalue(criterion))
+        raise NotFiniteError(step, "; ".join((f"step {step} at learning rate {lr:.3g}: {error}", *smallest))) from error
+
+    # The gradient of the global batch, then the step.
     processes.average_gradients(network.parameters())
     lap("backward")
-    scaler.unscale_(optimizer)
-    norm = optim.clip(network.parameters(), recipe.optim.clip)
-    scaler.step(optimizer)
+    scaler.unscale_(optim)
+    norm = optimizer.clip(network.parameters(), recipe.optim.clip)
+    scaler.step(optim)
     scaler.update()
-    if teacher is not None and recipe.teacher is not None:
-        optim.follow(teacher, network, past=recipe.teacher, step=step)
     lap("optimizer")
     return torch.stack([*(term.detach() for term in terms), norm.to(terms.loss.dtype)])
 
 
 def find_fault(learner: Learner, numbers: Float[Tensor, "k 4"], done: int) -> NotFiniteError | None:
-    """What is not finite in the NUMBERS of the last k of `done` steps or in the weights; makes the host wait.
+    """The first value that is not finite in the NUMBERS of the last k of `done` steps, or in the weights.
 
-    With float16 a gradient that overflows is left out and its scale halved; a scale below 1 is a fault.
+    Makes the host wait. With float16 an overflowing gradient halves the scale; only a scale below 1 is a fault.
     """
     network, scaler = learner.network, learner.scaler
     numbers = numbers.cpu()
@@ -161,74 +153,67 @@ def find_fault(learner: Learner, numbers: Float[Tensor, "k 4"], done: int) -> No
     if scaler.is_enabled():
         finite[:, 3] = True
         finite[-1:, 3] = scaler.get_scale() >= 1
+
+    # The numbers of the steps.
     bad = (~finite.all(1)).nonzero()[:, 0]
     if len(bad):
-        at = done - len(numbers) + int(bad[0])
-        loss, *_, norm = numbers[bad[0]].tolist()
-        what = f"loss became {loss:.3g}" if not finite[bad[0], :3].all() else f"gradient's norm became {norm:.3g}"
-        return NotFiniteError(
-            at,
-            f"the {what} in step {at} ({_known(numbers[bad[0]], learner)}; looked at every {len(numbers)} steps, last "
-            f"good look after step {done - len(numbers)}); {CURE}",
-        )
+        first = int(bad[0])
+        step, (loss, *_, norm) = done - len(numbers) + first, numbers[first].tolist()
+        what = f"loss became {loss:.3g}" if not finite[first, :3].all() else f"gradient norm became {norm:.3g}"
+        checked = f"checked every {len(numbers)} steps, last good after step {done - len(numbers)}"
+        return NotFiniteError(step, f"the {what} in step {step} ({_terms(numbers[first], learner)}; {checked})")
+
+    # The weights.
     floats = [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
     if not bool(torch.nn.utils.get_total_norm(floats).isfinite()):
-        known = f" ({_known(numbers[-1], learner)})" if len(numbers) else ""
-        return NotFiniteError(done - 1, f"the weights became infinite in step {done - 1}{known}; {CURE}")
+        terms = f" ({_terms(numbers[-1], learner)})" if len(numbers) else ""
+        return NotFiniteError(done - 1, f"the weights became infinite in step {done - 1}{terms}")
     return None
 
 
-def _known(numbers: Float[Tensor, " 4"], learner: Learner) -> str:
-    """A step's terms, and what else tells why it failed."""
+def _terms(numbers: Float[Tensor, " 4"], learner: Learner) -> str:
+    """The terms of a step in words, with the learning rate and the covariances' smallest eigenvalue."""
     loss, attraction, big_bang, norm = numbers.tolist()
-    known = [("loss", loss), ("attraction", attraction), ("gradient's norm", norm)]
-    if learner.criterion.floor is not None:
-        known.insert(2, ("big bang", big_bang))
-    if isinstance(learner.criterion, CorInfoMaxLoss):
-        known.insert(3, ("smallest eigenvalue of the covariances", smallest_eigenvalue(learner.criterion)))
-    known.append(("learning rate", learner.optimizer.param_groups[0]["lr"]))
-    return ", ".join(f"{name} {value:.3g}" for name, value in known)
+    terms = [("loss", loss), ("attraction", attraction)]
+    if getattr(learner.criterion, "floor", None) is not None:
+        terms.append(("big bang", big_bang))
+    terms += [
+        *_eigenvalue(learner.criterion),
+        ("gradient norm", norm),
+        ("learning rate", learner.optimizer.param_groups[0]["lr"]),
+    ]
+    return ", ".join(f"{name} {value:.3g}" for name, value in terms)
 
 
-def smallest_eigenvalue(criterion: Criterion) -> float:
-    """Of all views' running covariances; nan for an objective that has none."""
+def _eigenvalue(criterion: nn.Module) -> list[tuple[str, float]]:
+    """Name and value of the covariances' smallest eigenvalue; empty for a criterion without covariances."""
     if not isinstance(criterion, CorInfoMaxLoss):
-        return float("nan")
-    return float(torch.linalg.eigvalsh(criterion.R.cpu()).min())
+        return []
+    return [("smallest eigenvalue of the covariances", float(torch.linalg.eigvalsh(criterion.R.cpu()).min()))]
 
 
 def capture(learner: Learner, step: int, recipe: Recipe) -> Checkpoint:
-    """A copy of the learner after `step` steps, on its device: once more the weights and the optimiser's state."""
-    network, criterion, optimizer, *_ = learner
-    parts = (network.state_dict(), criterion.state_dict(), checkpoint.optimizer_tensors(optimizer, network))
-    weights, moments, state = ({name: tensor.detach().clone() for name, tensor in part.items()} for part in parts)
-    loop = {name: tensor.clone() for name, tensor in extras(learner).items()}
-    return Checkpoint(recipe, step, {}, weights, moments, state, loop)
+    """A copy of the learner after `step` steps, on its device; as large as the weights and the optimiser's state."""
+    network, criterion, optim, _ = learner
+    states = network.state_dict(), criterion.state_dict(), checkpoint.optimizer_tensors(optim, network)
+    copies = [{name: x.detach().clone() for name, x in state.items()} for state in (*states, scaler_state(learner))]
+    return Checkpoint(recipe, step, Facts(), *copies)
 
 
 def put_back(learner: Learner, saved: Checkpoint) -> None:
-    """The learner becomes what it was. ValueError when the optimiser's state is of other parameters."""
-    network, criterion, optimizer, scaler, teacher = learner
+    """Restore the learner from a copy or a checkpoint; ValueError when the optimiser's state fits other parameters."""
+    network, criterion, optim, scaler = learner
     network.load_state_dict(saved.network)
     criterion.load_state_dict(saved.criterion)
-    checkpoint.restore_optimizer(optimizer, saved.optimizer, network)
+    checkpoint.restore_optimizer(optim, saved.optimizer, network)
     if scaler.is_enabled():
-        known = {"scale": float(saved.loop["scale"]), "_growth_tracker": int(saved.loop["growth_tracker"])}
-        scaler.load_state_dict(scaler.state_dict() | known)
-    if teacher is not None:
-        teacher.load_state_dict({name: saved.loop[f"{TEACHER}{name}"] for name in teacher.state_dict()})
+        state = {"scale": float(saved.loop["scale"]), "_growth_tracker": int(saved.loop["growth_tracker"])}
+        scaler.load_state_dict(scaler.state_dict() | state)
 
 
-TEACHER = "teacher/"
-
-
-def extras(learner: Learner) -> dict[str, Tensor]:
-    """What a checkpoint needs of the learner beside network, moments and optimiser: the state of a scaler that is on,
-    which makes the host wait, and the teacher's tensors; not copied."""
-    found: dict[str, Tensor] = {}
-    if learner.scaler.is_enabled():
-        state = learner.scaler.state_dict()
-        found |= {"scale": torch.tensor(state["scale"]), "growth_tracker": torch.tensor(state["_growth_tracker"])}
-    if learner.teacher is not None:
-        found |= {f"{TEACHER}{name}": tensor.detach() for name, tensor in learner.teacher.state_dict().items()}
-    return found
+def scaler_state(learner: Learner) -> dict[str, Tensor]:
+    """The state of a float16 run's scaler, which makes the host wait; empty in other precisions."""
+    if not learner.scaler.is_enabled():
+        return {}
+    state = learner.scaler.state_dict()
+    return {"scale": torch.tensor(state["scale"]), "growth_tracker": torch.tensor(state["_growth_tracker"])}

@@ -1,270 +1,264 @@
-"""Where the time of a training step goes on this machine: the parts, the update on ready views, the loop itself."""
+"""Time of a training step on this machine: its parts, what bounds it, and the forecast for a whole run."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import itertools
-import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from corinfomax import network
-from corinfomax import network as hardware
 from corinfomax.images.cache import Images, Splits
-from corinfomax.images.decode import decode_all
+from corinfomax.images.decode import cores, decode, map_images
 from corinfomax.images.files import Source
 from corinfomax.recipes.fields import Recipe
-from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import Options, Row
 from corinfomax.runtime.seeds import generator
-from corinfomax.training import batches
-from corinfomax.training import loop as train
-from corinfomax.training.bottleneck import PARTS, Setting, Timings
+from corinfomax.training import batches, loop
 from corinfomax.training.step import Learner, build, update
 
+PARTS = ("read", "views", "forward", "loss", "backward", "optimizer")
+BOUND = 0.95  # least share of a step in the update at which the network is the bound
 ROUNDS = 5
-MADE_UP_BYTES = 2**27  # of made-up images: far more than a processor's cache, little beside a machine's memory
-LOOKS = 256  # images decoded to see what decoding costs
+MADE_UP_BYTES = 2**27  # made-up pixels: far more than a processor's cache, little beside a machine's memory
+DECODED = 256  # files that decoding is timed on
+
+
+class Setting(NamedTuple):
+    """Batch and machine of the timings; the recipe has the rest."""
+
+    batch: int
+    device: str
+    threads: int  # of torch, on the CPU
+    cores: int
+    load: float = 0.0  # load average before the measurement: programs that wanted a core
+    decode: float | None = None  # seconds to decode one image file on all cores
+
+
+class Timings(NamedTuple):
+    """Seconds a step, one number a round; a round times everything, so that a busy moment slows everything alike."""
+
+    parts: dict[str, list[float]]
+    """Each of PARTS, waited for; `backward` includes the loss's, and the whole forward pass with micro-batches."""
+    ready: list[float]
+    """The update on ready views, with no wait between its parts."""
+    loop: list[float]
+    """The loop of `corinfomax pretrain`."""
+
+
+class Speed(NamedTuple):
+    """Median seconds a step, the number of timed steps, and peak bytes (None where the system reports none)."""
+
+    step: float
+    steps: int
+    memory: int | None
 
 
 def made_up(recipe: Recipe) -> Images:
-    """Images of random pixels of the recipe's cached size, at least one batch of them."""
+    """Images of random pixels at the recipe's cached size, at least one batch of them."""
     side = recipe.cache_side
-    count = max(recipe.batch, min(50_000, MADE_UP_BYTES // (3 * side * side)))
-    pixels = torch.randint(256, (count * 3 * side * side,), dtype=torch.uint8, generator=generator(0, "made up"))
-    return Images(
-        pixels=pixels,
-        offsets=torch.arange(count) * (3 * side * side),
-        sizes=torch.full((count, 2), side),
-        paths=tuple(f"made up/{i}" for i in range(count)),
-        labels=None,
-        classes=(),
-        skipped=(),
-        fingerprint="made up",
-    )
+    length = 3 * side * side
+    count = max(recipe.batch, min(50_000, MADE_UP_BYTES // length))
+    pixels = torch.randint(256, (count * length,), dtype=torch.uint8, generator=generator(0, "made up"))
+    sizes, paths = torch.full((count, 2), side), tuple(f"made up/{i}" for i in range(count))
+    return Images(pixels, torch.arange(count) * length, sizes, paths, None, (), (), fingerprint="made up")
 
 
-def describe(recipe: Recipe, images: Images, device: torch.device, *, decode: float | None = None) -> Setting:
-    """The setting in which `measure` runs."""
-    return Setting(
-        batch=recipe.batch,
-        size=recipe.size,
-        image_bytes=int(3 * images.sizes.prod(1).double().mean()),
-        device=device.type,
-        precision=network.precision(recipe, device),
-        threads=torch.get_num_threads(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        native_bfloat16=hardware.multiplies_bfloat16(device),
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
-        decode=decode,
-    )
-
-
-class Pace(NamedTuple):
-    """How fast training steps are here, and what they need."""
-
-    step: float
-    """Seconds a step; the median of the rounds."""
-    steps: int
-    """Steps that were timed."""
-    memory: int | None
-    """Peak bytes: of the device, or on a CPU of this whole process so far; None where the system does not say."""
-
-
-def pace(recipe: Recipe, device: torch.device, *, seconds: float) -> Pace:
-    """Run the training loop of `recipe` on made-up images for about `seconds`, at least two steps after two others.
-
-    Raises KeyboardInterrupt after Ctrl-C, MemoryError and the like as training would.
-    """
-    recipe, images = _still(recipe), made_up(recipe)
-    rounds: list[float] = []
-    began = time.perf_counter()
-    while not rounds or time.perf_counter() - began < seconds:
-        rounds.append(_loop(recipe, images, device, 2))
-    return Pace(statistics.median(rounds), 2 * len(rounds), _peak_memory(device))
-
-
-def foreseen(pace: Pace, recipe: Recipe, images: int, device: torch.device) -> str:
-    """A sentence: what a run of `recipe` on so many images takes here, and how that is known."""
-    steps = recipe.steps(images)
-    minutes = batches.work(recipe, steps, steps) / recipe.size**2 * pace.step / 60
-    time = f"{minutes:,.1f} min" if minutes < 90 else f"{minutes / 60:,.1f} hours"
-    memory = "" if pace.memory is None else f" and {pace.memory / 1e9:,.1f} GB of memory"
-    return (
-        f"training takes about {time}{memory} on this {device.type}: {recipe.epochs:g} epochs of {images:,} images are "
-        f"{steps:,} steps of {recipe.batch}, each {1e3 * pace.step:,.0f} ms by {pace.steps} steps timed now on made-up "
-        "images; scores and report come on top"
-    )
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _still(recipe: Recipe) -> Recipe:
-    """The recipe with a learning rate of 0: the work is the same, and nothing runs away on made-up images.
-
-    All views are of the full size.
-    """
-    return replace(
-        recipe, early_sizes=(), early_shares=(), optim=replace(recipe.optim, lr=0.0, start_lr=0.0, min_lr=0.0)
-    )
+def describe(recipe: Recipe, device: torch.device, *, decode: float | None = None) -> Setting:
+    """The setting of a measurement that starts now."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return Setting(recipe.batch, device.type, torch.get_num_threads(), cores(), load, decode)
 
 
 def measure(recipe: Recipe, images: Images, device: torch.device, *, seconds: float = 30.0) -> Timings:
-    """Time the steps of this recipe on these images for about `seconds`, at least three rounds of three steps.
+    """Time steps of `recipe` on `images` for about `seconds`, at least five of each kind; the learning rate is 0.
 
-    The learning rate is 0 all along.
-    Raises KeyboardInterrupt after Ctrl-C, MemoryError and the like as training would.
+    Raises KeyboardInterrupt after Ctrl-C, and the errors of training such as MemoryError.
     """
-    recipe = _still(recipe)
-    learner = build(recipe, device)
-    counter = itertools.count()
+    recipe = _without_learning(recipe)
+    learner, counter = build(recipe, device), itertools.count()
 
-    def apart() -> dict[str, float]:
-        return _step_apart(recipe, learner, images, next(counter), device)
+    # one step to allocate and compile, one to see how many fit into the time
+    _time_parts(recipe, learner, images, next(counter), device)
+    once = sum(_time_parts(recipe, learner, images, next(counter), device).values())
+    steps = max(1, min(200, round(seconds / (4 * ROUNDS * once))))  # parts, update, loop and its warm-up
 
-    apart()  # the first step allocates, compiles and pages in
-    began = time.perf_counter()
-    apart()
-    once = time.perf_counter() - began
-    rounds = ROUNDS if 4 * ROUNDS * once < seconds else 3
-    steps = max(1, min(200, round(seconds / (5 * rounds * once))))
-    parts: dict[str, list[float]] = {part: [] for part in PARTS}
-    operations: dict[str, list[float]] = {name: [] for name in _operations(recipe)}
-    ready, loop = [], []
-    crops = batches.step_views(recipe, images, 0, device)
-    for _ in range(rounds):
-        laps = [apart() for _ in range(steps)]
-        for part in PARTS:
-            parts[part].append(statistics.median(lap[part] for lap in laps))
-        with _stopwatch(device) as watch:
-            for _ in range(steps):
-                update(recipe, learner, crops, next(counter), device)
-        ready.append(watch() / steps)
-        loop.append(_loop(recipe, images, device, steps))
-        for name, less in _operations(recipe).items():
-            operations[name].append(_difference(recipe, less, images, device, min(steps, 5)))
-    return Timings(parts, ready, loop, operations)
+    # the rounds
+    views = batches.apply_views(recipe, batches.read_batch(recipe, images, 0, device), device)
+    timings = Timings({part: [] for part in PARTS}, [], [])
+    for _ in range(ROUNDS):
+        laps = [_time_parts(recipe, learner, images, next(counter), device) for _ in range(steps)]
+        for part, samples in timings.parts.items():
+            samples.append(statistics.median(lap[part] for lap in laps))
+        began = _now(device)
+        for _ in range(steps):
+            update(recipe, learner, views, next(counter), device)
+        timings.ready.append((_now(device) - began) / steps)
+        timings.loop.append(_time_loop(recipe, images, device, steps))
+    return timings
 
 
-def _step_apart(recipe: Recipe, learner: Learner, images: Images, step: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each part of one step, the device waited for after each."""
-    laps = dict.fromkeys(PARTS, 0.0)
-    _wait(device)
-    last = time.perf_counter()
+def _time_parts(recipe: Recipe, learner: Learner, images: Images, step: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each part of one step."""
+    # An epoch's order is drawn before the clock starts: the loop pays for it, as often as training does.
+    batches.indices(recipe, step, len(images))
+    laps, last = dict.fromkeys(PARTS, 0.0), _now(device)
 
     def lap(part: str) -> None:
         nonlocal last
-        _wait(device)
-        now = time.perf_counter()
-        laps[part] += now - last
-        last = now
+        now = _now(device)
+        laps[part], last = laps[part] + now - last, now
 
-    # What an epoch's order costs stays in the loop's own time, where it is paid as often as it is there.
-    sizes = images.sizes[batches.indices(recipe, step, len(images))]
-    last = time.perf_counter()
-    given = batches.read(recipe, images, step, device)
-    lap("read")
-    crops = batches.views_of(recipe, given, sizes, step, device)
-    lap("views")
-    update(recipe, learner, crops, step, device, lap)
-    # The backward pass of the loss is inside "backward": time it alone, on rows of the same shape, and move it over.
-    rows = torch.randn(recipe.crops, recipe.batch, recipe.projector.widths[-1], device=device).unbind()
-    learner.criterion.eval()  # the moments stay as they are
-    terms = learner.criterion(*(row.requires_grad_() for row in rows))
-    _wait(device)
-    last = time.perf_counter()
-    terms.loss.backward()
-    _wait(device)
-    moved = min(time.perf_counter() - last, laps["backward"])
-    learner.criterion.train()
-    laps["loss"] += moved
-    laps["backward"] -= moved
+    with contextlib.ExitStack() as stack:
+        read = batches.reader(recipe, images, device, stack)
+        batch = batches.draw_batch(recipe, images, step)
+        lap("views")
+        batch = read(batch)
+        lap("read")
+        views = batches.apply_views(recipe, batch, device)
+        lap("views")
+        update(recipe, learner, views, step, device, lap)
     return laps
 
 
-def _loop(recipe: Recipe, images: Images, device: torch.device, steps: int) -> float:
-    """Seconds a step of training itself, in a run folder that is thrown away; as many steps before as warm-up."""
-    recipe = replace(recipe, epochs=1)
-    some = images.select(torch.arange(2 * steps * recipe.batch) % len(images))
-    pace = train.Pace(log_steps=steps, checkpoint_minutes=math.inf, scores=0, diagnoses=0)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+def _time_loop(recipe: Recipe, images: Images, device: torch.device, steps: int) -> float:
+    """Seconds a step of the training loop, in a temporary run folder, after as many steps of warm-up."""
+    epoch = images.select(torch.arange(2 * steps * recipe.batch) % len(images))
+    recipe, splits = replace(recipe, epochs=1), Splits(epoch, None)
+    options = Options(log_steps=steps, checkpoint_minutes=1e6, scores=0, diagnoses=0)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as run, contextlib.redirect_stderr(io.StringIO()):
         try:
-            train.pretrain(recipe, Splits(some, None), Path(folder), device=device, pace=pace, facts={})
-        except train.Interrupted:
+            loop.pretrain(recipe, splits, Path(run), device=device, options=options, on_row=rows.append)
+        except loop.Interrupted:
             raise KeyboardInterrupt from None
-        before, after = (row["seconds"] for row in run_folder.read_metrics(Path(folder)))
-    return (after - before) / steps
+    return (rows[1].seconds - rows[0].seconds) / steps
 
 
-def _operations(recipe: Recipe) -> dict[str, Recipe]:
-    """The recipe without each operation of the views that it has and that can be left out."""
-    found = {}
-    for name in ("rotate", "jitter", "blur"):
-        if any(getattr(view, name) for view in recipe.views):
-            without: dict[str, Any] = {name: 0.0}
-            first, second = (replace(view, **without) for view in recipe.views)
-            found[name] = replace(recipe, views=(first, second))
-    return found
+def _without_learning(recipe: Recipe) -> Recipe:
+    """The recipe with a learning rate of 0: as much work, and random pixels cannot make it diverge."""
+    return replace(recipe, optim=replace(recipe.optim, lr=0.0, start_lr=0.0, min_lr=0.0))
 
 
-def _difference(recipe: Recipe, less: Recipe, images: Images, device: torch.device, steps: int) -> float:
-    """Seconds a step that the views of `less` take less than those of `recipe`, by turns."""
-    given, sizes = batches.read(recipe, images, 0, device), images.sizes[batches.indices(recipe, 0, len(images))]
-    saved = []
-    for step in range(steps):
-        took = []
-        for which in (recipe, less):
-            with _stopwatch(device) as watch:
-                batches.views_of(which, given, sizes, step, device)
-            took.append(watch())
-        saved.append(took[0] - took[1])
-    return statistics.median(saved)
-
-
-def decoding(source: Source, side: int, *, looks: int = LOOKS) -> float | None:
-    """Seconds to decode one image on all cores, from some of the files; None for a set that is one array."""
-    if source.array is not None:
-        return None
-    some = source.take(range(0, len(source.paths), max(1, len(source.paths) // looks)))
-    began = time.perf_counter()
-    for _ in decode_all(some, side, progress=False):
-        pass
-    return (time.perf_counter() - began) / len(some.paths)
-
-
-@contextlib.contextmanager
-def _stopwatch(device: torch.device) -> Iterator[Callable[[], float]]:
-    """What the block inside took, with all that it left to the device to do."""
-    _wait(device)
-    began = time.perf_counter()
-    ended = math.nan
-    yield lambda: ended - began
-    _wait(device)
-    ended = time.perf_counter()
-
-
-def _wait(device: torch.device) -> None:
+def _now(device: torch.device) -> float:
+    """Seconds on the clock once the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def decoding(source: Source, side: int) -> float | None:
+    """Seconds to decode one image on all cores, measured on some of the files; None for a set in one array."""
+    if source.array is not None:
+        return None
+    files = source.take(range(0, len(source.paths), max(1, len(source.paths) // DECODED)))
+    began = time.perf_counter()
+    for _ in map_images(files, lambda image: decode(image, side), progress=False):
+        pass
+    return (time.perf_counter() - began) / len(files.paths)
+
+
+def efficiency(timings: Timings) -> float:
+    """Share of a step that the update on ready views takes; at 1 the network never waits."""
+    # A round times the two one after the other, so their ratio is steadier than that of the medians.
+    return min(1.0, statistics.median(a / b for a, b in zip(timings.ready, timings.loop, strict=True)))
+
+
+def advice(timings: Timings, setting: Setting) -> str:
+    """One sentence: the bound of a step, its number, and the change that makes it faster."""
+    share, step, on_cpu = efficiency(timings), statistics.median(timings.loop), setting.device == "cpu"
+    bound = "the network" if share >= BOUND else "what feeds the network"
+
+    # idle cores: those that other programs leave
+    if on_cpu and setting.threads < setting.cores and setting.threads + 0.5 < setting.cores - setting.load:
+        threads = f"torch computes on {setting.threads} of {setting.cores} cores"
+        return f"Bound by {bound}, and {threads}: set OMP_NUM_THREADS={setting.cores}."
+
+    # the network itself
+    if share >= BOUND:
+        faster = f"smaller network, smaller views (--size) or {'a GPU' if on_cpu else 'a faster device'}"
+        return f"Bound by {bound}, {100 * share:.0f} % of a step: only a {faster} would help."
+
+    # the slowest part before the network
+    read, views = (statistics.median(timings.parts[part]) / step for part in ("read", "views"))
+    most, slowest, cure = max(
+        (read, "reading", "put the cache on a faster disk (--cache) or smaller images into it (--cache-side)"),
+        (views, "making views", "make smaller views (--size) from smaller images (--cache-side)"),
+        (1 - share - read - views, "bookkeeping", "write metrics less often (--log-steps)"),
+    )
+    waits = f"it waits {100 - 100 * share:.0f} % of the time, and {slowest} takes {100 * most:.0f} %"
+    return f"Bound by {bound}: {waits}; {cure}."
+
+
+def as_text(timings: Timings, setting: Setting) -> str:
+    """A table of the parts, images a second, the efficiency, the advice, and a warning on a busy machine."""
+    step, ready = statistics.median(timings.loop), statistics.median(timings.ready)
+
+    # the table, the whole loop last
+    lines = [f"{'':<24}{'ms a step':>11}{'quartiles':>20}{'µs an image':>14}{'share':>8}"]
+    totals = {"update on ready views": timings.ready, "whole training loop": timings.loop}
+    for name, samples in {**timings.parts, **totals}.items():
+        low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+        spread, image = f"{1e3 * low:,.1f} – {1e3 * high:,.1f}", 1e6 * middle / setting.batch
+        lines.append(f"{name:<24}{1e3 * middle:>11,.1f}{spread:>20}{image:>14,.1f}{100 * middle / step:>6.0f} %")
+    lines.insert(1 + len(PARTS), "─" * len(lines[0]))
+    unsteady = high - low > 0.2 * step
+
+    # the sentences
+    if setting.decode is not None:
+        lines.append(f"decoding: {1e6 * setting.decode:,.0f} µs an image on all cores, once; then the cache is read")
+    rates = f"{setting.batch / step:,.0f} images/s; the network alone would do {setting.batch / ready:,.0f}"
+    lines.append(f"{rates}: the pipeline's efficiency is {efficiency(timings):.2f}")
+    lines.append(f"→ {advice(timings, setting)}")
+    if setting.device == "cpu" and setting.threads + setting.load > setting.cores + 1:
+        others = f"other programs want {setting.load:.1f} of the {setting.cores} cores and slow all of this down"
+        lines.append(others + "; one thread may be faster (OMP_NUM_THREADS=1)" * (setting.threads > 1))
+    elif unsteady:
+        lines.append("the rounds differ by more than a fifth because the machine is busy: trust only the shares")
+    return "\n".join(lines)
+
+
+def speed(recipe: Recipe, device: torch.device, *, seconds: float) -> Speed:
+    """Train on made-up images for about `seconds`, two steps at a time after two of warm-up; raises as `measure`."""
+    recipe, images = _without_learning(recipe), made_up(recipe)
+    rounds: list[float] = []
+    began = time.perf_counter()
+    while not rounds or time.perf_counter() - began < seconds:
+        rounds.append(_time_loop(recipe, images, device, 2))
+    return Speed(statistics.median(rounds), 2 * len(rounds), _peak_memory(device))
+
+
+def forecast(measured: Speed, recipe: Recipe, images: int, device: torch.device) -> str:
+    """One sentence: time and memory of a run on so many images, and the measurement behind them."""
+    steps = recipe.steps(images)
+    minutes = steps * measured.step / 60
+    needs = f"{minutes:,.1f} min" if minutes < 90 else f"{minutes / 60:,.1f} hours"
+    if measured.memory is not None:
+        needs += f" and {measured.memory / 1e9:,.1f} GB of memory"
+    return (
+        f"training takes about {needs} on this {device.type}: {recipe.epochs:g} epochs of {images:,} images are "
+        f"{steps:,} steps of {recipe.batch}, each {1e3 * measured.step:,.0f} ms by {measured.steps} steps timed now on "
+        "made-up images; scores and report come on top"
+    )
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Most bytes so far: on a GPU those of tensors, on a CPU those of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, kilobytes elsewhere

@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl also to a tracker that the person asked for; metrics.jsonl is written in any case."""
+"""The metrics in a tracker of the user's choice, beside metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-Name = Literal["tensorboard", "trackio", "wandb", "mlflow"]
-Row = Mapping[str, Any]
-Tell = Callable[[Row], None]
+from corinfomax.runtime.records import Row
+
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+OnRow = Callable[[Row], None]
 PROJECT = "corinfomax"
 
 
-def check(name: Name) -> None:
-    """ValueError unless the tracker is installed; before training, so that its absence costs nothing."""
+def check(name: Tracker) -> None:
+    """Raise ValueError unless the tracker is installed; called before training, so that its absence costs nothing."""
     try:
         importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
@@ -26,27 +27,33 @@ def check(name: Name) -> None:
 
 
 @contextlib.contextmanager
-def to(name: Name, run: Path, config: Mapping[str, str]) -> Iterator[Tell]:
-    """A function that takes each row of metrics, until the end of the block; `config` is what the run was told.
+def tracking(name: Tracker, run: Path, config: Mapping[str, str]) -> Iterator[OnRow]:
+    """A function that sends each row of metrics to a tracker, until the end of the block.
 
-    TensorBoard's files go into the run's folder, the others where they are set up to write; the run is called as its
-    folder is. A resumed run goes on under the same name: in wandb in the same run, in the others in a new one. Once it
-    has begun, a tracker that fails is said and left alone. ValueError when it does not begin.
+    `config` holds the settings of the run. TensorBoard writes into the run folder, the others wherever they are set up
+    to. A resumed run continues in the same wandb run, in other trackers in a new one. A tracker that fails later is
+    reported once and ignored: a lost tracker must not end a run. ValueError when it does not start.
     """
     check(name)
-    match name:
-        case "tensorboard":
-            opened = _tensorboard(run, config)
-        case "mlflow":
-            opened = _mlflow(run, config)
-        case _:
-            opened = _wandb_like(name, run, config)
+    opened = {"tensorboard": _tensorboard, "mlflow": _mlflow}.get(name, _wandb_like)(name, run, config)
     try:
-        tell = opened.__enter__()
-    except Exception as error:  # whatever a tracker raises: no login, no server, no room
-        raise ValueError(f"--track {name} could not begin: {type(error).__name__}: {error}") from error
+        send = opened.__enter__()
+    except Exception as error:  # trackers raise anything: no login, no server, no disk space
+        raise ValueError(f"--track {name} could not start: {type(error).__name__}: {error}") from error
+
+    lost = False
+
+    def send_or_give_up(row: Row) -> None:
+        nonlocal lost
+        try:
+            if not lost:
+                send(row)
+        except Exception as error:
+            lost = True
+            print(f"lost the tracker, the run continues: {type(error).__name__}: {error}", file=sys.stderr)
+
     try:
-        yield _forgiving(tell)
+        yield send_or_give_up
     finally:
         try:
             opened.__exit__(None, None, None)
@@ -55,67 +62,46 @@ def to(name: Name, run: Path, config: Mapping[str, str]) -> Iterator[Tell]:
 
 
 @contextlib.contextmanager
-def _tensorboard(run: Path, config: Mapping[str, str]) -> Iterator[Tell]:
+def _tensorboard(name: str, run: Path, config: Mapping[str, str]) -> Iterator[OnRow]:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(run / "tensorboard")) as writer:
-        writer.add_text("recipe", "\n".join(f"    {key}: {value}" for key, value in config.items()))
+        writer.add_text("recipe", "\n".join(f"    {name}: {value}" for name, value in config.items()))
 
-        def tell(row: Row) -> None:
-            for key, value in numbers(row).items():
-                writer.add_scalar(key, value, row["step"])
+        def send(row: Row) -> None:
+            for name, value in finite_numbers(row).items():
+                writer.add_scalar(name, value, row.step)
 
-        yield tell
+        yield send
 
 
 @contextlib.contextmanager
-def _wandb_like(name: str, run: Path, config: Mapping[str, str]) -> Iterator[Tell]:
+def _wandb_like(name: str, run: Path, config: Mapping[str, str]) -> Iterator[OnRow]:
     module = importlib.import_module(name)
     same: dict[str, Any] = {"id": identity(run), "resume": "allow", "dir": run} if name == "wandb" else {}
     module.init(project=PROJECT, name=run.absolute().name, config=dict(config), **same)
     try:
-        yield lambda row: module.log(numbers(row), step=row["step"])
+        yield lambda row: module.log(finite_numbers(row), step=row.step)
     finally:
         module.finish()
 
 
-def identity(run: Path) -> str:
-    """The same for a run each time it goes on, another one for each run: a digest of where and when it was begun."""
-    begun = run / "recipe.json"
-    stamp = begun.stat().st_mtime_ns if begun.exists() else 0
-    return f"{run.name}-{hashlib.blake2b(f'{run.absolute()} {stamp}'.encode(), digest_size=4).hexdigest()}"
-
-
 @contextlib.contextmanager
-def _mlflow(run: Path, config: Mapping[str, str]) -> Iterator[Tell]:
-    mlflow = importlib.import_module("mlflow")
+def _mlflow(name: str, run: Path, config: Mapping[str, str]) -> Iterator[OnRow]:
+    mlflow = importlib.import_module(name)
     mlflow.set_experiment(PROJECT)
     with mlflow.start_run(run_name=run.absolute().name):
         mlflow.log_params(dict(config))
-        yield lambda row: mlflow.log_metrics(numbers(row), step=row["step"])
+        yield lambda row: mlflow.log_metrics(finite_numbers(row), step=row.step)
 
 
-def _forgiving(tell: Tell) -> Tell:
-    """`tell` until it first fails, which is said: a tracker that is gone must not end a run."""
-    gone = False
-
-    def told(row: Row) -> None:
-        nonlocal gone
-        if gone:
-            return
-        try:
-            tell(row)
-        except Exception as error:  # whatever a tracker raises
-            gone = True
-            print(f"the tracker is lost, the run goes on: {type(error).__name__}: {error}", file=sys.stderr)
-
-    return told
+def identity(run: Path) -> str:
+    """A digest of where and when a run started: the same whenever it resumes, another for every other run."""
+    recipe = run / "recipe.json"
+    stamp = recipe.stat().st_mtime_ns if recipe.exists() else 0
+    return f"{run.name}-{hashlib.blake2b(f'{run.absolute()} {stamp}'.encode(), digest_size=4).hexdigest()}"
 
 
-def numbers(row: Row) -> dict[str, float]:
-    """What of a row is one finite number, without the step; spectra and words stay in metrics.jsonl."""
-    return {
-        key: float(value)
-        for key, value in row.items()
-        if key != "step" and isinstance(value, int | float) and math.isfinite(value)
-    }
+def finite_numbers(row: Row) -> dict[str, float]:
+    """Every finite number of a row by name, without the step; spectra stay in metrics.jsonl."""
+    return {name: float(value) for name, value in row.numbers().items() if math.isfinite(value)}

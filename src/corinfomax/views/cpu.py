@@ -1,8 +1,11 @@
-"""The operations of `views` on a CPU: each image goes through all of them while it lies in the processor's cache.
+"""Views of uint8 images on a CPU, compiled: an image goes through all operations while it lies in the cache.
 
-Compiled by Numba when first called, kept on disk, free of Python's lock. Between the operations a picture is float32
-(3, columns × rows), transposed: so both passes of resampling and of blur run along contiguous memory. `views` has the
-equations; the results are the same up to rounding, whatever else is in the batch and on however many threads.
+`operations` has the equations (`hue` explains `_hue` here); the results agree up to rounding. The bits of a view depend
+neither on the rest of its batch nor on the number of threads.
+
+Numba compiles a function on its first call, keeps the machine code on disk and runs it without Python's lock. Between
+the operations an image is float32 (3, size · size), stored column by column: in this transposed order both passes of
+resampling, and both of blur, run along contiguous memory.
 """
 
 from __future__ import annotations
@@ -20,107 +23,78 @@ import numba
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Num, UInt8
+from numpy import float32
 from torch import Tensor
 
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+LUMA = (0.2989, 0.587, 0.114)  # shares of red, green and blue in grey, ITU-R BT.601
+
+# As float32: Python's numbers are float64 to Numba, and would widen everything they meet.
+_0, _1, _2, _3, _4, _6 = (float32(x) for x in (0, 1, 2, 3, 4, 6))
+_BYTE, _TINY, _THRESHOLD = (float32(x) for x in (1 / 255, 1e-30, 128 / 255))
+_RED, _GREEN, _BLUE = (float32(x) for x in LUMA)
+
+Sizes = Int[Tensor, "n 2"]  # height and width of each image
+PerChannel = tuple[float, ...]  # a number for red, green and blue
+Images = UInt8[np.ndarray, "n 3 h w"]
+Vector = Float[np.ndarray, " p"]
+Integers = Int[np.ndarray, "..."]
+Floats = Float[np.ndarray, "..."]
+Planes = Float[np.ndarray, "3 p"]  # red, green and blue of an image, each column by column
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def compiled(function: Function) -> Function:
-    """The function as machine code, made when it is first called and kept beside this file or in the user's cache."""
-    function = inspect.unwrap(function)  # without a type checker, where tests put one
-    options: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
-    try:
-        return numba.njit(**options, cache=True)(function)
-    except RuntimeError:  # no folder to write to
-        return numba.njit(**options)(function)
+class ViewPlan(NamedTuple):
+    """Everything about one view of n images, as the compiled code reads it; pixels are (vertical, horizontal)."""
 
-
-Vector = Float[np.ndarray, " p"]
-Planes = Float[np.ndarray, "3 p"]
-"""A picture's red, green and blue, each column by column."""
-Integers = Int[np.ndarray, "..."]
-
-# Python's numbers are float64 there, and so would be all that they meet.
-_0, _1, _2, _3, _4, _6, _HALF = (np.float32(x) for x in (0, 1, 2, 3, 4, 6, 0.5))
-_BYTE, _TINY, _THRESHOLD = (np.float32(x) for x in (1 / 255, 1e-30, 128 / 255))
-_RED, _GREEN, _BLUE = (np.float32(x) for x in (0.2989, 0.587, 0.114))
-
-
-class Window(NamedTuple):
-    """What of each of n images is resampled, (n, 2) float64 and int64: vertical, horizontal; in pixels."""
-
-    start: Float[Tensor, "n 2"]
-    extent: Float[Tensor, "n 2"]
-    low: Int[Tensor, "n 2"]
-    """Nothing before it is read, and nothing from `high` on."""
-    high: Int[Tensor, "n 2"]
+    start: Float[Tensor, "n 2"]  # corner of the window that the view shows, float64
+    extent: Float[Tensor, "n 2"]  # size of the window, float64
+    low: Int[Tensor, "n 2"]  # first pixel that may be read
+    high: Int[Tensor, "n 2"]  # end of the pixels that may be read, exclusive
     flip: Bool[Tensor, " n"]
-
-
-class Changes(NamedTuple):
-    """What becomes of each picture before and after it is resampled."""
-
-    angle: Float[Tensor, " n"]
-    """Radians."""
-    part: Int[Tensor, "n 4"]
-    """The jitter's parts in their order; −1 is none."""
-    factor: Float[Tensor, "n 4"]
-    """In the same order."""
+    angle: Float[Tensor, " n"]  # rotation before the window is resampled, radians
+    adjustments: Int[Tensor, "n 4"]  # BRIGHTNESS, CONTRAST, SATURATION and HUE in order of application; −1 is none
+    factors: Float[Tensor, "n 4"]  # factor of each adjustment, in the same order
     grey: Bool[Tensor, " n"]
     blur: Bool[Tensor, " n"]
-    kernel: Float[Tensor, "n k"]
-    """The blur's taps."""
+    kernel: Float[Tensor, "n k"]  # weights of the blur
     solarize: Bool[Tensor, " n"]
 
 
-def unchanged(n: int) -> Changes:
-    """No change to any of n pictures."""
-    no, zero = torch.zeros(n, dtype=torch.bool), torch.zeros(n)
-    return Changes(zero, torch.full((n, 4), -1), torch.ones(n, 4), no, no, torch.ones(n, 1), no)
-
-
-def run(
-    images: UInt8[Tensor, "n 3 h w"],
-    sizes: Int[Tensor, "n 2"],
-    window: Window,
-    changes: Changes,
-    *,
-    size: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+def apply_plan(
+    images: UInt8[Tensor, "n 3 h w"], sizes: Sizes, plan: ViewPlan, *, size: int, mean: PerChannel, std: PerChannel
 ) -> Float[Tensor, "n 3 {size} {size}"]:
-    """The windows as squares of `size`, changed, normalised, channels_last; on as many threads as torch uses."""
+    """Make the views: `size`×`size` pixels, normalised, channels_last; on as many threads as torch uses.
+
+    Raises ValueError for a window that leaves its image, and for a plan of another number of images.
+    """
+    # refuse parameters that lead outside the arrays: machine code would read and write there unchecked
     n = len(images)
-    _check(images, sizes, window, changes)
-    out = torch.empty(n, 3, size, size, memory_format=torch.channels_last)
-    statistics = np.array(mean, np.float32), (1 / np.array(std)).astype(np.float32)
-    given: Any = [x.contiguous().numpy() for x in (images, sizes, *window, *changes)]
-    given += [*statistics, out.permute(0, 2, 3, 1).numpy()]
-
-    def some(begin: int, end: int) -> None:
-        _pictures(begin, end, *given)
-
-    parts = max(1, min(torch.get_num_threads(), n))
-    bounds = [n * i // parts for i in range(parts + 1)]
-    others = [_pool().submit(some, *part) for part in itertools.pairwise(bounds[1:])]
-    some(*bounds[:2])
-    for other in others:
-        other.result()
-    return out
-
-
-def _check(images: Tensor, sizes: Tensor, window: Window, changes: Changes) -> None:
-    """Machine code looks at no bounds: what lies beyond an image would be read, and written."""
-    if any(len(field) != len(images) for field in (sizes, *window, *changes)):
-        raise ValueError(f"{len(images)} images need as many rows of every parameter")
-    whole = torch.tensor(images.shape[2:])
-    inside = (window.low >= 0) & (window.low < window.high) & (window.high <= sizes) & (sizes <= whole)
-    if not bool(inside.all()):
-        row = int((~inside).any(1).nonzero()[0])
+    if any(len(field) != n for field in (sizes, *plan)):
+        raise ValueError(f"{n} images need as many rows of every parameter")
+    low, high, frame = plan.low, plan.high, torch.tensor(images.shape[2:])
+    outside = ((low < 0) | (low >= high) | (high > sizes) | (sizes > frame)).any(1)
+    if outside.any():
+        row = int(outside.nonzero()[0])
         raise ValueError(
-            f"the window {window.low[row].tolist()} to {window.high[row].tolist()} of image {row}, of height and width "
-            f"{sizes[row].tolist()} in a batch of {whole.tolist()}, is empty or not inside it"
+            f"the window {low[row].tolist()} to {high[row].tolist()} of image {row} is empty or leaves the image, "
+            f"whose height and width are {sizes[row].tolist()} in a batch of {frame.tolist()}"
         )
+
+    # Numba reads NumPy arrays only
+    out = torch.empty(n, 3, size, size, memory_format=torch.channels_last)
+    fields: list[Any] = [tensor.contiguous().numpy() for tensor in (images, sizes, *plan)]
+    normalisation = np.array(mean, np.float32), (1 / np.array(std)).astype(np.float32)
+    arrays = (*fields[:2], ViewPlan(*fields[2:]), *normalisation, out.permute(0, 2, 3, 1).numpy())
+
+    # equal shares of the images: the first for this thread, the others for the pool
+    threads = max(1, min(torch.get_num_threads(), n))
+    shares = list(itertools.pairwise(n * i // threads for i in range(threads + 1)))
+    pending = [_pool().submit(_make_views, begin, end, *arrays) for begin, end in shares[1:]]
+    _make_views(*shares[0], *arrays)
+    for future in pending:
+        future.result()
+    return out
 
 
 @functools.cache
@@ -128,89 +102,84 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="views")
 
 
-if hasattr(os, "register_at_fork"):  # a forked process has none of the threads that its copy of the pool counts on
+if hasattr(os, "register_at_fork"):  # a forked process inherits the pool but none of its threads
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
+def compiled(function: Function) -> Function:
+    """Machine code for `function`, made on its first call and kept beside this file or in the user's cache."""
+    function = inspect.unwrap(function)  # tests wrap functions in a type checker, which Numba cannot read
+    options: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
+    try:
+        return numba.njit(**options, cache=True)(function)
+    except RuntimeError:  # no folder is writable: each process compiles for itself
+        return numba.njit(**options)(function)
+
+
 @compiled
-def _pictures(
-    begin: int,
-    end: int,
-    images: UInt8[np.ndarray, "n 3 h w"],
-    sizes: Integers,
-    start: Float[np.ndarray, "n 2"],
-    extent: Float[np.ndarray, "n 2"],
-    low: Integers,
-    high: Integers,
-    flip: Bool[np.ndarray, " n"],
-    angle: Float[np.ndarray, " n"],
-    part: Integers,
-    factor: Float[np.ndarray, "n 4"],
-    grey: Bool[np.ndarray, " n"],
-    blur: Bool[np.ndarray, " n"],
-    kernel: Float[np.ndarray, "n k"],
-    solarize: Bool[np.ndarray, " n"],
-    shift: Vector,
-    scale: Vector,
-    out: Float[np.ndarray, "n s s 3"],
+def _make_views(
+    begin: int, end: int, images: Images, sizes: Integers, plan: Any, mean: Vector, inverse_std: Vector, out: Floats
 ) -> None:
-    size = out.shape[1]
-    most_rows, most_columns = images.shape[2:]
-    taps = 8
+    """Write the views of images begin … end − 1 to `out` (n, s, s, 3); `plan` is a ViewPlan of arrays."""
+    # the most taps of any cubic: four pixels wide, wider if the image shrinks, padded to groups of four
+    size, taps = out.shape[1], 8
     for n in range(begin, end):
         for axis in range(2):
-            taps = max(taps, math.ceil(4 * extent[n, axis] / size) + 4)
+            taps = max(taps, math.ceil(4 * plan.extent[n, axis] / size) + 4)
+
+    # scratch memory, used again for every image
+    most_rows, most_columns = images.shape[2:]
     weights = np.empty((2, size, taps), np.float32)
-    first = np.empty((2, size), np.int64)
-    count = np.empty((2, size), np.int64)
+    first, count, stops = np.empty((2, size), np.int64), np.empty((2, size), np.int64), np.empty(2, np.int64)
     line = np.empty(most_columns, np.float32)
     tall = np.empty((most_columns, 3, size), np.float32)
+    rotated = np.empty((3, most_rows, most_columns), np.float32)
     x = np.empty((3, size * size), np.float32)
-    longer = size + kernel.shape[1] - 1
-    wide, y = np.empty(size * longer, np.float32), np.empty(size * longer, np.float32)
-    last = np.empty(2, np.int64)
-    turned = np.empty((3, most_rows, most_columns), np.float32)
+    padded_size = size + plan.kernel.shape[1] - 1
+    padded, blurred = np.empty(size * padded_size, np.float32), np.empty(size * padded_size, np.float32)
+
     for n in range(begin, end):
+        # the pixels that each row and column of the view is made from, and their weights
         for axis in range(2):
-            _cubic(
-                start[n, axis], extent[n, axis], low[n, axis], high[n, axis], first[axis], count[axis], weights[axis]
-            )
-            last[axis] = min(high[n, axis], (first[axis] + 4 * count[axis]).max())
-        if angle[n] != 0:
-            _rotate(images[n], sizes[n], angle[n], turned)
-            _resample(turned, first, count, weights, last, flip[n], _1, line, tall, x)
+            start, extent, low, high = plan.start[n, axis], plan.extent[n, axis], plan.low[n, axis], plan.high[n, axis]
+            _cubic_weights(start, extent, low, high, first[axis], count[axis], weights[axis])
+            stops[axis] = min(high, (first[axis] + 4 * count[axis]).max())
+
+        # rotate, crop, flip
+        if plan.angle[n] != 0:
+            _rotate(images[n], sizes[n], plan.angle[n], rotated)  # gives 0 … 1, where an image has bytes
+            _resample(rotated, first, count, weights, stops, plan.flip[n], _1, line, tall, x)
         else:
-            _resample(images[n], first, count, weights, last, flip[n], _BYTE, line, tall, x)
+            _resample(images[n], first, count, weights, stops, plan.flip[n], _BYTE, line, tall, x)
+
+        # jitter
         for place in range(4):
-            if part[n, place] == 3:
-                _hue(x, factor[n, place])
-            elif part[n, place] >= 0:
-                _blend(x, part[n, place], factor[n, place])
-        if grey[n]:
+            if plan.adjustments[n, place] == HUE:
+                _hue(x, plan.factors[n, place])
+            elif plan.adjustments[n, place] >= 0:
+                _blend(x, plan.adjustments[n, place], plan.factors[n, place])
+
+        # grey, blur, solarize, normalise
+        if plan.grey[n]:
             _grey(x)
-        if blur[n]:
-            _blur(x, kernel[n], size, wide, y)
-        if solarize[n]:
+        if plan.blur[n]:
+            _blur(x, plan.kernel[n], size, padded, blurred)
+        if plan.solarize[n]:
             _solarize(x)
-        _store(x, shift, scale, out[n])
+        _normalize(x, mean, inverse_std, out[n])
 
 
 @compiled
-def _cubic(
-    start: float,
-    extent: float,
-    low: int,
-    high: int,
-    first: Integers,
-    count: Integers,
-    weights: Float[np.ndarray, "s k"],
+def _cubic_weights(
+    start: float, extent: float, low: int, high: int, first: Integers, count: Integers, weights: Floats
 ) -> None:
-    """Keys' cubic for each pixel of a line: its first tap, how many fours of taps, their weights, 0 beyond the last."""
+    """Keys' cubic for each pixel of a line: its first tap, its groups of four taps, their weights padded with 0."""
     size = len(first)
     step = extent / size
     widened = max(step, 1.0)
     narrow = 1 / widened
     for i in range(size):
+        # the pixels under the cubic, within [low, high)
         centre = start + step * (i + 0.5)
         a = max(low, math.floor(centre - 2 * widened + 0.5))
         b = min(high, math.ceil(centre + 2 * widened - 0.5))
@@ -235,19 +204,23 @@ def _resample(
     image: Num[np.ndarray, "3 h w"],
     first: Integers,
     count: Integers,
-    weights: Float[np.ndarray, "2 s k"],
-    last: Integers,
+    weights: Floats,
+    stops: Integers,
     flip: bool,
     unit: np.float32,
     line: Vector,
-    tall: Float[np.ndarray, "w 3 s"],
+    tall: Floats,
     x: Planes,
 ) -> None:
-    """Lines first, along the image's rows, into transposed memory; then columns, along that. Four taps at a time."""
+    """Resample vertically along the image's rows into `tall`, which is transposed, then horizontally along that.
+
+    Each pass over the memory adds four taps. Padded taps weigh 0; they read the last pixel of the window again.
+    """
     size = first.shape[1]
-    left, right = first[1].min(), last[1]
-    bottom = last[0] - 1
+    left, right, bottom = first[1].min(), stops[1], stops[0] - 1
     width = right - left
+
+    # vertically: each row of the view is a weighted sum of rows of the image
     for c in range(3):
         for i in range(size):
             for four in range(count[0, i]):
@@ -258,37 +231,30 @@ def _resample(
                 r2, r3 = image[c, min(row + 2, bottom), left:right], image[c, min(row + 3, bottom), left:right]
                 if four == 0:
                     for u in range(width):
-                        line[u] = (
-                            w0 * np.float32(r0[u])
-                            + w1 * np.float32(r1[u])
-                            + w2 * np.float32(r2[u])
-                            + w3 * np.float32(r3[u])
-                        )
+                        line[u] = w0 * float32(r0[u]) + w1 * float32(r1[u]) + w2 * float32(r2[u]) + w3 * float32(r3[u])
                 else:
                     for u in range(width):
-                        line[u] += (
-                            w0 * np.float32(r0[u])
-                            + w1 * np.float32(r1[u])
-                            + w2 * np.float32(r2[u])
-                            + w3 * np.float32(r3[u])
-                        )
+                        line[u] += w0 * float32(r0[u]) + w1 * float32(r1[u]) + w2 * float32(r2[u]) + w3 * float32(r3[u])
             for u in range(width):
                 tall[u, c, i] = line[u]
+
+    # horizontally: each column of the view is a weighted sum of columns
     for j in range(size):
         to = size - 1 - j if flip else j
         for c in range(3):
             column = x[c, to * size : (to + 1) * size]
             for four in range(count[1, j]):
-                k, place = 4 * four, first[1, j] + 4 * four - left
+                k, u = 4 * four, first[1, j] + 4 * four - left
                 w0, w1, w2, w3 = weights[1, j, k], weights[1, j, k + 1], weights[1, j, k + 2], weights[1, j, k + 3]
-                c0, c1 = tall[place, c], tall[min(place + 1, width - 1), c]
-                c2, c3 = tall[min(place + 2, width - 1), c], tall[min(place + 3, width - 1), c]
+                c0, c1 = tall[u, c], tall[min(u + 1, width - 1), c]
+                c2, c3 = tall[min(u + 2, width - 1), c], tall[min(u + 3, width - 1), c]
                 if four == 0:
                     for i in range(size):
                         column[i] = w0 * c0[i] + w1 * c1[i] + w2 * c2[i] + w3 * c3[i]
                 else:
                     for i in range(size):
                         column[i] += w0 * c0[i] + w1 * c1[i] + w2 * c2[i] + w3 * c3[i]
+
     for c in range(3):
         plane = x[c]
         for p in range(len(plane)):
@@ -298,56 +264,58 @@ def _resample(
 @compiled
 def _rotate(image: UInt8[np.ndarray, "3 h w"], sizes: Integers, angle: float, out: Float[np.ndarray, "3 h w"]) -> None:
     height, width = image.shape[1:]
-    cos, sin = np.float32(math.cos(angle)), np.float32(math.sin(angle))
-    cy, cx = np.float32((sizes[0] - 1) / 2), np.float32((sizes[1] - 1) / 2)
+    cos, sin = float32(math.cos(angle)), float32(math.sin(angle))
+    cy, cx = float32((sizes[0] - 1) / 2), float32((sizes[1] - 1) / 2)
     for i in range(sizes[0]):
         for j in range(sizes[1]):
-            dx, dy = np.float32(j) - cx, np.float32(i) - cy
+            # the point of the image that lands on pixel (i, j): column u, row v
+            dx, dy = float32(j) - cx, float32(i) - cy
             u, v = cos * dx - sin * dy + cx, sin * dx + cos * dy + cy
             a, b = int(np.floor(u)), int(np.floor(v))
-            right, below = u - np.float32(a), v - np.float32(b)
-            if 0 <= a < width - 1 and 0 <= b < height - 1:
+            right, below = u - float32(a), v - float32(b)
+            if 0 <= a < width - 1 and 0 <= b < height - 1:  # all four neighbours are inside
                 w00, w01 = (_1 - below) * (_1 - right) * _BYTE, (_1 - below) * right * _BYTE
                 w10, w11 = below * (_1 - right) * _BYTE, below * right * _BYTE
-                y, x = np.uint64(b), np.uint64(a)
+                y, x = np.uint64(b), np.uint64(a)  # unsigned: Numba need not test for an index below 0
                 for c in range(3):
                     out[c, i, j] = (
-                        w00 * np.float32(image[c, y, x])
-                        + w01 * np.float32(image[c, y, x + np.uint64(1)])
-                        + w10 * np.float32(image[c, y + np.uint64(1), x])
-                        + w11 * np.float32(image[c, y + np.uint64(1), x + np.uint64(1)])
+                        w00 * float32(image[c, y, x])
+                        + w01 * float32(image[c, y, x + np.uint64(1)])
+                        + w10 * float32(image[c, y + np.uint64(1), x])
+                        + w11 * float32(image[c, y + np.uint64(1), x + np.uint64(1)])
                     )
             else:  # black outside
                 for c in range(3):
                     out[c, i, j] = _0
-                for row, of_row in ((b, _1 - below), (b + 1, below)):
-                    for column, of_column in ((a, _1 - right), (a + 1, right)):
+                for row, row_weight in ((b, _1 - below), (b + 1, below)):
+                    for column, column_weight in ((a, _1 - right), (a + 1, right)):
                         if 0 <= row < height and 0 <= column < width:
                             for c in range(3):
-                                out[c, i, j] += of_row * of_column * _BYTE * np.float32(image[c, row, column])
+                                out[c, i, j] += row_weight * column_weight * _BYTE * float32(image[c, row, column])
 
 
 @compiled
-def _blend(x: Planes, part: int, factor: np.float32) -> None:
+def _blend(x: Planes, adjustment: int, factor: np.float32) -> None:
     red, green, blue = x[0], x[1], x[2]
-    other = _1 - factor
-    if part == 0:
+    remainder = _1 - factor
+
+    if adjustment == BRIGHTNESS:  # with black
         for c in range(3):
             plane = x[c]
             for p in range(len(plane)):
                 plane[p] = min(max(factor * plane[p], _0), _1)
-    elif part == 1:
+    elif adjustment == CONTRAST:  # with the mean grey
         total = _0
         for p in range(len(red)):
             total += _RED * red[p] + _GREEN * green[p] + _BLUE * blue[p]
-        rest = other * total / np.float32(len(red))
+        rest = remainder * total / float32(len(red))
         for c in range(3):
             plane = x[c]
             for p in range(len(plane)):
                 plane[p] = min(max(factor * plane[p] + rest, _0), _1)
-    else:
+    else:  # SATURATION: with the grey of each pixel
         for p in range(len(red)):
-            rest = other * (_RED * red[p] + _GREEN * green[p] + _BLUE * blue[p])
+            rest = remainder * (_RED * red[p] + _GREEN * green[p] + _BLUE * blue[p])
             red[p] = min(max(factor * red[p] + rest, _0), _1)
             green[p] = min(max(factor * green[p] + rest, _0), _1)
             blue[p] = min(max(factor * blue[p] + rest, _0), _1)
@@ -359,17 +327,14 @@ def _hue(x: Planes, shift: np.float32) -> None:
     turn = _6 * shift
     for p in range(len(red)):
         r, g, b = red[p], green[p], blue[p]
-        value = max(r, g, b)
-        least = min(r, g, b)
+        value, least = max(r, g, b), min(r, g, b)
         chroma = value - least
-        rise = r - g
-        sector = _4
+        # hue in sixths of a turn, shifted
+        rise, sector = r - g, _4
         if value == g:
-            rise = b - r
-            sector = _2
+            rise, sector = b - r, _2
         if value == r:
-            rise = g - b
-            sector = _0
+            rise, sector = g - b, _0
         h = sector + rise / max(chroma, _TINY) + turn
         h -= _6 * np.floor(h / _6)
         red[p] = least + chroma * min(max(abs(h - _3) - _1, _0), _1)
@@ -382,53 +347,53 @@ def _grey(x: Planes) -> None:
     red, green, blue = x[0], x[1], x[2]
     for p in range(len(red)):
         luma = _RED * red[p] + _GREEN * green[p] + _BLUE * blue[p]
-        red[p] = luma
-        green[p] = luma
-        blue[p] = luma
+        red[p] = green[p] = blue[p] = luma
 
 
 @compiled
-def _blur(x: Planes, kernel: Vector, size: int, wide: Vector, y: Vector) -> None:
-    """Columns first: a padded copy of a plane, of rows that lie beside each other; then lines, each padded."""
+def _blur(x: Planes, kernel: Vector, size: int, padded: Vector, blurred: Vector) -> None:
     radius = len(kernel) // 2
-    longer = size + 2 * radius
+    padded_size = size + 2 * radius
     for c in range(3):
-        for j in range(longer):
-            wide[j * size : (j + 1) * size] = x[c, _mirror(j - radius, size) * size :][:size]
-        _convolve(wide, kernel, size, size * size, y)
+        # horizontally: columns mirrored beyond both borders; one tap further is one column further
+        for j in range(padded_size):
+            padded[j * size : (j + 1) * size] = x[c, _mirror(j - radius, size) * size :][:size]
+        _convolve(padded, kernel, size, size * size, blurred)
+
+        # vertically: each column mirrored beyond both ends
         for j in range(size):
-            row = wide[j * longer : (j + 1) * longer]
-            row[radius : radius + size] = y[j * size : (j + 1) * size]
+            row = padded[j * padded_size : (j + 1) * padded_size]
+            row[radius : radius + size] = blurred[j * size : (j + 1) * size]
             for k in range(1, radius + 1):
                 row[radius - k] = row[radius + _mirror(-k, size)]
                 row[radius + size - 1 + k] = row[radius + _mirror(size - 1 + k, size)]
-        _convolve(wide, kernel, 1, size * longer - 2 * radius, y)
+        _convolve(padded, kernel, 1, size * padded_size - 2 * radius, blurred)
         for j in range(size):
-            x[c, j * size : (j + 1) * size] = y[j * longer : j * longer + size]
+            x[c, j * size : (j + 1) * size] = blurred[j * padded_size : j * padded_size + size]
 
 
 @compiled
 def _mirror(i: int, size: int) -> int:
-    """Reflected at the border, which is not repeated; held inside where a tap without weight lies further out."""
+    """Reflect an index at the border, which is not repeated; clamp taps of a tiny image that reflect outside it."""
     i = abs(i)
     return max(2 * (size - 1) - i, 0) if i >= size else i
 
 
 @compiled
 def _convolve(source: Vector, kernel: Vector, stride: int, length: int, out: Vector) -> None:
-    """out[p] is the sum of the symmetric kernel's weights times source[p], source[p + stride], …"""
+    """out[p] = Σₖ kernel[k] · source[p + k · stride], for a symmetric kernel."""
     radius = len(kernel) // 2
-    for begin in range(0, length, 2048):  # what a processor keeps nearest
+    for begin in range(0, length, 2048):  # blocks that stay in the first-level cache
         n = min(2048, length - begin)
-        here = out[begin : begin + n]
+        block = out[begin : begin + n]
         w, middle = kernel[radius], source[begin + radius * stride :][:n]
         for p in range(n):
-            here[p] = w * middle[p]
+            block[p] = w * middle[p]
         for k in range(1, radius + 1):
             w = kernel[radius + k]
             before, after = source[begin + (radius - k) * stride :][:n], source[begin + (radius + k) * stride :][:n]
             for p in range(n):
-                here[p] += w * (before[p] + after[p])
+                block[p] += w * (before[p] + after[p])
 
 
 @compiled
@@ -440,10 +405,10 @@ def _solarize(x: Planes) -> None:
 
 
 @compiled
-def _store(x: Planes, shift: Vector, scale: Vector, out: Float[np.ndarray, "s s 3"]) -> None:
+def _normalize(x: Planes, mean: Vector, inverse_std: Vector, out: Float[np.ndarray, "s s 3"]) -> None:
     size = len(out)
     for c in range(3):
-        a, b = scale[c], -shift[c] * scale[c]
+        a, b = inverse_std[c], -mean[c] * inverse_std[c]
         for i in range(size):
             for j in range(size):
                 out[i, j, c] = x[c, j * size + i] * a + b

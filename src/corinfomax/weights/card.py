@@ -1,85 +1,71 @@
-"""The model card: what a backbone was trained on and how, what it scored, and how to use it."""
+"""The model card of an exported backbone: its training, its scores, and the code that loads it."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from corinfomax.recipes import fields
+from corinfomax.recipes.fields import Recipe
+from corinfomax.runtime.records import Results, Score
 from corinfomax.weights.checkpoint import Checkpoint
 
-FRONT = """---
+OBJECTIVES = {
+    "corinfomax": "CorInfoMax (arXiv 2209.07999)",
+    "kernel": "CorInfoMax with the log det of an exponential kernel",
+}
+PLAIN_LOADER = 'import timm\n\nmodel = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()'
+SMALL_STEM_LOADER = 'import runpy\n\nimport timm\n\nmodel = runpy.run_path("THIS_FOLDER/load.py")["backbone"]()'
+SMALL_STEM_NOTE = """
+The network starts with a 3×3 convolution and has no max-pool. timm has no arguments for that, so `load.py` builds it
+with timm alone. `timm.create_model` on this folder stops with an error instead of loading it wrongly.
+"""
+
+
+def markdown(saved: Checkpoint, results: Results, *, plain: bool) -> str:
+    """The card of a checkpoint as README.md; `plain` means that timm alone can load the folder."""
+    recipe, facts = saved.recipe, saved.facts
+    data = facts.data.replace("\\", "/").rstrip("/").rpartition("/")[2].replace("`", "'")  # without its folders
+    length = f"{recipe.epochs:g} epochs in batches of {recipe.batch}, {recipe.resolution}"
+    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    verdict = "" if results.verdict is None else f"\n## Verdict\n\n{results.verdict.text}\n"
+    return f"""---
 library_name: timm
 tags:
 - image-feature-extraction
 - self-supervised
 - timm
 ---
+
+# {recipe.backbone.name}, pretrained without labels
+
+- **Method**: {OBJECTIVES[recipe.loss.name]}: self-supervised, without labels
+- **Network**: timm's {recipe.backbone.name} without classifier{"" if plain else ", with a small stem"}
+- **Images**: {facts.images:,} from `{data}`, fingerprint {facts.fingerprint}
+- **Training**: recipe {facts.recipe_name}, {length}; weights after step {saved.step:,}
+- **Versions**: {versions}
+
+## Use
+
+{_usage(recipe, plain=plain)}
+{verdict}
+## Scores
+
+{_score_section(results)}
+
+## Settings
+
+```json
+{json.dumps(fields.to_json(recipe), indent=2)}
+```
 """
 
 
-METHODS = {
-    "corinfomax": "CorInfoMax (arXiv 2209.07999)",
-    "kernel": "CorInfoMax's log det with an exponential kernel",
-    "ldmi": "log-determinant mutual information (arXiv 2209.07999)",
-    "vicreg": "VICReg (arXiv 2105.04906)",
-    "barlow-twins": "Barlow Twins (arXiv 2103.03230)",
-    "simclr": "SimCLR (arXiv 2002.05709)",
-    "sigreg": "SIGReg, LeJEPA (arXiv 2511.08544)",
-}
-
-
-def markdown(saved: Checkpoint, results: dict[str, Any], *, plain: bool) -> str:
-    """The card of a checkpoint as README.md, with what results.json knows; `plain` is what timm alone can load."""
-    recipe, facts = saved.recipe, saved.facts
-    about = {
-        "Method": f"{METHODS[recipe.loss.name]}: self-supervised, no label was used",
-        "Network": f"{recipe.backbone.name} of timm, without classifier" + ("" if plain else ", with a small stem"),
-        "Images": f"{facts['images']:,} of `{_name(facts['data'])}`, fingerprint {facts['fingerprint']}",
-        "Training": f"recipe {facts['recipe_name']}, {recipe.epochs:g} epochs of batches of {recipe.batch}, "
-        f"{fields.sides(recipe)}; these are the weights after step {saved.step:,}",
-        "Made with": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
-    }
-    parts = [
-        FRONT,
-        f"# {recipe.backbone.name}, pretrained without labels\n",
-        "\n".join(f"- **{name}**: {value}" for name, value in about.items()),
-        "\n## Use\n",
-        _use(recipe, plain=plain),
-        *_verdict(results),
-        *_scores(results),
-        "\n## Every knob\n",
-        f"```json\n{json.dumps(fields.to_json(recipe), indent=2)}\n```\n",
-    ]
-    return "\n".join(parts)
-
-
-def _name(data: Any) -> str:
-    """The data's own name, without the folders of whoever trained on it."""
-    return str(data).replace("\\", "/").rstrip("/").rpartition("/")[2].replace("`", "'")
-
-
-def _use(recipe: fields.Recipe, *, plain: bool) -> str:
-    if plain:
-        load = """import timm
-
-model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()"""
-        why = ""
-    else:
-        load = """import runpy
-
-import timm
-
-model = runpy.run_path("THIS_FOLDER/load.py")["backbone"]()"""
-        why = """
-Its first convolution is 3×3 and it has no max-pool, which timm's arguments cannot say: `load.py` builds it, with timm
-alone and every tensor in its place. `timm.create_model` on this folder stops with an error rather than load it wrongly.
-"""
-    lower = ""
+def _usage(recipe: Recipe, *, plain: bool) -> str:
+    note = ""
     if recipe.precision in ("bfloat16", "float16"):
-        lower = f" Scores here are of features in {recipe.precision}; float32's, as above, differ by its rounding."
+        note = f" The scores below are of {recipe.precision} features; this code gives float32, so rounding differs."
     return f"""```python
-{load}
+{PLAIN_LOADER if plain else SMALL_STEM_LOADER}
 transform = timm.data.create_transform(
     input_size=(3, {recipe.test_side}, {recipe.test_side}),
     interpolation="bicubic",
@@ -87,38 +73,29 @@ transform = timm.data.create_transform(
     mean={recipe.mean},
     std={recipe.std},
 )
-features = model(transform(image.convert("RGB"))[None])  # image is one of Pillow's
+features = model(transform(image.convert("RGB"))[None])  # image is a PIL.Image
 ```
-{why}
-In training, images whose short side is above {recipe.cache_side} px were first reduced to that.{lower}"""
+{"" if plain else SMALL_STEM_NOTE}
+Before training, images were reduced to a short side of at most {recipe.cache_side} px.{note}"""
 
 
-def _verdict(results: dict[str, Any]) -> list[str]:
-    verdict = results.get("verdict")
-    if verdict is None:
-        return []
-    return ["\n## Did it work?\n", f"{verdict['kind']}: {verdict['evidence']} {verdict['advice']}"]
+def _score_section(results: Results) -> str:
+    """A table with a row per kind of features and a column per probe, and the comparisons in words."""
+    if not results.table:
+        return "Not scored: the run had no labels, or was not evaluated."
+
+    # a header, its rule, and the rows
+    probes = list(dict.fromkeys(probe for scores in results.table.values() for probe in scores))
+    rows = [["%", *probes], ["---", *["---:"] * len(probes)]]
+    rows += [[name, *(_score_cell(scores.get(probe)) for probe in probes)] for name, scores in results.table.items()]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    fitted = f"Probes are fitted on {results.train:,} images and scored on {results.test:,} others"
+    legend = f"{fitted}; brackets hold 95 % intervals over test images."
+    return f"{table}\n\n{' '.join((legend, *results.sentences))}"
 
 
-def _scores(results: dict[str, Any]) -> list[str]:
-    scores = results.get("scores")
-    if not scores:
-        return ["\n## Scores\n", "None: there were no labels to score with, or nobody asked."]
-    probes = list(dict.fromkeys(probe for found in scores.values() for probe in found))
-    rows = [["%", *probes], ["---", *("---:" for _ in probes)]]
-    for name, found in scores.items():
-        rows.append([name, *(_cell(found.get(probe)) for probe in probes)])
-    said = " ".join(comparison["sentence"] for comparison in results.get("comparisons", []))
-    return [
-        "\n## Scores\n",
-        "\n".join(f"| {' | '.join(row)} |" for row in rows),
-        f"\nOn {results['test']:,} images, the probes fitted on {results['train']:,}; in brackets the 95 % interval "
-        f"over test images. {said}",
-    ]
-
-
-def _cell(score: dict[str, float] | None) -> str:
+def _score_cell(score: Score | None) -> str:
     if score is None:
         return "–"
-    bounds = f" ({score['low']:.1f}–{score['high']:.1f})" if "low" in score and "high" in score else ""
-    return f"{score['mean']:.1f}{bounds}"
+    interval = "" if score.low is None or score.high is None else f" ({score.low:.1f}–{score.high:.1f})"
+    return f"{score.mean:.1f}{interval}"

@@ -1,4 +1,4 @@
-"""The whole state of a run in one safetensors file: weights, moments, optimiser, step, recipe; no pickle anywhere."""
+"""The state of a run in one safetensors file: weights, moments, optimiser, step, recipe; no pickle anywhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,113 +15,106 @@ from torch import Tensor, nn
 
 from corinfomax.network import Network
 from corinfomax.recipes import fields
+from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import Facts
 
-FORMAT = "corinfomax-3"
-BEFORE = "corinfomax-2"  # with the moments of two views by their names
+CHECKPOINT_FORMAT = "corinfomax-3"
 
 
 class DamagedError(ValueError):
-    """A file that is torn, cut short or changed."""
+    """A file that is torn or was changed."""
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint file holds."""
+    """The content of a checkpoint file."""
 
-    recipe: fields.Recipe
+    recipe: Recipe
     step: int
-    facts: dict[str, Any]
-    """What else was known of the run: data, fingerprint, versions."""
+    facts: Facts
     network: dict[str, Tensor]
     criterion: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    """`name/parameter`, such as `momentum_buffer/backbone.conv1.weight`."""
+    optimizer: dict[str, Tensor]  # by `name/parameter`, such as `momentum_buffer/backbone.conv1.weight`
     loop: dict[str, Tensor] = {}  # noqa: RUF012 (never written to)
-    """What the loop had in hand: `numbers` of the steps since the last row of metrics, a float16 gradient's `scale`,
-    the tensors of a `teacher/`; of a step that failed its batch (`indices`, `pixels`)."""
+    """`numbers` of the steps since the last row of metrics, float16's gradient `scale`, a failed step's batch."""
 
 
-def save(
+def save_checkpoint(
     path: Path,
     *,
     network: nn.Module,
     criterion: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
-    recipe: fields.Recipe,
-    facts: dict[str, Any],
+    recipe: Recipe,
+    facts: Facts = Facts(),
     loop: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the state after `step` steps to `path`, whole or not at all. OSError with the path where it cannot be."""
-    tensors = {f"network/{name}": tensor for name, tensor in network.state_dict().items()}
-    tensors |= {f"criterion/{name}": tensor for name, tensor in criterion.state_dict().items()}
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(optimizer, network).items()}
-    tensors |= {f"loop/{name}": tensor for name, tensor in (loop or {}).items()}
-    about = json.dumps({"format": FORMAT, "step": step, "recipe": fields.to_json(recipe), "facts": facts})
-    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"corinfomax": about, "digest": _digest(about, dense)}
+    """Write the state after `step` steps to `path`, whole or not at all; OSError with the path on failure."""
+    # All tensors, by part and name.
+    state = {"network": network.state_dict(), "criterion": criterion.state_dict(), "loop": loop or {}}
+    state["optimizer"] = optimizer_tensors(optimizer, network)
+    tensors = {f"{part}/{name}": tensor for part, content in state.items() for name, tensor in content.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    def write(temporary: Path) -> None:
-        try:
-            save_file(dense, temporary, metadata=metadata)
-        except SafetensorError as error:
-            size = sum(tensor.nbytes for tensor in dense.values())
-            raise OSError(f"{error} ({size / 1e6:,.0f} MB)") from error
+    # The rest as JSON, and a checksum of everything.
+    rest = {"format": CHECKPOINT_FORMAT, "step": step, "recipe": fields.to_json(recipe), "facts": facts.to_json()}
+    about = json.dumps(rest)
+    metadata = {"corinfomax": about, "digest": _checksum(about, tensors)}
 
-    run_folder.write_whole(path, write)
+    try:
+        run_folder.write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    except SafetensorError as error:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise OSError(None, f"cannot write {path}: {error} ({size / 1e6:,.0f} MB)") from error
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU.
-
-    ValueError or FileNotFoundError with the file's name when it is none, torn, or not what was written (a checksum
-    tells).
-    """
+def load_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint on the CPU; FileNotFoundError, DamagedError, or ValueError for other files."""
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; name a run folder or one of its checkpoints")
+    tensors, metadata = read_safetensors(path)
+
+    # Refuse any file that is not ours, not intact or of another format.
+    if "corinfomax" not in metadata:
+        raise ValueError(f"{path} holds weights, but is not a checkpoint of this package")
+    if metadata.get("digest") != _checksum(metadata["corinfomax"], tensors):
+        raise DamagedError(f"{path} is damaged: its checksum does not match its content")
+    about = json.loads(metadata["corinfomax"])
+    if about["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path} is of format {about['format']}; this version reads {CHECKPOINT_FORMAT}")
+
+    # Tensors by part and name.
+    state: dict[str, dict[str, Tensor]] = {"network": {}, "criterion": {}, "optimizer": {}, "loop": {}}
+    for full_name, tensor in tensors.items():
+        part, _, name = full_name.partition("/")
+        state[part][name] = tensor
+    return Checkpoint(fields.from_json(about["recipe"]), about["step"], Facts.from_json(about["facts"]), **state)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file; DamagedError with its name if it is torn."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise DamagedError(f"{path} is no whole safetensors file: {error}") from error
-    if "corinfomax" not in metadata:
-        raise ValueError(f"{path} holds weights, but is no checkpoint of this package")
-    if metadata.get("digest") != _digest(metadata["corinfomax"], tensors):
-        raise DamagedError(f"{path} is damaged: its checksum is not that of its content")
-    about = json.loads(metadata["corinfomax"])
-    if about["format"] not in (BEFORE, FORMAT):
-        raise ValueError(f"{path} is of format {about['format']}; this version reads {FORMAT}")
-    parts: dict[str, dict[str, Tensor]] = {"network": {}, "criterion": {}, "optimizer": {}, "loop": {}}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition("/")
-        parts[part][rest] = tensor
-    if about["format"] == BEFORE:
-        old = parts["criterion"]
-        parts["criterion"] = {name: torch.stack((old[f"{name}1"], old[f"{name}2"])) for name in ("R", "mu")}
-    return Checkpoint(fields.from_json(about["recipe"]), about["step"], about["facts"], **parts)
+        raise DamagedError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def load_begun(run: Path) -> Checkpoint:
-    """What there is to go on with in a run folder: the last whole checkpoint, or the recipe alone before the first one.
-
-    The latter is of step 0 and without tensors. Errors as of `load_last`.
-    """
+def load_resumable(run: Path) -> Checkpoint:
+    """The last whole checkpoint of a run, or step 0 without tensors before the first; errors as of `load_last`."""
     about = run / "recipe.json"
     if run_folder.checkpoints(run) or not about.exists():
         return load_last(run)[1]
     content = run_folder.read_json(about)
     if not isinstance(content, dict) or not {"recipe", "facts"} <= set(content):
-        raise ValueError(f"{about} is not what a run writes: it has no recipe or no facts")
-    return Checkpoint(fields.from_json(content["recipe"]), 0, content["facts"], {}, {}, {})
+        raise ValueError(f"{about} has no recipe or no facts: a run did not write it")
+    return Checkpoint(fields.from_json(content["recipe"]), 0, Facts.from_json(content["facts"]), {}, {}, {})
 
 
 def load_network(weights: Path) -> tuple[Network, Checkpoint]:
-    """The trained network in eval mode, from a checkpoint or from a run folder's last one; every tensor must fit.
-
-    ValueError or FileNotFoundError with the path when there is none, or when it is torn.
-    """
-    weights, loaded = load_last(weights) if weights.is_dir() else (weights, load(weights))
+    """Network in eval mode and checkpoint: the one at the path, or the last of a run folder."""
+    weights, loaded = load_last(weights) if weights.is_dir() else (weights, load_checkpoint(weights))
     network = Network(loaded.recipe.backbone, loaded.recipe.projector, size=loaded.recipe.size)
     try:
         network.load_state_dict(loaded.network)
@@ -130,39 +123,29 @@ def load_network(weights: Path) -> tuple[Network, Checkpoint]:
     return network.eval(), loaded
 
 
-def last(run: Path) -> Path:
-    """The last checkpoint of a run folder; FileNotFoundError when there is none."""
+def load_last(run: Path) -> tuple[Path, Checkpoint]:
+    """The last whole checkpoint of a run folder and its path; damaged ones are named on stderr.
+
+    Raises FileNotFoundError if there is none, DamagedError if all are damaged, ValueError for one of another version.
+    """
     saved = run_folder.checkpoints(run)
     if not saved:
-        raise FileNotFoundError(f"{run} holds no checkpoint: it is no run folder, or the run saved none yet")
-    return saved[-1]
+        raise FileNotFoundError(f"{run} holds no checkpoint: it is not a run folder, or nothing has been saved yet")
 
-
-def load_last(run: Path) -> tuple[Path, Checkpoint]:
-    """The last checkpoint of a run folder that is whole, and what it holds; a damaged one is named on stderr.
-
-    FileNotFoundError when there is none, DamagedError of the last one when all are damaged, ValueError for what is
-    whole and of another version: going back from it would throw good work away.
-    """
-    last(run)
-    damaged: DamagedError | None = None
-    saved = run_folder.checkpoints(run)
+    # An earlier one would throw good work away, so only damage leads to it.
+    damage: DamagedError | FileNotFoundError | None = None
     for path in reversed(saved):
         try:
-            loaded = load(path)
-        except (DamagedError, FileNotFoundError) as error:  # the latter of a link to nothing, or a folder
-            damaged = damaged or DamagedError(str(error))
+            return path, load_checkpoint(path)
+        except (DamagedError, FileNotFoundError) as error:  # the latter for a broken link, or a folder
+            damage = damage or error
             if path != saved[0]:
                 print(f"{error}; trying the one before", file=sys.stderr)
-        else:
-            return path, loaded
-    raise DamagedError(
-        f"{damaged}; no other of the {len(saved)} in {saved[0].parent} is whole: put a good copy back, or take them "
-        "away to begin again"
-    )
+    remedy = "put a good copy back, or remove them to start again"
+    raise DamagedError(f"{damage}; none of the {len(saved)} checkpoints in {saved[0].parent} is whole: {remedy}")
 
 
-def _digest(about: str, tensors: dict[str, Tensor]) -> str:
+def _checksum(about: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(about.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -171,7 +154,7 @@ def _digest(about: str, tensors: dict[str, Tensor]) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's state by `name/parameter`, not copied."""
+    """State of the optimiser by `name/parameter`, not copied."""
     names = {id(p): name for name, p in network.named_parameters()}
     return {
         f"{key}/{names[id(parameter)]}": torch.as_tensor(value)
@@ -182,7 +165,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> d
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor], network: nn.Module) -> None:
-    """Put a checkpoint's optimiser tensors back. ValueError when they do not belong to this network's parameters."""
+    """Restore the optimiser from a checkpoint's tensors; ValueError if they do not fit the network's parameters."""
     parameters = dict(network.named_parameters())
     optimizer.state.clear()
     for name, tensor in saved.items():
@@ -190,9 +173,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
         parameter = parameters.get(parameter_name)
         if parameter is None or (tensor.ndim and tensor.shape != parameter.shape):
             raise ValueError(f"the checkpoint's optimiser state {name} {tuple(tensor.shape)} fits no parameter")
-        # Counts and marks stay on the CPU; everything else lives where its parameter does, laid out like it.
+
+        # Counts and flags stay on the CPU; a tensor like its parameter takes its device and memory layout.
         like = tensor.shape == parameter.shape
-        value: Tensor | bool = torch.empty_like(parameter).copy_(tensor) if like else tensor.clone()
-        if tensor.dtype == torch.bool:
-            value = bool(tensor)
-        optimizer.state[parameter][key] = value
+        value = torch.empty_like(parameter).copy_(tensor) if like else tensor.clone()
+        optimizer.state[parameter][key] = bool(tensor) if tensor.dtype == torch.bool else value

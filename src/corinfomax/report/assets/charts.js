@@ -1,5 +1,5 @@
 "use strict";
-// Curves and spectra, drawn by uPlot; drawn anew when the colours or the width change.
+// Curves and spectra, drawn by uPlot, and redrawn when the colours or the width change.
 (() => {
   const plots = [];
   const number = value => value == null ? "–" :
@@ -39,7 +39,7 @@
       cursor: { y: false, points: { size: 7 } },
       legend: { live: true, markers: { fill: (u, i) => u.series[i].stroke() } },
       hooks: { ready: [u => {
-        // Away from the pointer the legend tells the last values, not dashes.
+        // Without a pointer the legend shows the last values instead of dashes.
         const end = () => u.setLegend({ idx: chart.x.length - 1 });
         u.over.addEventListener("mouseleave", () => setTimeout(end));
         end();
@@ -47,14 +47,14 @@
       plugins: chart.mark == null ? [] : [mark(chart.mark, theme.colour("series-1"))],
       series: [
         { label: chart.unit ?? "step", value: (_, v) => v == null ? "–" : v.toLocaleString("en") },
-        ...chart.series.map((s, i) => ({
-          label: s.name, stroke: theme.colour(`series-${i % 4}`), width: 1.75, spanGaps: true,
+        ...chart.curves.map((curve, i) => ({
+          label: curve.name, stroke: theme.colour(`series-${i % 4}`), width: 1.75, spanGaps: true,
           points: { show: few, size: 5 }, value: (_, v) => number(v),
         })),
       ],
     };
     box.replaceChildren();
-    return new uPlot(options, [chart.x, ...chart.series.map(s => s.values)], box);
+    return new uPlot(options, [chart.x, ...chart.curves.map(curve => curve.values)], box);
   }
 
   function add(figure, chart) {
@@ -65,16 +65,16 @@
 
   const redraw = always => plots.forEach(entry => {
     const width = entry.figure.clientWidth;
-    if (width === 0) return; // folded away
+    if (width === 0) return; // folded
     if (always || width !== entry.width) { entry.width = width; entry.plot?.destroy(); entry.plot = draw(entry.figure, entry.chart); }
   });
 
   data.charts.forEach((chart, i) => add(document.querySelector(`[data-chart="${i}"]`), chart));
   data.spectra.forEach((spectrum, i) => {
-    // Rounding below 1e-12 of the variance is no direction: a logarithm would draw it as a cliff of its own.
-    const values = spectrum.values.map(v => v > 1e-12 ? v : null);
+    // Shares below 1e-12 are rounding: on a log scale they would look like a cliff.
+    const values = spectrum.shares.map(v => v > 1e-12 ? v : null);
     add(document.querySelector(`[data-spectrum="${i}"]`), {
-      x: values.map((_, rank) => rank + 1), series: [{ name: "share of variance", values }],
+      x: values.map((_, rank) => rank + 1), curves: [{ name: "share of variance", values }],
       log: values.some(v => v !== null), mark: spectrum.rank, unit: "direction",
     });
   });

@@ -1,24 +1,23 @@
-"""Other objectives: each against its definition, and a whole run behind the same loop."""
+"""Rival objectives: each against its definition, and a whole run in the same loop."""
 
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import tiny
+from benchmarks.objectives.rivals import AUTHORS, PAIRED, SLICES, Rival
 from corinfomax import CorInfoMaxLoss
-from corinfomax.cli.main import main
-from corinfomax.diagnosis import verdict
-from corinfomax.objective.baselines import AUTHORS, SLICES, Baseline
-from corinfomax.recipes.fields import Loss
 from corinfomax.runtime import processes, run_folder
-from corinfomax.training import step
-from corinfomax.weights import card, checkpoint
+from corinfomax.training import batches
+from corinfomax.training.step import build, update
 
 pytest.importorskip("lightly")
 
+CPU = torch.device("cpu")
 N, D = 12, 5
 
 
@@ -90,7 +89,7 @@ PLAIN = {"ldmi": ldmi, "vicreg": vicreg, "barlow-twins": barlow_twins, "simclr":
 def test_each_is_what_its_paper_says(name, count):
     ours, theirs = rows(count), rows(count)
     torch.manual_seed(0)
-    terms = Baseline(Loss(name=name))(*ours)
+    terms = Rival(name)(*ours)
     torch.manual_seed(0)
     want = PLAIN[name](*theirs)
     torch.testing.assert_close(terms.loss, want, rtol=1e-4, atol=1e-5)
@@ -103,7 +102,7 @@ def test_each_is_what_its_paper_says(name, count):
 @pytest.mark.parametrize("name", PLAIN)
 def test_less_is_better(name):
     """Views that agree and are spread have a lower loss than views of nothing in common, and than a point."""
-    of = Baseline(Loss(name=name))
+    of = Rival(name)
     rng = torch.Generator().manual_seed(1)
     z, other = torch.randn(2, 256, D, generator=rng)
     assert float(of(z, z).loss) < float(of(z, other).loss)
@@ -113,7 +112,7 @@ def test_less_is_better(name):
 
 def test_the_meter_is_that_of_corinfomax():
     views = rows(3)
-    ours, theirs = (of(*views).attraction for of in (Baseline(Loss(name="sigreg")), CorInfoMaxLoss(D, views=3)))
+    ours, theirs = (of(*views).attraction for of in (Rival("sigreg"), CorInfoMaxLoss(D, views=3)))
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
@@ -122,66 +121,50 @@ def test_weights_are_the_objectives_own(name):
     usual = AUTHORS[name]
     pair = rows()
     torch.manual_seed(0)
-    same = Baseline(Loss(name=name, weights=usual))(*pair).loss
+    same = Rival(name, usual)(*pair).loss
     torch.manual_seed(0)
-    assert Baseline(Loss(name=name))(*pair).loss.item() == same.item()
+    assert Rival(name)(*pair).loss.item() == same.item()
     torch.manual_seed(0)
-    other = Baseline(Loss(name=name, weights=(usual[0] / 2, *usual[1:])))(*pair).loss
+    other = Rival(name, (usual[0] / 2, *usual[1:]))(*pair).loss
     assert other.item() != same.item()
-    with pytest.raises(ValueError, match=rf"{name} are {len(usual)} numbers"):
-        Baseline(Loss(name=name, weights=(*usual, 1.0)))
+    with pytest.raises(ValueError, match=rf"{name} has {len(usual)} weights"):
+        Rival(name, (*usual, 1.0))
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_run(name, tmp_path):
-    recipe = dataclasses.replace(tiny.RECIPE, loss=Loss(name=name), epochs=3)
+    recipe = dataclasses.replace(tiny.RECIPE, epochs=3)
     splits = tiny.splits(tmp_path / "images")
-    network = tiny.run(splits, tmp_path / "run", recipe, diagnoses=2)
+    network = tiny.run(splits, tmp_path / "run", recipe, diagnoses=2, criterion=Rival(name))
     rows = run_folder.read_metrics(tmp_path / "run")
-    assert all(math.isfinite(row["loss"]) and "gap" not in row and "big_bang" not in row for row in rows)
-    assert network.projector[-1].weight.isfinite().all() and "ldmi" in rows[-1]
-    # An error is said; thresholds of another objective are not known.
-    assert verdict.judge(rows, recipe, steps=recipe.steps(len(splits.train)), ended=True) is None
-    said = verdict.judge(rows, recipe, steps=recipe.steps(len(splits.train)), error="it broke")
-    assert said is not None and said.kind == "diverging"
+    assert all(math.isfinite(row.loss) and row.gap is None and row.big_bang is None for row in rows)
+    assert network.projector[-1].weight.isfinite().all() and rows[-1].look is not None
+
+
+def test_the_loop_trains_by_the_rivals_loss(tmp_path):
+    """Views of the first step by hand."""
+    splits, recipe, criterion = tiny.splits(tmp_path / "images"), tiny.RECIPE, Rival("simclr")
+    learner = build(recipe, CPU, criterion=criterion)
+    assert learner.criterion is criterion
+    views = batches.apply_views(recipe, batches.read_batch(recipe, splits.train, 0, CPU), CPU)
+    want = criterion(*map(learner.network, views))
+    got = update(recipe, build(recipe, CPU, criterion=criterion), views, 0, CPU)
+    assert got[:2].tolist() == [want.loss.item(), want.attraction.item()]
 
 
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(processes, "size", lambda: 2)
-    with pytest.raises(ValueError, match="in one process"):
-        build(Loss(name="simclr"))
+    with pytest.raises(ValueError, match="one process alone, and here are 2"):
+        Rival("simclr")
 
 
-def build(loss, **changes):
-    return step.build_criterion(dataclasses.replace(tiny.RECIPE, loss=loss, **changes))
+def test_a_rival_whose_library_is_missing_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightly", None)
+    with pytest.raises(ValueError, match="vicreg needs lightly, the extra baselines: uv run --extra baselines"):
+        Rival("vicreg")
 
 
-def test_knobs_of_another_objective_are_refused():
-    with pytest.raises(ValueError, match=r"corinfomax, this recipe's objective, knows nothing of --loss\.weights"):
-        build(Loss(weights=(5.0,)))
-    with pytest.raises(ValueError, match=r"vicreg.*nothing of --loss\.alpha, --loss\.eps;.*name corinfomax knows it"):
-        build(Loss(name="vicreg", alpha=99.0, eps=1e-3))
-
-
-def test_the_command_trains_and_shows_another_objective(tmp_path, capsys):
-    data = str(tiny.folder(tmp_path / "data", {"train": 40, "test": 12}))
-    words = ["pretrain", data, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), *tiny.KNOBS]
-    assert main([*words, "--loss.name", "simclr", "--projector.batch-norm"]) == 0
-    said = capsys.readouterr().out
-    assert "no verdict: what its measures should be is known of CorInfoMax, not of simclr" in said
-    assert "best_checkpoint" in run_folder.read_json(tmp_path / "run" / "results.json") or "ldmi" not in said
-    assert "SimCLR" in card.markdown(checkpoint.load_last(tmp_path / "run")[1], {}, plain=False)
-    # Wrong weights are known before anything is decoded.
-    assert (
-        main([*words[:3], str(tmp_path / "other"), *words[4:], "--loss.name", "simclr", "--loss.weights", "1", "2"])
-        == 2
-    )
-    assert "--loss.weights of simclr are 1 numbers" in capsys.readouterr().err
-    assert main([*words[:3], str(tmp_path / "none"), *words[4:], "--epochs", "0.1"]) == 2
-    assert "are none: --epochs 0.2 is one" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["ldmi", "vicreg", "barlow-twins", "simclr"])
+@pytest.mark.parametrize("name", PAIRED)
 def test_a_pair_is_a_pair(name):
-    with pytest.raises(ValueError, match="compares two views"):
-        build(Loss(name=name), crops=4)
+    with pytest.raises(ValueError, match=f"{name} compares two views; got 4"):
+        Rival(name)(*rows(4))

@@ -1,0 +1,194 @@
+"""The work of `corinfomax pretrain` in its run folder: images, training, verdict, scores and page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+
+from corinfomax import __version__
+from corinfomax.cli import inputs, messages
+from corinfomax.cli.arguments import SKIP_LIST, DataOptions
+from corinfomax.diagnosis import verdict
+from corinfomax.evaluation import table
+from corinfomax.images import files
+from corinfomax.images.cache import Splits
+from corinfomax.images.sources import Data
+from corinfomax.network import choose_precision
+from corinfomax.recipes import fields
+from corinfomax.recipes.fields import Recipe
+from corinfomax.report.content import Subject
+from corinfomax.runtime import processes, run_folder
+from corinfomax.runtime.records import Facts, Options, Results
+from corinfomax.training import loop, trackers
+from corinfomax.weights import checkpoint
+from corinfomax.weights.checkpoint import Checkpoint
+
+
+class Plan(NamedTuple):
+    """A run before any image is decoded."""
+
+    data: Data
+    images: DataOptions
+    recipe: Recipe  # before it is fitted to the number of images
+    recipe_name: str
+    options: Options
+    resumed: Checkpoint | None  # the state to continue from
+
+
+def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:
+    """Decode the images, record the run in its locked folder and train; None when it was stopped."""
+    first, options = processes.rank() == 0, plan.options
+    resume = messages.command("pretrain", "--resume", str(run))
+
+    # images, recipe and facts
+    with processes.first_of_machine():  # one process decodes, the others read its cache
+        splits = inputs.load_splits(plan.data, plan.recipe, plan.images)
+    recipe = _fit(plan, splits, device)
+    facts = _record(run, plan, recipe, splits)
+
+    with contextlib.ExitStack() as stack:
+        on_row: trackers.OnRow = lambda row: None  # noqa: E731
+        if first and options.track is not None:
+            config = {flag: str(value) for flag, value in fields.flags(recipe).items()}
+            on_row = stack.enter_context(trackers.tracking(options.track, run, config))
+        try:
+            network = loop.pretrain(
+                recipe, splits, run, device=device, options=options, facts=facts, resume=plan.resumed, on_row=on_row
+            )
+        except loop.Interrupted as stop:
+            print(f"stopped; the work so far is in {stop.checkpoint}\nto resume: {resume}")
+            processes.wait()  # torchrun kills the others when one rank exits
+            return None
+        except FloatingPointError as error:
+            if first:
+                _judge(run, recipe, facts, error=str(error))
+                if options.report and run_folder.checkpoints(run):  # the page up to the last checkpoint
+                    network, saved = checkpoint.load_network(run)
+                    _report(Subject(run, network, recipe, saved.step, facts, splits, same_images=True), device)
+            processes.wait()
+            raise
+        except OSError as error:
+            raise OSError(f"{error.strerror or error}; once that is mended: {resume}") from error
+
+    if first:
+        rows = run_folder.read_metrics(run)  # they include the time before a stop
+        minutes = f"{rows[-1].seconds / 60:.1f} min" if rows else "no time"
+        print(f"trained in {minutes}: {run_folder.checkpoints(run)[-1]}")
+    return Subject(run, network, recipe, recipe.steps(facts.images), facts, splits, same_images=True)
+
+
+def _fit(plan: Plan, splits: Splits, device: torch.device) -> Recipe:
+    """The recipe with a batch, length and precision that these images and processes allow."""
+    # batch and length
+    recipe = inputs.fit_batch(plan.recipe, len(splits.train))
+    if recipe.from_files and splits.train.files is None:
+        raise ValueError(f"{plan.data.name} is one array, without files to crop from: leave out --from-files")
+    if recipe.steps(len(splits.train)) < 1:
+        steps = len(splits.train) // recipe.batch
+        least = f"an epoch has {steps} steps, so --epochs {1 / steps:.2g} makes one"
+        raise ValueError(f"--epochs {recipe.epochs:g} makes no step: {least}")
+    if recipe.optim.warmup_epochs >= recipe.epochs > 1:
+        epochs = f"the warm-up ({recipe.optim.warmup_epochs:g} epochs) does not end before the run ({recipe.epochs:g})"
+        print(f"{epochs}: try --optim.warmup-epochs 1")
+
+    # precision, one for all processes and for every resume on other hardware
+    precision = choose_precision(recipe, device)
+    (mixed,) = processes.largest(float(precision != "bfloat16"))
+    return replace(recipe, precision="float32" if mixed and recipe.precision == "auto" else precision)
+
+
+def _record(run: Path, plan: Plan, recipe: Recipe, splits: Splits) -> Facts:
+    """The facts of a run; writes them with the recipe, or cuts the metrics of a resumed run.
+
+    ValueError when processes differ in recipe, images or step, or when a resumed run has other images.
+    """
+    data, images, resumed = plan.data, plan.images, plan.resumed
+    versions = {"corinfomax": __version__, "python": platform.python_version()}
+    facts = Facts(
+        data=data.absolute_name,
+        recipe_name=plan.recipe_name,
+        images=len(splits.train),
+        fingerprint=splits.train.fingerprint,
+        versions=versions | {"torch": torch.__version__, "timm": timm.__version__},
+        options=plan.options,
+        root=None if data.absolute_root is None else str(data.absolute_root),
+        cache=None if images.cache is None else str(images.cache.absolute()),
+        holdout=images.holdout,
+        test_split=images.test_split,
+        skip=None if images.skip is None else SKIP_LIST,
+    )
+
+    # one run in all processes, and the same as before
+    same = {"their images": facts.fingerprint, "their recipe": json.dumps(fields.to_json(recipe))}
+    processes.require_same({**same, "the step they resume from": str(resumed and resumed.step)})
+    if resumed is not None and resumed.facts.fingerprint != facts.fingerprint:
+        wrong = f"the images of {facts.data} are not the ones that {run} was trained on: put those back"
+        again = messages.command("pretrain", "DATA", "--resume", str(run))
+        raise ValueError(f"{wrong}, or say where they are: {again}")
+
+    # the first process writes
+    if processes.rank() == 0 and resumed is None:
+        if facts.skip is not None:  # a copy, since the user may change the list
+            run_folder.write_text(run / SKIP_LIST, files.names_as_text(sorted(data.skip)))
+        run_folder.write_json(run / "recipe.json", {"recipe": fields.to_json(recipe), "facts": facts.to_json()})
+    elif processes.rank() == 0 and resumed is not None:
+        run_folder.forget_after(run, resumed.step)
+        if resumed.step and not run_folder.read_metrics(run):
+            print(f"{run / 'metrics.jsonl'} is gone: curves and verdict begin at step {resumed.step}")
+        print(f"resuming {run} after step {resumed.step}")
+    return facts
+
+
+def conclude(subject: Subject, data: Data, device: torch.device) -> int:
+    """The verdict first, so that nothing after it can lose it; then scores if there are labels, and the page."""
+    run, network, recipe, _, facts, splits, _ = subject
+    try:
+        _judge(run, recipe, facts)
+        if facts.options.evaluate and splits.labelled:
+            inputs.print_scores(table.evaluate(network.backbone, splits, recipe, device=device), run / "results.json")
+        if facts.options.report:
+            _report(subject, device)
+    except KeyboardInterrupt:
+        again = messages.command("pretrain", "--resume", str(run))
+        print(f"stopped; the run is trained, this continues with scores and page: {again}")
+        return 130
+    root = [] if facts.root is None else ["--root", facts.root]
+    print(f"feature vectors: {messages.command('embed', str(run), str(data.name), *root)}")
+    return 0
+
+
+def _judge(run: Path, recipe: Recipe, facts: Facts, *, error: str | None = None) -> None:
+    """Print and keep the verdict and the best checkpoint."""
+    rows, steps = run_folder.read_metrics(run), recipe.steps(facts.images)
+    judged = verdict.judge(rows, recipe, steps=steps, ended=True, error=error)
+    if judged is not None:
+        print(f"\nverdict: {judged.text}\n")
+
+    saved = {run_folder.step_of(path): path for path in run_folder.checkpoints(run)}
+    best = verdict.best_step(rows, saved)
+    if best is not None and best < max(saved):
+        print(f"best checkpoint by {verdict.BEST}, before the last: {saved[best]}")
+    best_path = None if best is None else saved[best].relative_to(run).as_posix()
+    if content := Results(verdict=judged, best_checkpoint=best_path).to_json():
+        run_folder.add_json(run / "results.json", content)
+
+
+def _report(subject: Subject, device: torch.device) -> None:
+    """Write the page; an error of its own is a message, since the run itself is done and kept."""
+    try:
+        from corinfomax.report import gather  # a broken plotting library must not cost the run
+
+        out = gather.write_page(subject, subject.run / "report.html", device=device)
+    except Exception as error:
+        again = messages.command("report", str(subject.run))
+        print(f"no report: {type(error).__name__}: {error}; to try again: {again}", file=sys.stderr)
+    else:
+        print(f"report: {out}, {out.stat().st_size / 1e6:.1f} MB")
