@@ -364,6 +364,14 @@ def test_our_own_mistakes_are_no_lack_of_memory(error):
     assert messages.message(error) is None
 
 
+@pytest.mark.parametrize("typed", [DataOptions(holdout=0.2), DataOptions(test_split="val"), DataOptions()])
+@pytest.mark.parametrize("facts", [Facts(holdout=0.1), Facts(test_split="test"), Facts()])
+def test_a_typed_choice_of_test_images_replaces_the_recorded_one(tmp_path, typed, facts):
+    options = inputs.options_of_run(typed, tmp_path, facts)
+    source = facts if typed == DataOptions() else typed
+    assert (options.holdout, options.test_split) == (source.holdout, source.test_split)
+
+
 def test_a_test_split_without_labels_is_said_before_training(tmp_path, capsys):
     data = tiny.folder(tmp_path / "data", {"train": 16})
     tiny.folder(data, {"test": 4}, labelled=False)

@@ -135,6 +135,13 @@ def test_a_good_end_after_a_long_collapse_says_so():
     assert "collapse" not in judge(*looks[:1], *looks[3:], ended=True).text  # one bad look is not long
 
 
+def test_a_short_run_is_to_be_longer_and_a_long_one_to_have_more_looks():
+    short = judge(row(10), row(100), recipe=replace(RECIPE, epochs=10), steps=100, ended=True)
+    assert short.kind == "still warming up" and "--epochs 15" in short.advice
+    late = judge(row(1000), recipe=replace(RECIPE, epochs=10), steps=1000, ended=True)
+    assert late.kind == "still warming up" and "--diagnoses" in late.advice and "--epochs" not in late.advice
+
+
 def test_what_is_left_of_the_first_covariance_is_no_divergence():
     """A past that weighs 0.995 still holds half of the identity after 140 steps: no eigenvalue can be below that."""
     recipe = replace(RECIPE, loss=Loss(cov_decay=0.995))
