@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, Literal, cast
 
 import timm
@@ -33,10 +34,7 @@ def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
     Raises ValueError for a name unknown to timm, and for options of ResNets on another network.
     """
     # refuse what timm would not name clearly
-    name = backbone.name
-    if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name}*")[:6]) or "nothing; timm.list_models() has all"
-        raise ValueError(f"timm knows no network {name!r}; near it: {near}")
+    check_name(backbone.name)
     _check_stages(backbone.layers, backbone.channels)
 
     # only what differs from timm's defaults: networks other than ResNets refuse these options
@@ -45,13 +43,20 @@ def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
     options |= {"img_size": size} if has_fixed_size(backbone) else {}
     options |= {} if backbone.zero_init_last else {"zero_init_last": False}
     try:
-        model = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        model = timm.create_model(backbone.name, pretrained=False, num_classes=0, **options)
     except TypeError as error:
-        raise ValueError(f"{name} does not take {', '.join(options)}; these are for ResNets") from error
+        raise ValueError(f"{backbone.name} does not take {', '.join(options)}; these are for ResNets") from error
 
     if backbone.small_stem:
         _use_small_stem(model, backbone)
     return model
+
+
+def check_name(name: str) -> None:
+    """ValueError, with similar names, for a network that timm does not have; the tag of its weights may follow."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5)
+        raise ValueError(f"timm knows no network {name!r}; closest: {', '.join(close) or 'none'}")
 
 
 def _check_stages(layers: tuple[int, ...] | None, channels: tuple[int, ...] | None) -> None:
@@ -61,10 +66,9 @@ def _check_stages(layers: tuple[int, ...] | None, channels: tuple[int, ...] | No
         raise ValueError(f"channels are {channels}; a ResNet has four stages")
     for stage in (1, 2, 3):
         if layers and channels and layers[stage] == 0 and channels[stage] != channels[stage - 1]:
-            raise ValueError(
-                f"stage {stage} has no block, so its width stays {channels[stage - 1]} and cannot be "
-                f"{channels[stage]}: choose layers and channels that fit, such as --backbone.layers 1 1 1 1"
-            )
+            widths = f"its width stays {channels[stage - 1]} and cannot be {channels[stage]}"
+            fitting = "choose layers and channels that fit, such as --backbone.layers 1 1 1 1"
+            raise ValueError(f"stage {stage} has no block, so {widths}: {fitting}")
 
 
 def _use_small_stem(model: nn.Module, backbone: Backbone) -> None:

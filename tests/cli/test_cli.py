@@ -148,6 +148,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(words, message, tmp_path, cap
     assert message in err
     assert "Traceback" not in err
     assert err.strip().splitlines()[-1].startswith("corinfomax: ")
+    assert not [*tmp_path.glob("runs/*")]
 
 
 @pytest.mark.parametrize(

@@ -7,23 +7,10 @@ import torch
 from torch import nn
 
 import tiny
-from corinfomax import network
 from corinfomax.evaluation import fine_tuning, probes
-from corinfomax.images import cache
 from corinfomax.recipes.fields import Probe
 
 CPU = {"device": torch.device("cpu")}
-
-
-@pytest.fixture(scope="module")
-def splits(tmp_path_factory):
-    return cache.load(tiny.folder(tmp_path_factory.mktemp("data"), {"train": 60, "test": 20}), side=16, progress=False)
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    torch.manual_seed(3)
-    return network.build_backbone(tiny.RECIPE.backbone)
 
 
 def test_a_linear_probe_that_diverges_is_an_error(splits, backbone):

@@ -20,17 +20,6 @@ from corinfomax.views import operations
 CPU = {"device": torch.device("cpu")}
 
 
-@pytest.fixture(scope="module")
-def splits(tmp_path_factory):
-    return cache.load(tiny.folder(tmp_path_factory.mktemp("data"), {"train": 60, "test": 20}), side=16, progress=False)
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    torch.manual_seed(3)
-    return network.build_backbone(tiny.RECIPE.backbone)
-
-
 @pytest.mark.parametrize(("scale", "side"), [(1.0, 16), (1.5, 24)])
 def test_features_are_the_networks_in_eval_mode_and_order(splits, backbone, monkeypatch, scale, side):
     monkeypatch.setattr(features, "BATCH", 7)

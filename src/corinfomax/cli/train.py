@@ -76,7 +76,7 @@ def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:
             processes.wait()
             raise
         except OSError as error:
-            raise OSError(f"{error.strerror or error}; once that is mended: {resume}") from error
+            raise OSError(f"{messages.message(error)}; once that is mended: {resume}") from error
 
     if first:
         rows = run_folder.read_metrics(run)  # they include the time before a stop

@@ -241,7 +241,8 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
         longer = f"The run was too short to say more: try --epochs {math.ceil(recipe.epochs * ENOUGH / last.step)}."
         if last.step >= ENOUGH:
             longer = "There are too few looks to say more: raise --diagnoses."
-        evidence = f"After {_percent(share)} of the steps {shared}{used}."
+        when = "At the end" if ended else f"After {_percent(share)} of the steps"
+        evidence = f"{when} {shared}{used}."
         return Verdict("still warming up", evidence, longer if ended else "Nothing looks wrong so far.", numbers)
 
     # The gain since then, and the step with the most.

@@ -238,7 +238,8 @@ def _open(folder: Path, count: int, from_files: bool = False) -> CacheContent | 
 
         # Mode "r": Linux counts a copy-on-write map as memory, and refuses one larger than the machine has.
         mapped = np.memmap(folder / "pixels.bin", np.uint8, "r")
-        with warnings.catch_warnings(action="ignore"):  # torch would warn against writing to it; nothing does
+        # torch would warn against writing to the map; nothing does.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             return CacheContent(table, torch.from_numpy(mapped), skipped, digest)
     except (OSError, EOFError, ValueError, KeyError):
         return None

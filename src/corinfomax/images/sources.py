@@ -66,9 +66,9 @@ class Data:
         if place.is_file():
             return _from_file(place.absolute())
         close = difflib.get_close_matches(str(self.name), NAMED, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        sets = f"no set of that name: {hint}The named sets are {', '.join(NAMED)}"
-        raise MissingDataError(f"no folder or file {str(self.name)!r} here, and {sets}")
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        sets = f"it is none of the named sets {', '.join(NAMED)}"
+        raise MissingDataError(f"no folder or file {str(self.name)!r} here, and {sets}{hint}")
 
     @property
     def test_name(self) -> str | None:

@@ -188,8 +188,9 @@ def _galleries(
 
     # the first groups with their cards, counts over all
     duplicates = []
-    for rows, group, correlation in zip(shown, groups.groups, groups.correlations, strict=False):
-        duplicates.append(content.DuplicateCards([cards[row] for row in rows], len(group), correlation))
+    for i, rows in enumerate(shown):
+        size, correlation = len(groups.groups[i]), groups.correlations[i]
+        duplicates.append(content.DuplicateCards([cards[row] for row in rows], size, correlation))
     across_splits = sum(len({pool.place(row)[0] for row in group}) > 1 for group in groups.groups)
     mixed_classes = sum(len({pool.label(row) for row in group}) > 1 for group in groups.groups)
     counts = len(groups.groups), sum(map(len, groups.groups)), across_splits, mixed_classes

@@ -163,8 +163,8 @@ def _is_number(value: object) -> bool:
 
 
 SoundKind = Literal["still warming up", "improving", "healthy", "saturated"]
-Collapse = Literal["complete collapse", "dimensional collapse", "over-invariant", "under-invariant"]
-Kind = Literal[SoundKind, "recovered", Collapse, "diverging", "data problem"]
+Unsound = Literal["complete collapse", "dimensional collapse", "over-invariant", "under-invariant", "diverging"]
+Kind = Literal[SoundKind, "recovered", Unsound, "data problem"]
 
 
 class Verdict(NamedTuple):

@@ -16,7 +16,7 @@ from corinfomax.diagnosis import measures, verdict
 from corinfomax.evaluation import table
 from corinfomax.images.cache import Images, Splits
 from corinfomax.images.files import DataError
-from corinfomax.network import Network
+from corinfomax.network import Network, check_name
 from corinfomax.objective.covariance import CorInfoMaxLoss, moment_dtype
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import processes, run_folder
@@ -253,11 +253,10 @@ class Recorder:
 def check_parts(recipe: Recipe) -> slice:
     """This process's slice of a batch; ValueError when processes or micro-batches cannot share it."""
     part = processes.share(recipe.batch)
+    check_name(recipe.backbone.name)
     build_criterion(recipe)  # its errors come before the images are decoded
     n = part.stop - part.start
     if recipe.micro_batch is not None and n % recipe.micro_batch == 1:
-        raise ValueError(
-            f"{n} images in micro-batches of {recipe.micro_batch} leave one image, and BatchNorm needs 2: choose a "
-            "--micro-batch that divides them"
-        )
+        single = f"{n} images in micro-batches of {recipe.micro_batch} leave one image, and BatchNorm needs 2"
+        raise ValueError(f"{single}: choose a --micro-batch that divides them")
     return part

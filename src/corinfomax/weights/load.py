@@ -15,7 +15,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from corinfomax.network import build_backbone
+from corinfomax.network import build_backbone, check_name
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Backbone, Recipe
 from corinfomax.runtime import run_folder
@@ -229,9 +229,7 @@ def _check_reachable(name: str, config: PretrainedCfg) -> None:
 
 def _timm_config(name: str) -> PretrainedCfg:
     """timm's record of a network and its weights; ValueError if timm has no such network or weights."""
-    if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:6]) or "nothing; timm.list_models() has all"
-        raise ValueError(f"timm knows no network {name!r}; near it: {near}")
+    check_name(name)
     try:
         return timm.get_pretrained_cfg(name) or PretrainedCfg()
     except RuntimeError as error:
