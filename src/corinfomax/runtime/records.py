@@ -217,7 +217,6 @@ class Results(NamedTuple):
     table: Table = {}  # noqa: RUF012 (never written to)
     comparisons: tuple[Comparison, ...] = ()  # first pretrained against the better baseline, then against each rival
     sentences: tuple[str, ...] = ()  # the comparisons in words
-    probe: str = "linear"  # of the comparisons
     train: int = 0  # labelled images that fitted the probes
     test: int = 0  # images that scored them
 
@@ -230,7 +229,7 @@ class Results(NamedTuple):
                 name: {probe: score.to_json() for probe, score in scores.items()} for name, scores in self.table.items()
             }
             content["comparisons"] = [
-                {"probe": self.probe, **comparison._asdict(), "sentence": sentence}
+                {"probe": "linear", **comparison._asdict(), "sentence": sentence}
                 for comparison, sentence in zip(self.comparisons, self.sentences, strict=True)
             ]
             content |= {"train": self.train, "test": self.test}
@@ -245,7 +244,6 @@ class Results(NamedTuple):
             table={name: {probe: Score(**x) for probe, x in scores.items()} for name, scores in table.items()},
             comparisons=tuple(Comparison(*(row[name] for name in Comparison._fields)) for row in rows),
             sentences=tuple(row["sentence"] for row in rows),
-            probe=rows[0]["probe"] if rows else "linear",
             train=content.get("train", 0),
             test=content.get("test", 0),
         )

@@ -81,9 +81,12 @@ def read_json(path: Path) -> Any:
 
 
 def read_results(run: Path) -> Results:
-    """The verdict and scores of a run so far; empty without results.json."""
+    """The verdict and scores of a run so far; empty without results.json, ValueError when it is damaged."""
     path = run / "results.json"
-    return Results.from_json(read_json(path)) if path.exists() else Results()
+    try:
+        return Results.from_json(read_json(path)) if path.exists() else Results()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no verdict and scores: remove it and evaluate again ({error})") from error
 
 
 def append_metrics(run: Path, row: Row) -> None:
