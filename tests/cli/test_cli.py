@@ -111,6 +111,18 @@ def test_help_lists_at_most_sixty_flags_and_hidden_ones_work(capsys):
     assert planned("--recipe", "cifar10", "--loss.eps", "0.5").loss.eps == 0.5
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_words_of_a_difference_make_the_recipe(name):
+    """From any recipe to any other, switches and tuples included: the page prints these words."""
+    for base, entry in RECIPES.items():
+        words = fields.difference(RECIPES[name].recipe, entry.recipe)
+        command, typed = parse(["pretrain", "x", "--recipe", base, *words])
+        assert (
+            fields.override(entry.recipe, command.settings, typed & {*fields.flags(entry.recipe)})
+            == RECIPES[name].recipe
+        )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
