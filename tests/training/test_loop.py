@@ -42,6 +42,7 @@ def test_a_run_writes_metrics_and_a_checkpoint(splits, tmp_path):
     rows = run_folder.read_metrics(tmp_path)
     assert [row.step for row in rows] == list(range(1, 11))
     assert [row.step for row in rows if row.knn is not None] == [5, 10]
+    assert [row.step for row in rows if row.look is not None][-1] == 10  # the verdict rests on the end
     for row in rows:
         alpha = 3.906 * 8
         assert row.loss == pytest.approx(alpha * row.attraction + row.big_bang)
