@@ -81,7 +81,7 @@ PROMISES = (
         ),
     ),
     Promise(
-        "Ctrl-C or SIGTERM at any moment",
+        "Ctrl-C, SIGTERM or SIGHUP at any moment",
         "the current step ends, a checkpoint is saved and the command to resume is printed; the resumed run ends "
         "bitwise equal to one that never stopped; under torchrun the processes agree about once a second",
         (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal, cast
+import functools
+from typing import Any, Literal, NamedTuple, cast
 
 import timm
 import torch
@@ -12,6 +13,8 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from corinfomax.recipes.fields import Backbone, Projector, Recipe
+
+SIDES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)  # that networks are made for, in pixels
 
 
 class Network(nn.Module):
@@ -55,8 +58,52 @@ def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
 def check_name(name: str) -> None:
     """ValueError, with similar names, for a network that timm does not have; the tag of its weights may follow."""
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5)
+        close = difflib.get_close_matches(name.partition(".")[0].lower(), timm.list_models(), n=5)
         raise ValueError(f"timm knows no network {name!r}; closest: {', '.join(close) or 'none'}")
+
+
+class Size(NamedTuple):
+    """The size of a backbone."""
+
+    weights: int
+    features: int
+
+
+def measure(backbone: Backbone, side: int) -> Size | None:
+    """The size of a backbone, built and run without memory; None if it cannot take images of `side` pixels."""
+    if side % (_patch(backbone) or 1):  # a ViT would drop the pixels of a partial patch
+        return None
+    try:
+        with torch.device("meta"):
+            model = build_backbone(backbone, size=side).eval()
+            features = model(torch.empty(2, 3, side, side)).shape[1]
+    except (RuntimeError, AssertionError, IndexError):  # whatever timm's layers and torch's kernels say
+        return None
+    return Size(sum(weight.numel() for weight in model.parameters()), features)
+
+
+@functools.cache
+def _patch(backbone: Backbone) -> int | None:
+    """Side of a ViT's patches, in pixels; None for networks that take images of any size."""
+    if not has_fixed_size(backbone):
+        return None
+    with torch.device("meta"):
+        model = timm.create_model(backbone.name, num_classes=0)
+    return max(getattr(getattr(model, "patch_embed", None), "patch_size", (0,))) or None
+
+
+def smallest_side(backbone: Backbone, above: int) -> int:
+    """The smallest side above `above` px that a network can take; ValueError if there is none up to SIDES[-1]."""
+    if patch := _patch(backbone):
+        return (above // patch + 1) * patch
+    side = next((side for side in SIDES if side > above and measure(backbone, side) is not None), None)
+    if side is None:
+        raise ValueError(f"{backbone.name} cannot take views of {above} px, nor larger ones up to {SIDES[-1]} px")
+    low = max([above, *(other for other in SIDES if other < side)])
+    while side - low > 1:
+        middle = (low + side) // 2
+        low, side = (low, middle) if measure(backbone, middle) is not None else (middle, side)
+    return side
 
 
 def _check_stages(layers: tuple[int, ...] | None, channels: tuple[int, ...] | None) -> None:

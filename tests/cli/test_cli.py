@@ -22,7 +22,7 @@ import torch
 
 import corinfomax
 import tiny
-from corinfomax.cli import inputs, messages, pretrain
+from corinfomax.cli import fit, inputs, messages, pretrain
 from corinfomax.cli import main as cli
 from corinfomax.cli.arguments import DataOptions
 from corinfomax.cli.parse import parse
@@ -432,7 +432,7 @@ def test_a_recipe_that_was_chosen_is_told_with_what_was_typed_over_it(tmp_path, 
 def test_copies_are_as_large_as_the_views_need(tmp_path, capsys, size, side, becomes):
     data = tiny.folder(tmp_path / "data", {"": 4}, labelled=False, side=64)
     recipe = replace(tiny.RECIPE, size=size, cache_side=side)
-    assert inputs.fit_cache(recipe, Data(str(data))).cache_side == becomes
+    assert fit.fit_cache(recipe, Data(str(data))).cache_side == becomes
     assert ("--cache-side" in capsys.readouterr().out) == (becomes != side)
 
 
@@ -544,7 +544,7 @@ def test_labels_for_half_of_the_images_are_a_sentence(tmp_path, capsys):
         path.rename(half / "train" / path.name)
     load(half)
     said = capsys.readouterr().out
-    assert "no labels: 8 of 16 images lie beside the class folders, first train/000.png" in said
+    assert "no labels in train: 8 of 16 images lie beside the class folders, first 000.png" in said
 
     flat = tiny.folder(tmp_path / "flat", {"train": 20})
     tiny.folder(flat, {"test": 6}, labelled=False)

@@ -17,8 +17,9 @@ from corinfomax.cli.main import main
 from corinfomax.doctor import findings, inspect
 from corinfomax.evaluation import similar
 from corinfomax.images import cache
-from corinfomax.images.files import DataError, MissingDataError, names_as_text, quoted, read_names
+from corinfomax.images.files import DataError, MissingDataError, quoted
 from corinfomax.images.sources import Data
+from corinfomax.images.tables import names_as_text, read_names
 from corinfomax.recipes.published import RECIPES
 
 SMALL = ["--size", "16", "--cache-side", "16", "--batch", "8", "--epochs", "1", "--projector.widths", "32", "8"]

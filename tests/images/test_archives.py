@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import tiny
-from corinfomax.images import archives, cache, files
+from corinfomax.images import archives, cache, files, layout
 from corinfomax.images.files import DataError, MissingDataError
 from corinfomax.images.sources import Data
 
@@ -187,11 +187,55 @@ def test_what_cannot_be_read_in_place_says_what_to_do(tmp_path):
         find(tmp_path / "f.zip")
 
 
-def test_a_shards_split_is_the_word_in_its_name():
-    names = {"train-01.tar": "train", "TEST_2.zip": "test", "set-v1-validation-00.tar": "val", "valley1.tar": "train"}
-    assert {name: archives.split_of(Path(name)) for name in names} == names
+def test_the_split_of_a_shard_is_the_word_in_its_name(tmp_path):
+    names = {"train-01": "train", "TEST_2": "test", "set-v1-validation-00": "val", "valley1": None}
+    assert {name: layout.split_in(name) for name in names} == names
     with pytest.raises(DataError, match="test and train"):
-        archives.split_of(Path("train-test.tar"))
+        layout.split_in("train-test")
+    for name in ("val-0", "test-0"):
+        shard(tmp_path / f"{name}.tar", [(image, 0) for image in tiny.pictures(2)], 0)
+    with pytest.raises(DataError, match=r"no training images: no shard of test-0\.tar and val-0\.tar has train"):
+        find(tmp_path)
+    (tmp_path / "test-0.tar").rename(tmp_path / "val-1.tar")
+    assert find(tmp_path).keys() == {"train"}
+    assert "those of val are training images too" in Data(tmp_path).notes[0]
+
+
+LAYOUTS = [
+    "train2017/1.png train2017/2.png val2017/3.png notes/a.json",
+    "bus/1.png car/2.png train/3.png",
+    "data/train/cat/1.png data/train/dog/2.png data/test/dog/3.png data/dev/4.png data/5.png",
+    "cat/1.png dog/2.png 3.png 4.heic",
+    "train/cat/1.png train/dog/2.png val/cat/3.png @eaDir/4.png",
+    "val/1.png test/2.png",
+]
+
+
+@pytest.mark.parametrize("paths", LAYOUTS)
+def test_a_folder_and_its_archives_are_read_alike(tmp_path, paths):
+    folder = tmp_path / "d"
+    for path in paths.split():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(path.encode())
+
+    def read(name):
+        data = Data(name)
+        try:
+            found = data.splits()
+        except DataError as error:
+            return str(error).replace(str(name), "")
+        # an archive leaves out the folders around all images
+        inner = {split: [path.removeprefix("data/") for path in found[split].paths] for split in found}
+        notes = [note.replace("data/", "").replace("x/y/", "") for note in data.notes]
+        return inner, {split: found[split].labels for split in found}, notes
+
+    want = read(folder)
+    for out in (
+        zipped(folder, tmp_path / "d.zip"),
+        tarred(folder, tmp_path / "d.tar"),
+        tarred(folder, tmp_path / "e.tar", inside="x/y"),
+    ):
+        assert read(out) == want
 
 
 def entries(out, paths, folder):

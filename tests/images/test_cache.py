@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import shutil
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageColor, ImageOps
 
+from corinfomax.evaluation import table
 from corinfomax.images import cache as module
 from corinfomax.images.cache import Images, load, set_aside
 from corinfomax.images.decode import decode
@@ -572,11 +574,38 @@ def test_a_test_split_without_labels_is_passed_over_for_one_with(tmp_path: Path)
     assert (chosen.labels, chosen.classes) == (None, ())
 
 
-def test_a_class_that_only_the_test_has_is_an_error(tmp_path: Path) -> None:
+def test_a_class_that_only_the_test_has_costs_its_labels_and_says_why(tmp_path: Path) -> None:
     root = three_splits(tmp_path)
     save(root / "test/wasp/1.png", noise(4, 4))
-    with pytest.raises(DataError, match=r"1 classes .* first 'wasp' \(test/wasp/1\.png\)"):
-        load(root, side=4, progress=False)
+    splits = load(root, side=4, progress=False)
+    assert splits.test is not None and splits.test.labels is None and not splits.labelled
+    assert re.search(r"not among the 3 to train on: 1, first 'wasp' \(test/wasp/1\.png\)", splits.test.unlabelled)
+    with pytest.raises(ValueError, match="first 'wasp'"):
+        table.check_labels(splits)
+
+
+@pytest.mark.parametrize("ending", ["bmp", "ppm", "tif"])
+@pytest.mark.parametrize("replace", ["moved folder", "copied over"])
+def test_other_images_of_the_same_size_and_time_are_others(tmp_path: Path, ending: str, replace: str) -> None:
+    root, other = tmp_path / "a", tmp_path / "b"
+    for folder, seed in ((root, 1), (other, 2)):
+        for number in range(3):
+            path = folder / f"{number}.{ending}"
+            save(path, noise(8, 8, 3, seed=10 * seed + number))
+            os.utime(path, (1, 1))
+    assert [p.stat().st_size for p in root.iterdir()] == [p.stat().st_size for p in other.iterdir()]
+    before = load(root, side=8, progress=False).train
+    if replace == "moved folder":
+        root.rename(tmp_path / "old")
+        other.rename(root)
+    else:  # as cp -p does: the same inode, other content
+        for path in root.iterdir():
+            path.write_bytes((other / path.name).read_bytes())
+            os.utime(path, (1, 1))
+    after = load(root, side=8, progress=False).train
+    assert after.fingerprint != before.fingerprint
+    assert len([*default_cache().iterdir()]) == 1  # the old cache is gone
+    assert not torch.equal(after.pixels, before.pixels)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import tiny
 from corinfomax import network as networks
 from corinfomax.cli.parse import parse
 from corinfomax.cli.pretrain import Pretrain
-from corinfomax.images import decode, files
+from corinfomax.images import decode, files, tables
 from corinfomax.objective.covariance import CorInfoMaxLoss
 from corinfomax.recipes import fields
 from corinfomax.recipes.published import RECIPES
@@ -73,7 +73,7 @@ def test_a_file_is_an_image_or_a_reason(tmp_path, form, data):
     content = data.draw(st.one_of(damaged(IMAGES[form]), st.binary(max_size=80).map(lambda x: IMAGES[form][:12] + x)))
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    source = files.from_files(tmp_path, "", files.scan(tmp_path), None)
+    source = files.from_files(tmp_path, files.scan(tmp_path), None)
     (found,) = decode.map_images(source, lambda image: decode.decode(image, 16), False)
     if isinstance(found, str):
         assert found.strip()
@@ -92,7 +92,8 @@ def test_a_list_is_images_or_a_reason(tmp_path, name, text, raw):
     (tmp_path / "abc").write_bytes(b"")
     (tmp_path / name).write_bytes(text.encode("utf-8", "surrogatepass") + raw * (len(raw) > 6))
     with contextlib.suppress(*CLEAR):
-        for source in files.from_list(tmp_path / name).values():
+        read = tables.from_table if name.endswith(".csv") else tables.from_list
+        for source in read(tmp_path / name).splits.values():
             assert source.paths
 
 
@@ -101,12 +102,12 @@ def test_a_list_to_leave_out_is_names_or_a_reason(tmp_path, text, raw):
     path = tmp_path / "skip.txt"
     path.write_bytes(text.encode("utf-8", "surrogatepass") + raw * (len(raw) > 6))
     try:
-        names = files.read_names(path)
+        names = tables.read_names(path)
     except CLEAR as error:
         assert "skip.txt" in str(error)
         return
-    run_folder.write_text(path, files.names_as_text(sorted(names)))
-    assert files.read_names(path) == names
+    run_folder.write_text(path, tables.names_as_text(sorted(names)))
+    assert tables.read_names(path) == names
 
 
 JSON = st.recursive(

@@ -42,7 +42,8 @@ def test_a_flat_folder_has_no_labels_and_leaves_other_files_alone(tmp_path: Path
     source = only(find(tmp_path))
     assert source.paths == ("a.png", "b.JPG")
     assert source.labels is None
-    assert source.stamps.tolist() == [[5, p.stat().st_mtime_ns] for p in (tmp_path / "a.png", tmp_path / "b.JPG")]
+    statuses = [(tmp_path / name).stat() for name in ("a.png", "b.JPG")]
+    assert source.stamps.tolist() == [[5, status.st_mtime_ns, status.st_ctime_ns, status.st_ino] for status in statuses]
 
 
 @pytest.mark.parametrize(
@@ -52,9 +53,9 @@ def test_a_flat_folder_has_no_labels_and_leaves_other_files_alone(tmp_path: Path
         (("cat/2019/1.png", "dog/2.png", "dog/x/y/3.png"), ("cat", "dog", "dog")),
         (("cat/1.png", "dog/2.png", "loose.png"), None),
         (("images/1.png", "images/2.png"), None),
-        (("images/a/1.png", "images/b/2.png"), None),
+        (("images/a/1.png", "images/b/2.png"), ("a", "b")),
+        (("archive/v2/cat/1.png", "archive/v2/dog/2.png"), ("cat", "dog")),
         (("cat/1.png", "empty/readme.txt"), None),
-        (("val/1.png", "test/2.png"), ("test", "val")),
     ],
 )
 def test_the_first_folder_is_the_class_if_there_are_two(
@@ -81,14 +82,145 @@ def test_split_folders(tmp_path: Path, names: tuple[str, str, str]) -> None:
     assert set(splits) == {"train", "val", "test"}
 
 
-def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="val and valid"):
-        find(touch(tmp_path, "train/1.png", "val/2.png", "valid/3.png"))
+def notes(name: str | Path) -> str:
+    return "\n".join(Data(name).notes)
+
+
+@pytest.mark.parametrize(
+    ("folders", "splits"),
+    [
+        ("train2017 val2017 annotations/masks", {"train": "train2017", "val": "val2017"}),
+        ("seg_train seg_test seg_pred", {"train": "seg_train", "test": "seg_test"}),
+        ("train_set test_set", {"train": "train_set", "test": "test_set"}),
+        ("TrainImages TestImages", {"train": "TrainImages", "test": "TestImages"}),
+        ("trainset validset", {"train": "trainset", "val": "validset"}),
+        ("train test1", {"train": "train", "test": "test1"}),
+        ("TRAIN VALID unlabeled2017", {"train": "TRAIN", "val": "VALID"}),
+        ("data/train data/val", {"train": "data/train", "val": "data/val"}),
+    ],
+)
+def test_splits_with_other_names_are_splits_and_it_is_said(
+    tmp_path: Path, folders: str, splits: dict[str, str]
+) -> None:
+    paths = [f"{folder}/{number}.png" for folder in folders.split() for number in range(3)]
+    found = find(touch(tmp_path, *paths))
+    assert {split: source.paths[0].rpartition("/")[0] for split, source in found.items()} == splits
+    assert all(source.labels is None for source in found.values())
+    for name in folders.split():
+        if name.lower() not in ("train", "valid") and "/" not in name:
+            assert name.partition("/")[0] in notes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels", "said"),
+    [
+        ("bus/1 car/2 train/3", "bus car train", "train is read as a class, like bus and car"),
+        ("bus/a/1 train/b/2 train/c/3", "bus train train", "train is read as a class, like bus"),
+        ("cat/1 dog/2 test/3", "cat dog test", "test is read as a class, like cat and dog"),
+        ("cat/1 dog/2 unlabeled/3", "cat dog unlabeled", "unlabeled is read as a class"),
+        ("images/1 masks/2", "images masks", "masks is read as a class, like images"),
+        ("test_tube/1 funnel/2", "funnel test_tube", "test_tube is read as a class, like funnel"),
+        ("cat/train/1 cat/test/2 dog/train/3", "cat cat dog", "test and train in cat are not read as splits"),
+    ],
+)
+def test_classes_that_could_be_splits_are_named(tmp_path: Path, paths: str, labels: str, said: str) -> None:
+    source = only(find(touch(tmp_path, *(f"{path}.png" for path in paths.split()))))
+    assert source.labels == tuple(labels.split())
+    assert said in notes(tmp_path)
+
+
+def test_sound_classes_need_no_word(tmp_path: Path) -> None:
+    touch(tmp_path, "train/cat/1.png", "train/train/2.png", "test/cat/3.png", "test/train/4.png", "readme.md", "a.csv")
+    assert find(tmp_path)["train"].labels == ("cat", "train")
+    assert notes(tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ("train/1 val/2 valid/3", "val and valid; keep one"),
+        ("val/1 test/2", "test and val and no training images: name one of them"),
+        ("trainA/1 trainB/2 testA/3", "it is not clear which images .* to train on: testA, trainA and trainB"),
+        ("train_1/1 train_2/2 test_1/3", "two folders for train: train_1 and train_2"),
+    ],
+)
+def test_splits_that_are_not_clear_are_refused(tmp_path: Path, paths: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        find(touch(tmp_path, *(f"{path}.png" for path in paths.split())))
+
+
+def test_what_is_not_read_is_counted_and_named(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"IMG_{number}.HEIC" for number in range(5)), "sub/a.png?w=640", "sub/b.dcm", "none", "b.png")
+    touch(tmp_path, "sub/@eaDir/b.png", "Thumbs.db", "labels.json")
+    assert only(find(tmp_path)).paths == ("b.png",)
+    assert notes(tmp_path).splitlines() == [
+        "not read: 5 .heic files, 1 file without an ending, 1 .dcm file and 1 .png?w=640 file, first IMG_0.HEIC",
+        "not read: 1 system folder with thumbnails or deleted files, first sub/@eaDir",
+    ]
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(MissingDataError, match=r"no image found .*not read: 5 \.heic files"):
+        find(tmp_path)
+
+
+def test_folders_beside_the_splits_are_named_with_their_images(tmp_path: Path) -> None:
+    touch(tmp_path, "train/cat/1.png", "train/dog/2.png", "test/cat/3.png", "dev/4.png", "other/5.png", "6.png")
+    assert find(tmp_path).keys() == {"train", "test"}
+    assert notes(tmp_path) == "not read: dev, other and 1 loose (3 images), beside test and train"
+
+
+def test_images_beside_the_class_folders_cost_the_labels_and_it_is_said(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.png", "dog/2.png", "loose.png")
+    assert only(find(tmp_path)).labels is None
+    assert notes(tmp_path) == "no labels in train: 1 of 3 images lies beside the class folders, first loose.png"
+
+
+def test_a_split_may_have_one_class_or_no_image(tmp_path: Path) -> None:
+    touch(tmp_path, "train/cat/1.png", "train/dog/2.png", "test/dog/3.png", "val/readme.txt", "val/list.csv")
+    splits = find(tmp_path)
+    assert splits.keys() == {"train", "test"}
+    assert splits["test"].labels == ("dog",)
+    assert notes(tmp_path) == "val holds no images"
+    touch(tmp_path, "other/train/1.png", "other/test/a.heic")
+    assert only(find(tmp_path / "other")).paths == ("train/1.png",)
+
+
+def test_folders_within_a_split_are_left_out_of_its_classes(tmp_path: Path) -> None:
+    touch(
+        tmp_path, *(f"seg_{split}/seg_{split}/{name}/1.png" for split in ("train", "test") for name in ("sea", "ice"))
+    )
+    splits = find(tmp_path)
+    assert splits["train"].labels == splits["test"].labels == ("ice", "sea")
+
+
+@pytest.mark.skipif(os.getuid() == 0 if hasattr(os, "getuid") else False, reason="root may read every folder")
+def test_a_folder_without_permission_is_passed_over(tmp_path: Path) -> None:
+    (touch(tmp_path, "cat/1.png", "dog/2.png", "lost+found/3.png") / "lost+found").chmod(0)
+    try:
+        assert only(find(tmp_path)).labels == ("cat", "dog")
+        assert "without permission, first lost+found" in notes(tmp_path)
+    finally:
+        (tmp_path / "lost+found").chmod(0o700)
+
+
+def test_a_refused_folder_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: Path) -> object:
+        if Path(path).name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    touch(tmp_path, "cat/1.png", "dog/2.png", "lost+found/3.png")
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert only(find(tmp_path)).labels == ("cat", "dog")
+    assert notes(tmp_path) == "not read: 1 folder without permission, first lost+found/"
 
 
 def test_no_image(tmp_path: Path) -> None:
-    with pytest.raises(MissingDataError, match=r"train.*\.jpeg \.jpg"):
+    with pytest.raises(MissingDataError, match=r"no image found in .*\.jpeg \.jpg"):
         find(touch(tmp_path, "train/readme.md"))
+    with pytest.raises(MissingDataError, match=r"no image found in .*train; .*not read: 1 \.heic file"):
+        find(touch(tmp_path, "train/1.heic", "test/1.png"))
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -102,7 +234,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     source = only(find(data))
     assert source.paths == ("cat/1.png", "cat/gone.png", "dog/2.png")
     assert source.labels == ("cat", "cat", "dog")
-    assert source.stamps[1].tolist() == [0, 0]
+    assert source.stamps[1].tolist() == [0, 0, 0, 0]
 
 
 def test_odd_file_names(tmp_path: Path) -> None:
@@ -156,14 +288,49 @@ def test_a_table_with_labels_and_splits(tmp_path: Path) -> None:
         ('path\n"a.png\n' + "b.png\n" * 30_000, r"line \d+ of .*quotation mark"),
         ("path,label\na.png,x\n,y\n", r"line 3 .* no path"),
         ("path\na.png\nb.png\na.png\n", r"a\.png twice, in lines 2 and 4"),
+        ("path\na.png\nb.png\n./a.png\n", r"one file as a\.png and \./a\.png, twice, in lines 2 and 4"),
+        ("path\nlink/a.png\nb.png\na.png\n", r"one file as link/a\.png and a\.png, twice"),
+        ("path,split\na.png,train\n./a.png,test\n", r"one file as a\.png and \./a\.png"),
+        ("p\0a\0t\0h\0", r"UTF-16 without its mark"),
         ("path\na.png\ngone.png\nlost.png\n", r"2 of the 3 train images .*line 3: gone\.png; paths start from"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     touch(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "link").symlink_to(tmp_path)
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         find(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("mark", [",", ";", "\t", " , ", " ; "])
+def test_tables_as_other_programs_write_them(tmp_path: Path, encoding: str, mark: str) -> None:
+    touch(tmp_path, "a.png", "b c.png", "sub/d.png")
+    rows = [("Image", "Category", "Subset", "width"), ("a.png", "cat", "train", "3"), ("b c.png", "dog", "train", "4")]
+    text = "\r\n".join(mark.join(row) for row in [*rows, ("sub\\d.png", "dog", "val", "5"), ()])
+    (tmp_path / "t.csv").write_bytes(text.encode(encoding))
+    splits = find(tmp_path / "t.csv")
+    assert splits["train"].paths == ("a.png", "b c.png")
+    assert splits["train"].labels == ("cat", "dog")
+    assert splits["val"].paths == ("sub/d.png",)
+    read = "paths from Image, labels from Category and splits from Subset; not read: width"
+    assert notes(tmp_path / "t.csv") == f"columns of t.csv: {read}"
+
+
+def test_a_path_with_spaces_around_it_is_found_as_it_stands_first(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png ", "a.png", "b.png")
+    (tmp_path / "t.csv").write_text("path ,label\na.png ,x\nb.png  ,y\n")
+    assert only(find(tmp_path / "t.csv")).paths == ("a.png ", "b.png")
+
+
+def test_comments_in_a_list_are_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "#1.png", "a.png")
+    (tmp_path / "list.txt").write_text("#1.png\na.png\n# more\n./#1.png\n")
+    assert only(find(tmp_path / "list.txt")).paths == ("a.png", "./#1.png")
+    assert "2 lines that start with # are comments in list.txt, first #1.png" in notes(tmp_path / "list.txt").replace(
+        '"', ""
+    )
 
 
 def test_labels_may_be_missing_from_a_whole_split(tmp_path: Path) -> None:

@@ -9,11 +9,22 @@ from corinfomax.runtime import processes
 from corinfomax.training import signals
 
 
-def test_alone_the_answer_is_at_once():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_alone_the_answer_is_at_once(number):
     with signals.stop_signals() as stop:
         assert not stop.agreed(1)
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         assert stop.agreed(2)
+
+
+def test_nohup_is_obeyed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.stop_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.agreed(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("a_step", "most"), [(0.001, 1.2), (0.3, 1.5), (4.0, 8.1)])

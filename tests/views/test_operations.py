@@ -74,12 +74,13 @@ def test_padding_of_mixed_sizes_reaches_no_view(apply):
         )
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(("h", "w", "size"), [(32, 32, 32), (36, 49, 32), (64, 64, 64), (300, 200, 224), (28, 28, 28)])
-def test_centre_view(h, w, size):
-    images = photos(3, h, w)
-    got = operations.centre_view(images, sizes_of(images), size=size, **PLAIN)
+def test_centre_view(h, w, size, interpolation):
+    images, mode = photos(3, h, w), InterpolationMode(interpolation)
+    got = operations.centre_view(images, sizes_of(images), size=size, interpolation=interpolation, **PLAIN)
     for image, ours in zip(images, got, strict=True):
-        resized = T.resize(image.float() / 255, [size * 8 // 7], InterpolationMode.BICUBIC, antialias=True)
+        resized = T.resize(image.float() / 255, [size * 8 // 7], mode, antialias=True)
         torch.testing.assert_close(ours, T.center_crop(resized, [size, size]).clamp(0, 1), **CLOSE)
 
 

@@ -13,6 +13,8 @@ from torch import nn
 import tiny
 from corinfomax import network as networks
 from corinfomax.cli.main import main
+from corinfomax.evaluation import features
+from corinfomax.images import cache
 from corinfomax.recipes.fields import Backbone
 from corinfomax.weights import load as weights
 
@@ -44,12 +46,12 @@ def load(path, **options) -> weights.LoadedBackbone:
     return weights.load_backbone(str(path), **{"architecture": NAME, **options})
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".pth", ".pt"])
-@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "encoder.", "module.encoder_q."])
+@pytest.mark.parametrize("ending", [".safetensors", ".pth", ".pt", ".PTH", ".SafeTensors"])
+@pytest.mark.parametrize("prefix", ["", "module.", "module.encoder_q."])
 def test_a_state_dict_loads_whole_from_any_file(model, state, tmp_path, ending, prefix):
     path = tmp_path / f"weights{ending}"
     content = {prefix + name: tensor for name, tensor in state.items()}
-    save_file(content, path) if ending == ".safetensors" else torch.save(content, path)
+    save_file(content, path) if ending.lower() == ".safetensors" else torch.save(content, path)
     loaded = load(path)
     assert same_features(model, loaded.backbone)
     assert not loaded.backbone.training
@@ -87,14 +89,14 @@ def test_the_summary_names_ignored_tensors(model, state, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("layer1.0.bn1.bias"), r"tensors: 1 missing \(layer1.0.bn1.bias\)"),
-        (lambda s: s.update(extra=torch.zeros(2)), r"tensors: 1 unexpected \(extra\)"),
+        (lambda s: s.pop("layer1.0.bn1.bias"), r"tensors.*: 1 missing \(layer1.0.bn1.bias\)"),
+        (lambda s: s.update(extra=torch.zeros(2)), r"tensors.*: 1 unexpected \(extra\)"),
         (lambda s: s.update({"conv1.0.weight": torch.zeros(3, 3)}), r"1 of another shape \(conv1.0.weight: 3×3 for "),
         (lambda s: s["bn1.weight"].fill_(torch.nan), "nan or inf in 1 tensors, first bn1.weight"),
         (lambda s: s.clear(), "missing|no state dict"),
         (
             lambda s: s.update({f"b.{k}": v.clone() for k, v in s.items()}),
-            r"several matching networks, under (no prefix|backbone\.), ",
+            r"several matching networks, under (no prefix|backbone\.), .*: choose one, as --prefix",
         ),
     ],
 )
@@ -108,14 +110,91 @@ def test_weights_that_do_not_fit_are_refused(state, tmp_path, change, message, p
     assert str(path) in str(error.value)
 
 
-def test_a_file_with_two_networks_is_refused(state, tmp_path):
-    content = {f"{side}.{name}": tensor for side in ("student", "teacher") for name, tensor in state.items()}
-    torch.save(content, tmp_path / "dino.pth")
-    with pytest.raises(ValueError, match=r"several matching networks, under student\., teacher\.; save only"):
-        load(tmp_path / "dino.pth")
-    torch.save({"model": state, "state_dict": state}, tmp_path / "two.pth")
-    with pytest.raises(ValueError, match="holds model, state_dict instead of one state dict"):
-        load(tmp_path / "two.pth")
+def named(prefix, tensors):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def moco(first, second):
+    return {"epoch": 3, "state_dict": named("module.encoder_q.", first) | named("module.encoder_k.", second)}
+
+
+def dino(first, second):
+    nested = {"student": named("module.backbone.", first), "teacher": named("module.backbone.", second)}
+    return {**nested, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "args": None}
+
+
+def byol(first, second):
+    return named("online_encoder.", first) | named("target_encoder.", second)
+
+
+@pytest.mark.parametrize(
+    ("make", "first", "second"),
+    [
+        (moco, "module.encoder_q", "module.encoder_k"),
+        (dino, "student", "teacher"),
+        (dino, "student.module.backbone.", "teacher.module.backbone"),
+        (byol, "online_encoder", "target_encoder"),
+    ],
+)
+def test_one_network_of_several_is_chosen_by_its_prefix(model, state, tmp_path, make, first, second):
+    other = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    torch.save(make(other, state), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"several matching networks, under .*choose one, as --prefix ") as error:
+        load(tmp_path / "a.pth")
+    assert first.rstrip(".") in str(error.value) and second in str(error.value)
+    assert same_features(model, load(tmp_path / "a.pth", prefix=second).backbone)
+    assert not same_features(model, load(tmp_path / "a.pth", prefix=first).backbone)
+    with pytest.raises(ValueError, match=r"no network under the prefix 'nope'; it has "):
+        load(tmp_path / "a.pth", prefix="nope")
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module."])
+@pytest.mark.parametrize("name", ["resnet34", "vit_tiny_patch16_224"])
+def test_weights_of_another_network_are_named(tmp_path, name, prefix):
+    tensors = timm.create_model(name).state_dict()  # with its classifier
+    torch.save({prefix + key: tensor for key, tensor in tensors.items()}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=f"is no resnet18, so nothing was loaded: its tensors are those of {name}$"):
+        load(tmp_path / "a.pth", architecture="resnet18")
+    with pytest.raises(ValueError, match=f"does not record its network; add --architecture {name}"):
+        load(tmp_path / "a.pth", architecture=None)
+
+
+def test_a_misfit_is_told_under_the_prefix_where_most_fits(tmp_path):
+    tensors = timm.create_model("resnet18", num_classes=0).state_dict()
+    tensors["layer1.0.conv1.weight"] = torch.zeros(2, 2)
+    torch.save(tensors, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"1 of another shape \(layer1\.0\.conv1\.weight: 2×2 for 64×64×3×3\)$"):
+        load(tmp_path / "a.pth", architecture="resnet18")
+
+
+def test_the_input_of_foreign_weights_can_be_typed_and_is_said(state, tmp_path):
+    save_file(state, tmp_path / "a.safetensors")
+    assumed = load(tmp_path / "a.safetensors", size=32)
+    assert f"mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bilinear; assumed as for timm's {NAME}" in assumed.summary
+    assert "--mean, --std and --interpolation if it was trained with others" in assumed.summary
+    mean, std = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+    typed = load(tmp_path / "a.safetensors", size=32, mean=mean, std=std, interpolation="bicubic")
+    assert (typed.recipe.mean, typed.recipe.std, typed.recipe.interpolation) == (mean, std, "bicubic")
+    assert "mean 0.4914 0.4822 0.4465, std 0.247 0.2435 0.2616, bicubic" in typed.summary
+    assert "trained with others" not in typed.summary
+
+    images = cache.load(tiny.folder(tmp_path / "data", {"": 4}, side=48), side=48, progress=False).train
+    one, other = (features.extract_features(typed.backbone, images, each.recipe) for each in (assumed, typed))
+    assert not torch.allclose(one, other, rtol=1e-3)
+
+
+def test_weights_of_ours_know_their_input(tmp_path, capsys):
+    data = tiny.folder(tmp_path / "data", {"train": 16, "test": 6})
+    assert main(["pretrain", str(data), "--out", str(tmp_path / "run"), *tiny.KNOBS, "--no-report"]) == 0
+    for words in (["--size", "64"], ["--mean", "0", "0", "0"], ["--prefix", "module"]):
+        assert main(["evaluate", str(tmp_path / "run"), str(data), *words]) == 2
+        assert f"records its network and input: {words[0]} is for weights that do not" in capsys.readouterr().err
+
+
+def test_an_input_too_small_for_the_network_names_one_that_is_not(tmp_path):
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).state_dict(), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 cannot take images of 20 px: --size 32 is the next"):
+        load(tmp_path / "a.pth", architecture="vit_tiny_patch16_224", size=20)
 
 
 class Bomb:
@@ -155,7 +234,7 @@ def test_a_torn_file_is_named(state, tmp_path, ending, message, content):
     [
         (["a.safetensors"], "does not record its network; add --architecture"),
         (["a.safetensors", "--architecture", "resnet19"], "timm knows no network 'resnet19'"),
-        (["a.safetensors", "--architecture", "resnet18"], "does not fit the network, so nothing was loaded"),
+        (["a.safetensors", "--architecture", "resnet18"], "is no resnet18, so nothing was loaded; tensors: "),
         (["a.onnx"], "a.onnx is not a file of weights"),
         (["list.pth"], "holds a list; want a state dict"),
         (["empty"], "holds no checkpoint"),

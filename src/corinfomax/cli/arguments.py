@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -48,8 +48,16 @@ class WeightsOptions:
     """timm network of a plain state dict, such as resnet18."""
     small_stem: bool = False
     """It has a 3×3 first convolution and no max-pool."""
+    prefix: str | None = None
+    """Start of its tensors' names in a file of several networks."""
     size: int | None = None
-    """Input side in pixels for foreign weights; default timm's."""
+    """Side of its images in pixels; this and the next default to timm's."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of red, green and blue in [0, 1]."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of red, green and blue."""
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    """How its images were resized."""
 
 
 IMAGES = Annotated[DataOptions, GROUP]

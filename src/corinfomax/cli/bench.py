@@ -31,15 +31,18 @@ class Bench:
         import torch
 
         from corinfomax import network
-        from corinfomax.cli import inputs
+        from corinfomax.cli import fit, inputs
         from corinfomax.runtime import run_folder
         from corinfomax.training import timing
 
         if not 0 < self.seconds < math.inf:
             raise ValueError(f"--seconds is {self.seconds:g}; it must be above 0")
+        if self.out is not None:
+            run_folder.check_writable(self.out)
         device = inputs.choose_device(self.images.device)
         data = None if self.data is None else inputs.find_data(self.data, self.images)
-        _, recipe = inputs.choose_recipe(self.recipe, data, self.settings, typed, device)
+        _, recipe = fit.choose_recipe(self.recipe, data, self.settings, typed, device)
+        recipe = fit.fit_views(recipe, typed)
         if recipe.from_files:
             raise ValueError("bench times steps that read cached images: leave out --from-files")
 
@@ -50,7 +53,7 @@ class Bench:
         else:
             images = inputs.load_splits(data, recipe, self.images).train
             decode = timing.decoding(data.splits()["train"], recipe.cache_side)
-            recipe = inputs.fit_batch(recipe, len(images))
+            recipe = fit.fit_batch(recipe, len(images))
 
         # the timings
         recipe = replace(recipe, precision=network.choose_precision(recipe, device))

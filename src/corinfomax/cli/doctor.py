@@ -30,14 +30,16 @@ class Doctor:
 
     def run(self, typed: frozenset[str]) -> int:
         from corinfomax import network
-        from corinfomax.cli import inputs
+        from corinfomax.cli import fit, inputs
         from corinfomax.doctor import findings, inspect
+        from corinfomax.runtime import run_folder
         from corinfomax.training import timing
 
         if not 0 <= self.seconds < math.inf:
             raise ValueError(f"--seconds is {self.seconds:g}; it must be 0 or above")
         if self.out is not None:
             findings.check_overwrite(self.out, self.images.skip)
+        run_folder.check_writable(self.out or Path(SKIP_LIST))
         device = inputs.choose_device(self.images.device)
         data = inputs.find_data(self.data, self.images)
         splits, survey = data.splits(), data.survey()
@@ -45,7 +47,7 @@ class Doctor:
 
         # The forecast comes first: on a CPU the peak of memory is then that of training.
         name, recipe, reason = published.choose(self.data, survey.images, survey.short_side, cuda=device.type == "cuda")
-        recipe = inputs.fit_batch(replace(recipe, precision=network.choose_precision(recipe, device)), survey.images)
+        recipe = fit.fit_batch(replace(recipe, precision=network.choose_precision(recipe, device)), survey.images)
         try:
             speed = timing.speed(recipe, device, seconds=self.seconds) if self.seconds else None
         except (MemoryError, RuntimeError) as error:
@@ -58,6 +60,7 @@ class Doctor:
         order = sorted(splits, key=("train", "val", "test").index)
         inspections = [inspect.inspect_split(name, splits[name], recipe.cache_side) for name in order]
         found = findings.collect_findings(inspections, recipe)
+        found += [findings.Finding("reading", note) for note in data.notes]
         skipped = data.skip.union(*(finding.skip for finding in found))
 
         remarks = [f"{'to fix' if finding.must_fix else 'remark'}: {finding.text}" for finding in found]
@@ -66,6 +69,10 @@ class Doctor:
         if speed is not None:
             print(timing.forecast(speed, recipe, len(set(inspections[0].paths) - skipped), device))
         print(f"the cached images take {sum(part.decoded_bytes for part in inspections) / 1e6:,.0f} MB of disk")
+        left = len(set(inspections[0].paths) - skipped)
+        if left < 2:
+            print(f"no command to train: {left} training images would be left")
+            return 1
         colours = findings.colour_statistics(inspections[0]) or {}
         self._print_next(findings.skip_list(found, self.data, data.skip), len(skipped), colours)
         return int(any(finding.must_fix for finding in found))
@@ -73,6 +80,7 @@ class Doctor:
     def _print_next(self, lines: list[str] | None, skipped: int, colours: Mapping[str, list[float]]) -> None:
         """Write the list of images to skip, and print the command that trains without them."""
         from corinfomax.doctor import findings
+        from corinfomax.images.files import some
         from corinfomax.runtime import run_folder
 
         words = ["pretrain", self.data, *fields.difference(replace(self.images, skip=None), DataOptions())]
@@ -82,7 +90,7 @@ class Doctor:
             if self.out is None and out != self.images.skip:
                 out = findings.unused_path(out, text)
             run_folder.write_text(out, text)
-            print(f"{out}: {skipped:,} images to skip, with reasons; images that may be skipped are comments")
+            print(f"{out}: {some(skipped, 'image')} to skip, with reasons; images that may be skipped are comments")
         if skipped:
             words += ["--skip", str(out)]
         for name, values in colours.items():

@@ -35,12 +35,17 @@ class Evaluate:
         from corinfomax.cli import inputs
         from corinfomax.evaluation import table
         from corinfomax.images import cache
+        from corinfomax.runtime import run_folder
 
         # the weights, then the images at the size that each of them sees
+        if self.out is not None:
+            run_folder.check_writable(self.out)
+            run_folder.read_object(self.out)
         device = inputs.choose_device(self.images.device)
-        ours, *others = (inputs.load_weights(name, self.network, device) for name in (self.weights, *self.against))
-        data = inputs.find_data(self.data, self.images)
-        splits = inputs.load_splits(data, ours.recipe, self.images)
+        ours, *others = inputs.load_several((self.weights, *self.against), self.network, device)
+        images = inputs.options_of_own_images(self.images, self.data, ours)
+        data = inputs.find_data(self.data, images)
+        splits = inputs.load_splits(data, ours.recipe, images)
         table.check_labels(splits)
         by_side, rivals = {ours.recipe.cache_side: splits}, []
         for name, other in zip(table.distinct_names(self.against), others, strict=True):

@@ -42,6 +42,7 @@ class Export:
 
         name = path.stem if run is None else run.name if is_last else f"{run.name}-step-{saved.step}"
         out = self.out or Path(name + {"timm": "-timm", "onnx": ".onnx", "state-dict": ".safetensors"}[self.format])
+        run_folder.check_writable(out.with_name(f"{out.name}.json") if self.format == "timm" else out)
         done = export.export_backbone(network.backbone, saved, out, self.format, results=results)
         verified = f"loaded {done.loader} in a fresh process, features differ by at most {done.difference:.1e}"
         print(f"{done.path}: {done.tensors} tensors; {verified}")

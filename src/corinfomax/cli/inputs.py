@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,14 @@ import torch
 
 from corinfomax.cli.arguments import DataOptions, WeightsOptions
 from corinfomax.evaluation import table
-from corinfomax.images import cache, files
+from corinfomax.images import cache, files, tables
 from corinfomax.images.cache import Images, Splits
 from corinfomax.images.sources import Data
-from corinfomax.recipes import fields, published
+from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
-from corinfomax.recipes.published import RECIPES
 from corinfomax.runtime import processes, run_folder
 from corinfomax.runtime.records import Facts, Results
-from corinfomax.weights.load import LoadedBackbone, load_backbone
+from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone
 
 
 def choose_device(name: str) -> torch.device:
@@ -49,9 +48,24 @@ def load_weights(name: str, options: WeightsOptions, device: torch.device) -> Lo
     return loaded._replace(backbone=loaded.backbone.to(device).to(memory_format=torch.channels_last))
 
 
+def load_several(names: Sequence[str], options: WeightsOptions, device: torch.device) -> list[LoadedBackbone]:
+    """Several weights; the options are for those that do not record their network, of which there must be one."""
+    loaded: list[LoadedBackbone] = []
+    recorded: list[RecordedError] = []
+    for name in names:
+        try:
+            loaded.append(load_weights(name, options, device))
+        except RecordedError as error:
+            recorded.append(error)
+            loaded.append(load_weights(name, WeightsOptions(), device))
+    if len(recorded) == len(names):
+        raise recorded[0]
+    return loaded
+
+
 def find_data(name: str, options: DataOptions) -> Data:
     """The images of a command, with its options."""
-    skip = frozenset() if options.skip is None else files.read_names(options.skip)
+    skip = frozenset() if options.skip is None else tables.read_names(options.skip)
     return Data(name, options.root, options.download, skip, options.cache, options.holdout, options.test_split)
 
 
@@ -60,7 +74,10 @@ def load_all(
 ) -> tuple[torch.device, LoadedBackbone, dict[str, Images]]:
     """Device, backbone on it, and the images of every split; prints what was loaded and skipped."""
     device = choose_device(options.device)
-    loaded, source = load_weights(weights, network, device), find_data(data, options)
+    loaded = load_weights(weights, network, device)
+    options = options_of_own_images(options, data, loaded)
+    source = find_data(data, options)
+    print(*source.notes, sep="\n", end="\n" if source.notes else "")
     splits = cache.load_every(source, side=loaded.recipe.cache_side, from_files=loaded.recipe.from_files)
     print_skipped(source, options.skip, splits)
     return device, loaded, splits
@@ -68,6 +85,7 @@ def load_all(
 
 def load_splits(data: Data, recipe: Recipe, options: DataOptions) -> Splits:
     """Training and test images; prints their numbers, what was skipped, and why labels or scores are missing."""
+    print(*data.notes, sep="\n", end="\n" if data.notes else "")
     train, test = splits = cache.load(data, side=recipe.cache_side, from_files=recipe.from_files)
     print_skipped(data, options.skip, {"train": train} if test is None else {"train": train, "test": test})
     scored = f", {len(test):,} to score on" if test is not None else ""
@@ -79,14 +97,14 @@ def load_splits(data: Data, recipe: Recipe, options: DataOptions) -> Splits:
     if test is not None and test.pixels is train.pixels and data.holdout is None and others:
         print(f"no labels in {' or '.join(others)}: scoring on {len(test):,} training images instead")
 
-    # no labels, or no scores
-    depths = [path.count("/") for path in train.paths]
-    if train.labels is None and min(depths) < max(depths):
-        loose = [path for path, depth in zip(train.paths, depths, strict=True) if depth == min(depths)]
-        first = files.quoted(loose[0])
-        print(f"no labels: {len(loose):,} of {len(depths):,} images lie beside the class folders, first {first}")
+    # why there will be no scores
+    if train.unlabelled:
+        print(f"no scores: {train.unlabelled}")
     if train.labels is not None and test is not None and test.labels is None:
-        print("no scores: the test images have no labels; --holdout 0.1 scores on some of the training images")
+        reason = (
+            test.unlabelled or "the test images have no labels; --holdout 0.1 scores on some of the training images"
+        )
+        print(f"no scores: {reason}")
     return splits
 
 
@@ -104,47 +122,6 @@ def print_skipped(data: Data, skip_list: Path | None, splits: Mapping[str, Image
             print(f"left out {count} of {split}, first {files.quoted(path)}: {reason}")
 
 
-def choose_recipe(
-    name: str | None, data: Data | None, typed: Recipe, flags: Collection[str], device: torch.device
-) -> tuple[str, Recipe]:
-    """Name and recipe with the typed settings: the named one, or one for images and device, printed."""
-    cuda, reason = device.type == "cuda", None
-    if name is not None:
-        base = published.find_recipe(name)
-    elif data is not None:
-        survey = data.survey()
-        name, base, reason = published.choose(str(data.name), survey.images, survey.short_side, cuda=cuda)
-    else:
-        name = "cifar10" if cuda else "cpu-small"
-        base, reason = RECIPES[name].recipe, f"{name}: {RECIPES[name].about}"
-
-    recipe = fields.override(base, typed, flags & fields.flags(base).keys())
-    if reason is not None:
-        changes = fields.difference(recipe, base)
-        print(f"recipe {reason}{f', with {shlex.join(changes)}' if changes else ''}; --recipe names another")
-    return name, recipe
-
-
-def fit_batch(recipe: Recipe, count: int) -> Recipe:
-    """The recipe with a batch of at most all images."""
-    if count >= recipe.batch:
-        return recipe
-    if count < 2:
-        raise ValueError(f"{count} image is not enough to train on: a batch needs at least 2")
-    print(f"batch {recipe.batch} is more than the {count} images: using batch {count}")
-    return replace(recipe, batch=count)
-
-
-def fit_cache(recipe: Recipe, data: Data) -> Recipe:
-    """The recipe with cached images large enough for its views, as far as the files are."""
-    largest = recipe.test_side if recipe.from_files else max(recipe.size, recipe.test_side)
-    side = min(data.survey().short_side, largest * 8 // 7) if largest > recipe.cache_side else 0
-    if side <= recipe.cache_side:
-        return recipe
-    print(f"views of {largest} px need cached images above {recipe.cache_side} px: using --cache-side {side}")
-    return replace(recipe, cache_side=side)
-
-
 def options_of_run(options: DataOptions, run: Path, facts: Facts) -> DataOptions:
     """The data options of a run; typed ones win."""
     recorded: dict[str, Any] = {"holdout": facts.holdout, "test_split": facts.test_split}
@@ -155,11 +132,32 @@ def options_of_run(options: DataOptions, run: Path, facts: Facts) -> DataOptions
     return replace(options, **{name: value for name, value in recorded.items() if getattr(options, name) is None})
 
 
+def options_of_own_images(options: DataOptions, name: str, loaded: LoadedBackbone) -> DataOptions:
+    """The data options of the run that the weights are of, if DATA are its own images; typed ones win.
+
+    DATA are its own if they have the recorded place, or hold every image of its skip list.
+    """
+    if loaded.run is None or loaded.facts is None:
+        return options
+    data, facts = find_data(name, options), loaded.facts
+    own = data.place == Data(facts.data, Path(facts.root) if facts.root else None).place
+    if not own and facts.skip is not None:
+        names = {path for source in data.whole_splits.values() for path in source.paths}
+        own = tables.read_names(loaded.run / facts.skip) <= names
+    if not own:
+        return options
+    recorded = options_of_run(options, loaded.run, facts)
+    if changes := fields.difference(recorded, options):
+        print(f"as in the run: {shlex.join(changes)}")
+    return recorded
+
+
 def print_scores(results: Results, out: Path | None) -> None:
-    """Print the table and its sentences; add them to the JSON file `out`."""
+    """Add the scores to the JSON file `out`, then print the table and its sentences."""
+    if out is not None:
+        run_folder.add_json(out, results.to_json())
     print(f"{table.as_text(results.table)}\n{table.LEGEND}\n")
     print(f"probes fitted on {results.train:,} labelled images, scored on {results.test:,} others")
     print("\n".join(results.sentences))
     if out is not None:
-        run_folder.add_json(out, results.to_json())
         print(f"scores: {out}")

@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 
 from corinfomax import __version__
-from corinfomax.cli import messages
+from corinfomax.cli import messages, output
 from corinfomax.cli.parse import parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 1 doctor found a fault, 2 a mistake with its message, 130 stopped."""
+    """Run one command. Exit codes: 0 done, 1 doctor found a fault, 2 a mistake with its message, 130 stopped.
+
+    141 when the reader of the output has gone, as after `head`: the work is done all the same.
+    """
     if argv is None:  # this process runs nothing else
         _keep_freed_memory()
+        # Pillow's lines do not name the file; ours do.
+        logging.getLogger("PIL").setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
     words = sys.argv[1:] if argv is None else list(argv)
+    with output.forgiving() as printed:
+        code = _run(words)
+    if printed.error is None:
+        return code
+    output.silence(sys.stdout)
+    if isinstance(printed.error, BrokenPipeError):
+        return 141
+    print(f"corinfomax: the output could not be written: {messages.message(printed.error)}", file=sys.stderr)
+    return code or 2
+
+
+def _run(words: list[str]) -> int:
     try:
         with _borrowed_process():
             if words == ["--version"]:
@@ -31,9 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("corinfomax: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader has closed the pipe, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's exit does not complain
-        return 141
     except Exception as error:
         message = messages.message(error)
         if message is None or os.environ.get("CORINFOMAX_TRACEBACK"):
@@ -60,9 +77,12 @@ def _keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def _borrowed_process() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, and undo `inputs.choose_device`'s flushing of numbers below 1e-38, in this block."""
-    main_thread = threading.current_thread() is threading.main_thread()  # only it may handle signals
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
+    """Treat SIGTERM and SIGHUP as Ctrl-C in this block, and undo at its end the flushing of numbers below 1e-38."""
+    # only the main thread may handle signals; nohup ignores the end of the terminal on purpose
+    main_thread = threading.current_thread() is threading.main_thread()
+    names = [name for name in ("SIGTERM", "SIGHUP") if main_thread and hasattr(signal, name)]
+    numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     torch = sys.modules.get("torch")
     # torch cannot be asked, so look whether such a number survives.
     flushed = torch is not None and float(torch.tensor(1e-39, dtype=torch.float32, device="cpu") * 1) == 0
@@ -71,5 +91,5 @@ def _borrowed_process() -> Iterator[None]:
     finally:
         if torch := sys.modules.get("torch"):
             torch.set_flush_denormal(flushed)
-        if main_thread:
-            signal.signal(signal.SIGTERM, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -36,6 +36,7 @@ class Neighbors:
 
         if not self.query or self.count < 1:
             raise ValueError("name at least one image with --query, and a --count of at least 1")
+        run_folder.check_writable(self.out)
         device, loaded, splits = inputs.load_all(self.weights, self.network, self.data, self.images)
         pool = Pool(splits)
         results = neighbors.search(loaded.backbone, pool, loaded.recipe, self.query, k=self.count, device=device)

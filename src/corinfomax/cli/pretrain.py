@@ -84,7 +84,7 @@ class Pretrain:
 
 def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Plan:
     """The run as typed, or as recorded when it is resumed; ValueError for a flag that would make it another run."""
-    from corinfomax.cli import inputs, train
+    from corinfomax.cli import fit, inputs, train
     from corinfomax.training import loop, trackers
     from corinfomax.weights import checkpoint
 
@@ -95,6 +95,9 @@ def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Pla
         if changing := sorted(typed & fixed):
             rule = f"a resumed run keeps its recipe and its splits: --{changing[0]} cannot go with --resume"
             raise ValueError(f"{rule}. It takes DATA, --root, --cache, --device and the options of logging and saving")
+        if command.resume.is_file():
+            run = command.resume.absolute().parent.parent
+            raise ValueError(f"{command.resume} is a file; --resume takes the folder of a run, such as {run}")
         resumed = checkpoint.load_resumable(command.resume)
         name, images = name or resumed.facts.data, inputs.options_of_run(images, command.resume, resumed.facts)
         again = [field.name for field in dataclasses.fields(Options) if field.name.replace("_", "-") in typed]
@@ -109,7 +112,9 @@ def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Pla
     if resumed is not None:
         recipe_name, recipe = resumed.facts.recipe_name, resumed.recipe
     else:
-        recipe_name, recipe = inputs.choose_recipe(command.recipe, data, command.settings, typed, device)
-        recipe = inputs.fit_cache(recipe, data)
+        recipe_name, recipe = fit.choose_recipe(command.recipe, data, command.settings, typed, device)
+        if lost := data.survey().lost:
+            print(f"the images have {lost}")
+        recipe = fit.fit_cache(fit.fit_views(recipe, typed), data)
     loop.check_parts(recipe)
     return train.Plan(data, images, recipe, recipe_name, options, resumed)

@@ -30,11 +30,14 @@ class Report:
     def run(self, typed: frozenset[str]) -> int:
         from corinfomax.cli import inputs
         from corinfomax.report import content, gather
+        from corinfomax.runtime import run_folder
         from corinfomax.weights import checkpoint
 
         folder = self.run_folder
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder; name a run's: corinfomax report RUN")
+        page = self.out or folder / "report.html"
+        run_folder.check_writable(page)
         device = inputs.choose_device(self.images.device)
         network, saved = checkpoint.load_network(folder)
         options = inputs.options_of_run(self.images, folder, saved.facts)
@@ -44,6 +47,6 @@ class Report:
         if not same:
             print("the run was trained on other images: the page leaves out its views")
         subject = content.Subject(folder, network, saved.recipe, saved.step, saved.facts, splits, same)
-        out = gather.write_page(subject, self.out or folder / "report.html", device=device)
+        out = gather.write_page(subject, page, device=device)
         print(f"report: {out}, {out.stat().st_size / 1e6:.1f} MB")
         return 0

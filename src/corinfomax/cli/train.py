@@ -14,11 +14,11 @@ import timm
 import torch
 
 from corinfomax import __version__
-from corinfomax.cli import inputs, messages
+from corinfomax.cli import fit, inputs, messages
 from corinfomax.cli.arguments import SKIP_LIST, DataOptions
 from corinfomax.diagnosis import verdict
 from corinfomax.evaluation import table
-from corinfomax.images import files
+from corinfomax.images import tables
 from corinfomax.images.cache import Splits
 from corinfomax.images.sources import Data
 from corinfomax.network import choose_precision
@@ -88,7 +88,7 @@ def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:
 def _fit(plan: Plan, splits: Splits, device: torch.device) -> Recipe:
     """The recipe with a batch, length and precision that these images and processes allow."""
     # batch and length
-    recipe = inputs.fit_batch(plan.recipe, len(splits.train))
+    recipe = fit.fit_batch(plan.recipe, len(splits.train))
     if recipe.from_files and splits.train.files is None:
         raise ValueError(f"{plan.data.name} is one array, without files to crop from: leave out --from-files")
     if recipe.steps(len(splits.train)) < 1:
@@ -137,7 +137,7 @@ def _record(run: Path, plan: Plan, recipe: Recipe, splits: Splits) -> Facts:
     # the first process writes
     if processes.rank() == 0 and resumed is None:
         if facts.skip is not None:  # a copy, since the user may change the list
-            run_folder.write_text(run / SKIP_LIST, files.names_as_text(sorted(data.skip)))
+            run_folder.write_text(run / SKIP_LIST, tables.names_as_text(sorted(data.skip)))
         run_folder.write_json(run / "recipe.json", {"recipe": fields.to_json(recipe), "facts": facts.to_json()})
     elif processes.rank() == 0 and resumed is not None:
         run_folder.forget_after(run, resumed.step)
@@ -166,19 +166,18 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
 
 
 def _judge(run: Path, recipe: Recipe, facts: Facts, *, error: str | None = None) -> None:
-    """Print and keep the verdict and the best checkpoint."""
+    """Keep and print the verdict and the best checkpoint."""
     rows, steps = run_folder.read_metrics(run), recipe.steps(facts.images)
     judged = verdict.judge(rows, recipe, steps=steps, ended=True, error=error)
-    if judged is not None:
-        print(f"\nverdict: {judged.text}\n")
-
     saved = {run_folder.step_of(path): path for path in run_folder.checkpoints(run)}
     best = verdict.best_step(rows, saved)
-    if best is not None and best < max(saved):
-        print(f"best checkpoint by {verdict.BEST}, before the last: {saved[best]}")
     best_path = None if best is None else saved[best].relative_to(run).as_posix()
     if content := Results(verdict=judged, best_checkpoint=best_path).to_json():
         run_folder.add_json(run / "results.json", content)
+    if judged is not None:
+        print(f"\nverdict: {judged.text}\n")
+    if best is not None and best < max(saved):
+        print(f"best checkpoint by {verdict.BEST}, before the last: {saved[best]}")
 
 
 def _report(subject: Subject, device: torch.device) -> None:

@@ -227,18 +227,20 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
     numbers = {name: getattr(look.measures, name) for name in (BEST, "rank", "agreement", "spread_gap")}
     numbers = {name: value for name, value in numbers.items() if value is not None}
 
-    # Too few images to compare views.
+    # Too few images to compare views, or to learn from.
     best = look.measures.ldmi
     if ended and best is None:
-        advice = f"Fewer than {2 * dim} images were measured, too few to tell how much views share: add images."
-        return Verdict("healthy", f"The run ends sound: {used}.", advice, numbers)
+        short = f", in a run of only {last.step} steps" if last.step < ENOUGH else ""
+        few = f"Fewer than {2 * dim} images were measured, too few to tell how much views share{short}: add images."
+        return Verdict("too few to say", f"Nothing looks wrong: {used}.", few, numbers)
 
     # Too early to compare with the last look of the first two thirds.
     known = [(row.step, value) for row in looks if (value := _best(row)) is not None and row.step > LAGGING]
     before = [(step, value) for step, value in known if step <= last.step * 2 / 3]
     if best is None or not before or (share < SETTLED and not ended):
         shared = "" if best is None else f"two views of {image} share {best:.2f} nats per dimension; "
-        longer = f"The run was too short to say more: try --epochs {math.ceil(recipe.epochs * ENOUGH / last.step)}."
+        epochs = math.ceil(recipe.epochs * ENOUGH / last.step)
+        longer = f"The run was too short to say more: try a new run with --epochs {epochs}."
         if last.step >= ENOUGH:
             longer = "There are too few looks to say more: raise --diagnoses."
         when = "At the end" if ended else f"After {_percent(share)} of the steps"
@@ -251,7 +253,7 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
     change = f"{_percent(gain, sign='+')} since step {then}"
     evidence = f"Two views of {image} share {best:.2f} nats per dimension ({change}); {used}."
     if gain >= GROWING:
-        longer = f"Still improving when it ended: try --epochs {2 * recipe.epochs:g}."
+        longer = f"Still improving when it ended: try a new run with --epochs {2 * recipe.epochs:g}."
         return Verdict("improving", evidence, longer if ended else "Let it run.", numbers)
     if gain < STEADY and top <= then:
         advice = f"No gain since step {top}: stop here, or spend the time on more images."

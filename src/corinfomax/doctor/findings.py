@@ -14,7 +14,7 @@ import torch
 
 from corinfomax.doctor.inspect import Inspection
 from corinfomax.evaluation.similar import MIN_CORRELATION, near_duplicates
-from corinfomax.images.decode import LONGEST, too_many
+from corinfomax.images.decode import LONGEST, join_levels, lost_range, too_many
 from corinfomax.images.files import quoted
 from corinfomax.recipes.fields import Recipe
 
@@ -97,7 +97,8 @@ def collect_findings(inspections: Sequence[Inspection], recipe: Recipe) -> list[
     if not complete:
         text = "too many images look alike to compare all pairs, so the list of near-duplicates is incomplete"
         findings.append(Finding("incomplete", text))
-    findings += [*_without_content(inspections), *_odd_images(images, recipe), *_classes(inspections)]
+    findings += [*_without_content(inspections), *_lost_ranges(inspections)]
+    findings += [*_odd_images(images, recipe), *_classes(inspections)]
     return sorted(findings, key=lambda finding: not finding.must_fix)
 
 
@@ -163,6 +164,17 @@ def _without_content(inspections: Sequence[Inspection]) -> Iterator[Finding]:
         tiny = (inspection.sizes < TINY).any(1) & ~inspection.blank
         too_small = f"is under {TINY} px high or wide, too small to show anything"
         yield from _about("tiny", image, too_small, compress(paths, tiny), skip=True)
+
+
+def _lost_ranges(inspections: Sequence[Inspection]) -> Iterator[Finding]:
+    """Levels of 16-bit and floating-point images that are not read; a split is judged as a whole."""
+    for inspection in inspections:
+        for levels in join_levels(inspection.levels):
+            count = sum(each is not None and each.floating == levels.floating for each in inspection.levels)
+            if lost := lost_range(levels):
+                kind = "floating-point" if levels.floating else "16-bit"
+                subject = _count(count, f"{kind} {IMAGE_OF[inspection.split]}", "has")
+                yield Finding("range", f"{subject} {lost}", must_fix=True)
 
 
 def _odd_images(images: Catalogue, recipe: Recipe) -> Iterator[Finding]:

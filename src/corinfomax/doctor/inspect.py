@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from corinfomax.evaluation.similar import THUMBNAIL
-from corinfomax.images.decode import decode, map_images
+from corinfomax.images.decode import DEEPEST, Levels, decode, deep_levels, map_images
 from corinfomax.images.files import Source
 
 # By Pillow's mode.
@@ -34,6 +34,7 @@ class Inspection(NamedTuple):
     thumbnails: UInt8[Tensor, "n 3 s s"]  # whole images, squeezed into a small square
     blank: Bool[np.ndarray, " n"]  # all pixels have one colour
     grey: Bool[np.ndarray, " n"]  # red, green and blue are equal in every pixel
+    levels: tuple[Levels | None, ...]  # of images with more than 8 bits
     moments: Float64[np.ndarray, "n 2 3"]  # mean and mean square of red, green and blue in [0, 1]
     decoded_bytes: int  # of all images in the cache
 
@@ -44,6 +45,7 @@ class _ImageFacts(NamedTuple):
     digest: bytes
     blank: bool
     grey: bool
+    levels: Levels | None
     decoded_bytes: int
 
 
@@ -79,6 +81,7 @@ def inspect_split(name: str, source: Source, side: int, *, progress: bool = True
         thumbnails=torch.from_numpy(thumbnails[: len(facts)]),
         blank=np.array([image.blank for image in facts], bool),
         grey=np.array([image.grey for image in facts], bool),
+        levels=tuple(image.levels for image in facts),
         moments=moments[: len(facts)],
         decoded_bytes=sum(image.decoded_bytes for image in facts),
     )
@@ -90,20 +93,33 @@ def _inspect_image(
     """Facts, thumbnail and moments of an opened image."""
     size, file_format = image.size, _format(image)  # decoding changes both
     pixels = decode(image, side)
-    _, height, width = pixels.shape
+    deep = deep_levels(image)
+    if deep is None and file_format == "16-bit":  # Pillow keeps the upper 8 bits of three channels
+        deep = Levels(0.0, min(float(pixels.max()) * 257 + 256, DEEPEST), floating=False)
+
+    # Images are compared as they are in the file: with few levels left, different ones would look the same.
+    whole = pixels if deep is None or image.mode == "RGB" else _stretched(image, deep)
 
     # Two matrix products: for small images Pillow's resize would spend its time on three copies.
     levels = pixels.astype(np.float32)
-    thumbnail = _area_weights(height) @ levels @ _area_weights(width).T
+    thumbnail = _area_weights(whole.shape[1]) @ whole.astype(np.float32) @ _area_weights(whole.shape[2]).T
     flat, x = pixels.reshape(3, -1), levels.reshape(3, -1) / 255
     moments = np.stack((x.mean(1), (x * x).mean(1)))
 
     # The shape goes into the hash: the same bytes in another shape are another image.
-    digest = hashlib.blake2b(pixels.data, digest_size=16, salt=b"%d %d" % (height, width)).digest()
-    blank = bool((flat.max(1) - flat.min(1)).max() <= 3)  # levels of 255: JPEG rounding
+    digest = hashlib.blake2b(whole.data, digest_size=16, salt=b"%d %d" % whole.shape[1:]).digest()
+    flat_range = (flat.max(1) - flat.min(1)).max() if deep is None else deep.high - deep.low
+    blank = bool(flat_range <= (3 if deep is None else 0))  # levels of 255: JPEG rounding
     grey = np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[1], pixels[2])
-    facts = _ImageFacts(size, file_format, digest, blank, grey, pixels.nbytes)
+    facts = _ImageFacts(size, file_format, digest, blank, grey, deep, pixels.nbytes)
     return facts, np.rint(thumbnail).astype(np.uint8), moments
+
+
+def _stretched(image: Image.Image, deep: Levels) -> Float32[np.ndarray, "3 h w"]:
+    """Levels of a loaded image of more than 8 bits, from 0 to 255 over their own range, in three equal channels."""
+    levels = np.nan_to_num(np.asarray(image), posinf=0, neginf=0).astype(np.float32)
+    levels = (levels - deep.low) * (255 / max(deep.high - deep.low, 1e-9))
+    return np.repeat(levels.astype(np.float32)[None], 3, axis=0)
 
 
 @functools.lru_cache(maxsize=4096)

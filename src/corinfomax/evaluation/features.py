@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,10 +54,23 @@ def features_of_pixels(
     model.eval()
     try:
         with torch.inference_mode(), autocast(recipe, device):
-            x = operations.centre_view(pixels, sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
+            filtered = partial(operations.centre_view, interpolation=recipe.interpolation)
+            x = filtered(pixels, sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
             return model(match_dtype(x, model)).float().cpu()
     finally:
         model.train(was_training)
+
+
+def as_utf8(name: str) -> str:
+    """A file's name for Parquet, which takes UTF-8 alone: other bytes are spelt out, as \\xfc."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _class_of_each(images: Images) -> np.ndarray:
+    """Name of each image's class; empty without labels."""
+    if images.labels is None:
+        return np.full(len(images), "")
+    return np.array(images.classes)[images.labels.numpy()]
 
 
 def check_ending(path: Path) -> None:
@@ -66,10 +82,11 @@ def check_ending(path: Path) -> None:
 
 
 def write(path: Path, vectors: Mapping[str, Float[Tensor, "_ f"]], splits: Mapping[str, Images]) -> None:
-    """Write the vectors of one or more splits with their images' paths, and labels if all have them.
+    """Write the vectors of one or more splits with their images' paths and labels.
 
-    Columns are `split`, `path`, `features`, `x` and `y` (the first two principal components) and `label` (the name of
-    the class), as .npz without pickle or as .parquet. Raises ValueError as `check_ending` does.
+    Columns are `split`, `path`, `features`, `x` and `y` (the first two principal components) and, if any split has
+    labels, `label` (the name of the class, empty without one), as .npz without pickle or as .parquet. Raises ValueError
+    as `check_ending` does.
     """
     check_ending(path)
     features = torch.cat([vectors[name] for name in splits])
@@ -77,9 +94,8 @@ def write(path: Path, vectors: Mapping[str, Float[Tensor, "_ f"]], splits: Mappi
     split = np.repeat(list(splits), [len(images) for images in splits.values()])
     paths = np.array([name for images in splits.values() for name in images.paths])
     columns = {"split": split, "path": paths, "x": x, "y": y}
-    labels = [np.array(i.classes)[i.labels.numpy()] for i in splits.values() if i.labels is not None]
-    if len(labels) == len(splits):
-        columns["label"] = np.concatenate(labels)
+    if any(images.labels is not None for images in splits.values()):
+        columns["label"] = np.concatenate([_class_of_each(images) for images in splits.values()])
 
     def save(temporary: Path) -> None:
         if path.suffix == ".npz":
@@ -89,7 +105,12 @@ def write(path: Path, vectors: Mapping[str, Float[Tensor, "_ f"]], splits: Mappi
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            rows = pa.FixedSizeListArray.from_arrays(pa.array(features.numpy().reshape(-1)), features.shape[1])
-            pq.write_table(pa.table({**columns, "features": rows}), temporary)
+            table: dict[str, Any] = dict(columns)
+            for name in ("split", "path", "label"):
+                if name in columns:
+                    table[name] = [*map(as_utf8, columns[name])]
+            numbers = pa.array(features.numpy().reshape(-1))
+            table["features"] = pa.FixedSizeListArray.from_arrays(numbers, features.shape[1])
+            pq.write_table(pa.table(table), temporary)
 
     run_folder.write_whole(path, save)

@@ -200,6 +200,9 @@ def quick_knn(backbone: nn.Module, splits: Splits, recipe: Recipe, *, device: to
 
 def check_labels(splits: Splits) -> None:
     """ValueError unless there are test images and both splits have labels."""
+    for split in splits:
+        if split is not None and split.unlabelled:
+            raise ValueError(f"no score is possible: {split.unlabelled}")
     if any(split is not None and split.labels is None for split in splits):
         folders = "put each class of images into its own folder (train/<class>/…, test/<class>/…)"
         raise ValueError(f"a score needs labels: {folders} or use a CSV with a label column")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from corinfomax.images import files
-from corinfomax.images.files import SPLIT_NAMES, DataError, Source, Stored
+from corinfomax.images import files, layout
+from corinfomax.images.files import DataError, Located, Source, Stored, Unread
 
 SUFFIXES = (".zip", ".tar")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar")
@@ -39,80 +37,84 @@ def shards_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def from_archives(root: Path, archives: Sequence[Path]) -> dict[str, Source]:
+def from_archives(root: Path, archives: Sequence[Path]) -> Located:
     """Splits of the images in one archive, or in several shards of one set in the folder `root`.
 
     One archive means what the folder that it unpacks to would mean; folders around all images are left out of their
-    paths. A shard's split is the word of SPLIT_NAMES in its name (set-train-0001.tar), and paths begin with its name.
-    A text of an image's name but ending in .cls holds its class. Raises DataError for an archive that is ambiguous or
-    cannot be read.
+    paths. The split of a shard is in its name (set-train-0001.tar), and paths begin with its name. A text of an image's
+    name but ending in .cls holds its class. Raises DataError for an archive that is ambiguous or cannot be read.
     """
-    statuses = [archive.stat() for archive in archives]  # before reading: a later change makes other stamps
-    stamps = np.array([(status.st_size, status.st_mtime_ns) for status in statuses], np.int64)
-    contents = [_read_members(archive, row) for row, archive in enumerate(archives)]
-    splits: dict[str, list[Member]] = {}
-    place = _place_in_folder if len(archives) == 1 else _place_in_shard
-    for archive, members in zip(archives, contents, strict=True):
-        for split, member in place(archive, members):
-            splits.setdefault(split, []).append(member)
+    # before reading: a later change makes other stamps
+    stamps = np.array([files.stamp(archive.stat()) for archive in archives], np.int64)
+    unread = Unread()
+    members = [member for row, archive in enumerate(archives) for member in _read_members(archive, row, unread)]
+    if not members:
+        raise files.no_images(", ".join(map(str, archives)), unread)
+    arranged = _as_folder(archives[0], members) if len(archives) == 1 else _as_shards(root, archives, members)
+    splits, notes = arranged
+    if not splits["train"]:
+        raise files.no_images(f"the training folder of {archives[0]}", unread)
 
-    # without a split to train on, train on all images
-    if not splits:
-        raise files.no_images(", ".join(map(str, archives)))
-    if "train" not in splits:
-        splits = {"train": list(itertools.chain(*splits.values()))}
+    # classes: those of .cls texts, or folders
+    labels, remarks = layout.class_labels({split: [member.inner for member in splits[split]] for split in splits})
     start = str(archives[0] if len(archives) == 1 else root)
-    return {split: _source(start, archives, stamps, sorted(members)) for split, members in splits.items()}
+    sources = {split: _source(start, archives, stamps, splits[split], labels[split]) for split in splits}
+    return Located(sources, (*notes, *(remarks if not members[0].label else ()), *unread.notes()))
 
 
-def _source(root: str, archives: Sequence[Path], stamps: np.ndarray, members: Sequence[Member]) -> Source:
+def _source(
+    root: str, archives: Sequence[Path], stamps: np.ndarray, members: Sequence[Member], labels: tuple[str, ...] | None
+) -> Source:
     classes = tuple(member.label for member in members)
     if any(classes) and not all(classes):
         some = f"{sum(map(bool, classes)):,} of the {len(members):,} images in {root} have a class in a .cls"
         bare = members[classes.index("")].path
         raise DataError(f"{some} beside them, and {bare} has none: label all of a split or none")
-    labels = classes if len(set(classes)) > 1 else files.folder_labels([member.inner for member in members])
-    positions = np.array([(member.archive, *member.position) for member in members], np.int64)
+    positions = np.array([(member.archive, *member.position) for member in members], np.int64).reshape(-1, 4)
     stored = Stored(tuple(map(str, archives)), positions)
-    return Source(root, tuple(member.path for member in members), stamps[positions[:, 0]], labels, stored=stored)
+    paths, labels = tuple(member.path for member in members), classes if any(classes) else labels
+    return Source(root, paths, stamps[positions[:, 0]], labels, stored=stored)
 
 
-def _place_in_folder(archive: Path, members: Sequence[Member]) -> Iterator[tuple[str, Member]]:
-    """Split of each image, and the image with its paths, as if the archive were unpacked."""
-    # leave out the folders around all images, down to one that is a split
-    around = os.path.commonpath([member.path.rpartition("/")[0] for member in members]) if members else ""
-    outer = itertools.takewhile(lambda folder: folder.lower() not in SPLIT_NAMES, around.split("/") if around else ())
-    start = sum(len(folder) + 1 for folder in outer)
-
-    paths = [member.path[start:] for member in members]
-    folders = files.split_folders(archive, sorted({path.partition("/")[0] for path in paths if "/" in path}))
-    splits = {folder: split for split, folder in folders.items()}
-    for member, path in zip(members, paths, strict=True):
-        top, _, inner = path.partition("/")
-        if not splits:
-            yield "train", member._replace(inner=path, path=path)
-        elif inner and top in splits:
-            yield splits[top], member._replace(inner=inner, path=path)
+Arranged = tuple[dict[str, list[Member]], Sequence[str]]  # sorted images of each split, and notes
 
 
-def _place_in_shard(archive: Path, members: Iterable[Member]) -> Iterator[tuple[str, Member]]:
-    split = split_of(archive)
-    return ((split, member._replace(path=f"{archive.name}/{member.path}")) for member in members)
+def _as_folder(archive: Path, members: Sequence[Member]) -> Arranged:
+    """The images of each split as if the archive were unpacked, without the folders around all of them."""
+    members = sorted(members, key=lambda member: member.path)
+    found = layout.arrange([member.path for member in members], archive)
+    splits: dict[str, list[Member]] = {}
+    for split, folder in found.folders.items():
+        top, start = found.start + (folder and f"{folder}/"), len(found.start)
+        inside = [member for member in members if member.path.startswith(top)]
+        splits[split] = [m._replace(inner=m.path[len(top) :], path=m.path[start:]) for m in inside]
+    return splits, found.notes
 
 
-def split_of(shard: Path) -> str:
-    """Split in the name of a shard, else train; raises DataError if the name has several."""
-    words = re.split("[^a-z]+", shard.stem.lower())
-    splits = sorted({SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES})
-    if len(splits) > 1:
-        raise DataError(f"the name of {shard} says {' and '.join(splits)}; name each shard by its split alone")
-    return splits[0] if splits else "train"
+def _as_shards(root: Path, archives: Sequence[Path], members: Sequence[Member]) -> Arranged:
+    """The images of each split of a set of shards."""
+    names = [layout.split_in(archive.stem) for archive in archives]
+    notes = []
+    if "train" not in names and len({*names} - {None}) > 1:
+        have = files.listed(sorted({archive.name for archive in archives}))
+        raise DataError(
+            f"{root} has no training images: no shard of {have} has train in its name; rename those to train on"
+        )
+    if "train" not in names and (only := next(filter(None, names), None)):
+        notes.append(f"no shard has train in its name: those of {only} are training images too")
+        names = [None] * len(names)
+    splits: dict[str, list[Member]] = {"train": []}
+    for member in members:
+        named = member._replace(path=f"{archives[member.archive].name}/{member.path}")
+        splits.setdefault(names[member.archive] or "train", []).append(named)
+    return {split: sorted(images) for split, images in splits.items()}, notes
 
 
-def _read_members(archive: Path, row: int) -> list[Member]:
+def _read_members(archive: Path, row: int, unread: Unread) -> list[Member]:
     """The images of an archive by their paths inside it; of a repeated path the last, as after unpacking."""
     try:
-        positions, labels = (_read_zip(archive), {}) if archive.suffix.lower() == ".zip" else _read_tar(archive)
+        is_zip = archive.suffix.lower() == ".zip"
+        positions, labels = (_read_zip(archive, unread), {}) if is_zip else _read_tar(archive, unread)
     except DataError:
         raise
     except (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
@@ -122,13 +124,13 @@ def _read_members(archive: Path, row: int) -> list[Member]:
     return [Member(name, name, row, position, labels.get(name, "")) for name, position in positions.items()]
 
 
-def _read_zip(archive: Path) -> dict[str, Position]:
+def _read_zip(archive: Path, unread: Unread) -> dict[str, Position]:
     positions = {}
     with zipfile.ZipFile(archive) as opened:
         for info in opened.infolist():
             # some Windows programs separate folders by \, and unpackers there accept it
             name = _clean(info.filename.replace("\\", "/") if "/" not in info.filename else info.filename)
-            if info.is_dir() or not _is_image(name):
+            if info.is_dir() or not _is_image(name, unread):
                 continue
             if info.flag_bits & 1:
                 raise DataError(f"{archive} is encrypted; unpack it, or make one without a password")
@@ -139,7 +141,7 @@ def _read_zip(archive: Path) -> dict[str, Position]:
     return positions
 
 
-def _read_tar(archive: Path) -> tuple[dict[str, Position], dict[str, str]]:
+def _read_tar(archive: Path, unread: Unread) -> tuple[dict[str, Position], dict[str, str]]:
     """Position of each image, and the text of each .cls file beside one."""
     with archive.open("rb") as file:
         if (magic := file.read(6)).startswith(MAGIC):
@@ -158,7 +160,7 @@ def _read_tar(archive: Path) -> tuple[dict[str, Position], dict[str, str]]:
             position = linked or (info.offset_data, info.size, files.PLAIN)
             if name.endswith(".cls"):
                 texts[name.removesuffix(".cls")] = position
-            elif _is_image(name):
+            elif _is_image(name, unread):
                 positions[name] = position
 
     # a shard's names end at their first dot
@@ -181,6 +183,15 @@ def _clean(name: str) -> str:
     return "/".join(folder for folder in name.split("/") if folder not in ("", "."))
 
 
-def _is_image(name: str) -> bool:
-    hidden = any(folder.startswith((".", "__MACOSX")) for folder in name.split("/") if folder != "..")
-    return not hidden and name.lower().endswith(files.EXTENSIONS)
+def _is_image(name: str, unread: Unread) -> bool:
+    """True for an image; others are counted as they would be in a folder."""
+    folders = [folder for folder in name.split("/") if folder != ".."]
+    if any(folder.startswith((".", "__MACOSX")) for folder in folders):
+        return False
+    if system := [folder for folder in folders[:-1] if folder.lower() in files.SYSTEM_FOLDERS]:
+        unread.system_folder(name[: name.index(system[0]) + len(system[0])])
+        return False
+    if not name.lower().endswith(files.EXTENSIONS):
+        unread.file(name)
+        return False
+    return True

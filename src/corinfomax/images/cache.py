@@ -27,7 +27,7 @@ from corinfomax.images.files import DataError, Source, default_cache
 from corinfomax.images.sources import Data
 from corinfomax.runtime.seeds import generator
 
-CACHE_FORMAT = 2  # raise it with every change of the decoded bytes or of their layout
+CACHE_FORMAT = 3  # raise it with every change of the decoded bytes or of their layout
 
 
 class Files(NamedTuple):
@@ -49,6 +49,7 @@ class Images:
     skipped: tuple[tuple[str, str], ...]  # path and reason of each unreadable image of the split
     fingerprint: str  # of paths, decoded pixels and selection; copying or touching files does not change it
     files: Files | None = None  # the files, for images that are not cached
+    unlabelled: str = ""  # why labels that there are cannot be used
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -137,6 +138,9 @@ def load(data: str | Path | Data, *, side: int, from_files: bool = False, progre
     read = partial(_load_split, cache=data.cache, side=side, from_files=from_files, progress=progress)
     classes = _class_names(splits["train"])
     images = read(splits["train"], classes)
+    if len(classes) == 1:  # nothing to tell apart
+        reason = f"the training images have one class alone, {classes[0]}"
+        images, classes = replace(images, labels=None, classes=(), unlabelled=reason), ()
     if test is not None:  # without training labels, classes of the test split
         return Splits(images, read(splits[test], classes or _class_names(splits[test])))
     share = data.holdout if data.holdout is not None else 0.1 if classes else 0.0
@@ -168,15 +172,16 @@ def _class_names(*sources: Source) -> tuple[str, ...]:
     return tuple(sorted({label for source in sources for label in source.labels or ()}))
 
 
-def _labels(source: Source, classes: tuple[str, ...]) -> Int64[Tensor, " files"] | None:
+def _labels(source: Source, classes: tuple[str, ...]) -> tuple[Int64[Tensor, " files"] | None, str]:
+    """Index of each label in `classes`; None, and the reason, if some are not among them."""
     if source.labels is None:
-        return None
+        return None, ""
     if unknown := sorted(set(source.labels) - set(classes)):
         first = f"first {unknown[0]!r} ({source.paths[source.labels.index(unknown[0])]})"
-        problem = f"{len(unknown)} classes to test on are not among the {len(classes)} to train on"
-        raise DataError(f"{problem}, {first}; give both splits the same classes")
+        problem = f"classes to test on that are not among the {len(classes)} to train on: {len(unknown)}, {first}"
+        return None, f"{problem}; give both splits the same classes"
     indices = {name: index for index, name in enumerate(classes)}
-    return torch.tensor([indices[label] for label in source.labels])
+    return torch.tensor([indices[label] for label in source.labels]), ""
 
 
 class CacheContent(NamedTuple):
@@ -195,14 +200,15 @@ def _load_split(
     if side < 1:
         raise ValueError(f"side is {side}; it is the short side of the cached images in pixels, 1 or more")
     from_files = from_files and source.array is None
-    labels = _labels(source, classes)
+    labels, unlabelled = _labels(source, classes)
 
-    # the folder's name depends on all that the decoded pixels depend on
+    # the folder's name depends on all that the decoded pixels depend on, but for the files' content: new images take
+    # the place of the old ones, which would fill the disk otherwise
     kind = f"{CACHE_FORMAT} {'files' if from_files else side} ".encode()
     names = os.fsencode("\0".join((*source.paths, source.root)))
-    folder = (cache or default_cache()).absolute() / _digest_of(kind, source.stamps.tobytes(), names)
+    folder = (cache or default_cache()).absolute() / _digest_of(kind, names)
     for _ in range(3):  # another process may delete a torn cache just after this one mended it
-        if (content := _open(folder, len(source.paths), from_files)) is not None:
+        if (content := _open(folder, source, from_files)) is not None:
             break
         _build(source, side, folder, from_files, progress)
     else:
@@ -217,21 +223,24 @@ def _load_split(
         paths=paths,
         labels=None if labels is None else labels[rows],
         classes=() if labels is None else classes,
+        unlabelled=unlabelled,
         skipped=tuple((source.paths[row], cause) for row, cause in content.skipped),
         fingerprint=_digest_of(os.fsencode("\0".join((content.digest, *paths))), content.table.tobytes()),
         files=Files(source, rows, side) if from_files else None,
     )
 
 
-def _open(folder: Path, count: int, from_files: bool = False) -> CacheContent | None:
-    """Read a cache folder; None if it is missing, torn or not for `count` images."""
+def _open(folder: Path, source: Source, from_files: bool) -> CacheContent | None:
+    """Read a cache folder; None if it is missing, torn or not of the images as they are now."""
     try:
         # index.npy and index.json, against the length of pixels.bin
         table = np.load(folder / "index.npy", allow_pickle=False)
         notes = json.loads((folder / "index.json").read_text("utf-8"))
         skipped, digest = [(row, cause) for row, cause in notes["skipped"]], str(notes["digest"])
+        if notes["stamps"] != _digest_of(source.stamps.tobytes()):
+            return None
         size = (folder / "pixels.bin").stat().st_size
-        if size != 3 * table[:, 1:].prod(1).sum() * (not from_files) or len(table) + len(skipped) != count:
+        if size != 3 * table[:, 1:].prod(1).sum() * (not from_files) or len(table) + len(skipped) != len(source.paths):
             return None
         if from_files:
             return CacheContent(table, torch.empty(0, dtype=torch.uint8), skipped, digest)
@@ -278,14 +287,15 @@ def _build(source: Source, side: int, folder: Path, from_files: bool, progress: 
 
         # the index; its root and side are for a person who tidies up
         np.save(unfinished / "index.npy", np.array(table, np.int64), allow_pickle=False)
-        notes = {"root": source.root, "side": side, "skipped": skipped, "digest": digest.hexdigest()}
+        notes = {"root": source.root, "side": side, "stamps": _digest_of(source.stamps.tobytes())}
+        notes |= {"skipped": skipped, "digest": digest.hexdigest()}
         (unfinished / "index.json").write_bytes(json.dumps(notes).encode())
 
         # all on the disk before the folder has its name
         for path in unfinished.iterdir():
             with path.open("r+b") as stream:
                 os.fsync(stream.fileno())
-        _publish(unfinished, folder, count, from_files)
+        _publish(unfinished, folder, source, from_files)
     except OSError as error:
         done = len(table) + len(skipped)
         written = 0 if from_files else sum(3 * height * width for _, height, width in table)
@@ -297,15 +307,15 @@ def _build(source: Source, side: int, folder: Path, from_files: bool, progress: 
         shutil.rmtree(unfinished, ignore_errors=True)  # exists only if it was not published
 
 
-def _publish(unfinished: Path, folder: Path, count: int, from_files: bool) -> None:
+def _publish(unfinished: Path, folder: Path, source: Source, from_files: bool) -> None:
     """Give a whole cache its name, unless another process was first."""
-    if _open(folder, count, from_files) is not None:
+    if _open(folder, source, from_files) is not None:
         return
-    shutil.rmtree(folder, ignore_errors=True)  # torn
+    shutil.rmtree(folder, ignore_errors=True)  # torn, or of other images
     try:
         unfinished.rename(folder)
     except OSError:
-        if _open(folder, count, from_files) is None:
+        if _open(folder, source, from_files) is None:
             raise
 
 

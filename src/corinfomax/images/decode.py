@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000"
 LONGEST = 4  # longest side of a cached image, in short sides: it bounds the padding of a batch
 FORK_ABOVE = 256  # images; starting processes takes longer than decoding fewer
 IMAGES_PER_TASK = 32  # handing over one 32×32 image costs as much as decoding it
+DEEPEST = 65535  # highest level of 16 bits
 OVERSIZE = 2  # sides of the view that a reduced crop keeps, so that resampling it is nearly exact
 KILLED = "a process that was decoding images was killed, perhaps for want of memory"
 
@@ -124,7 +125,7 @@ def decode(image: Image.Image, side: int) -> UInt8[np.ndarray, "3 h w"]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a loaded image to RGB, as `decode` describes it."""
     if image.mode.startswith("I"):
-        image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+        image = Image.fromarray(np.rint(np.asarray(image).clip(0, DEEPEST) / 257).astype(np.uint8))
     elif image.mode == "F":
         levels = np.nan_to_num(np.asarray(image))
         levels = levels * 255 if levels.max() <= 1 else levels
@@ -133,6 +134,46 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
+
+
+class Levels(NamedTuple):
+    """Lowest and highest level of images with more than 8 bits."""
+
+    low: float
+    high: float
+    floating: bool  # numbers with a fraction; else integers, read as 0 to DEEPEST
+
+
+def deep_levels(image: Image.Image) -> Levels | None:
+    """Levels of a loaded image of more than 8 bits, before `to_rgb` reduces them; None for other images."""
+    if not image.mode.startswith(("I", "F")):
+        return None
+    levels = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
+    return Levels(float(levels.min()), float(levels.max()), image.mode == "F")
+
+
+def join_levels(levels: Iterable[Levels | None]) -> list[Levels]:
+    """The range of all images with integers, and that of all with floating-point numbers, if there are any."""
+    known = [each for each in levels if each is not None]
+    kinds = [[each for each in known if each.floating == floating] for floating in (False, True)]
+    return [Levels(min(x.low for x in kind), max(x.high for x in kind), kind[0].floating) for kind in kinds if kind]
+
+
+def lost_range(levels: Levels) -> str | None:
+    """A sentence about levels that decoding cuts off or merges, with a remedy; None if all is well."""
+    low, high, floating = levels
+    found = f"levels from {low:,.6g} to {high:,.6g}"
+    if floating and (low < 0 or high > 255):
+        return f"{found}, and are read as 0 to 255: what is outside is cut off; scale them to 0 to 1"
+    if floating or (low >= 0 and DEEPEST / 4 < high <= DEEPEST) or low == high == 0:
+        return None
+    if low < 0 or high > DEEPEST:
+        outside = f"{found}, and are read as 0 to {DEEPEST:,}: what is outside is cut off"
+        return f"{outside}; shift and scale them to that range"
+    bits = max(int(high), 1).bit_length()
+    left = (2**bits - 1) // 257 + 1
+    kept = f"{found}, within 0 to {2**bits - 1:,} of {DEEPEST:,}, so only {left} of 256 are left"
+    return f"{kept}; multiply them by {2 ** (16 - bits)}"
 
 
 def read_crops(image: Image.Image, boxes: Int[np.ndarray, "v 4"], side: int) -> list[Crop]:

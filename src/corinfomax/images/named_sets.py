@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from corinfomax.images.files import DataError, MissingDataError, Source, from_files, scan
+from corinfomax.images.files import DataError, MissingDataError, Source, from_files, no_images, scan, stamp
 from corinfomax.runtime.seeds import generator
 
 
@@ -38,7 +38,9 @@ def _mnist5k(name: str, root: Path, download: bool) -> dict[str, Source]:
     # 100 of each class to test
     order = torch.randperm(5000, generator=generator(0, "mnist5k"))
     by_class = order[digits[order].argsort(stable=True)].view(10, 500)
-    stamp = np.array([[Path(mnist.DATA_PATH).stat().st_size, 0]], np.int64)  # its mtime is that of the installation
+    stamp = np.array(
+        [[Path(mnist.DATA_PATH).stat().st_size, 0, 0, 0]], np.int64
+    )  # its mtime is that of the installation
 
     def split(rows: torch.Tensor) -> Source:
         rows = rows.flatten().sort().values
@@ -61,7 +63,7 @@ def _cifar(name: str, root: Path, download: bool) -> dict[str, Source]:
         content = f"{', '.join(file.name for file in files)} of its python version ({error})"
         remedy = "name the folder around it with root (--root), or fetch it with download=True (--download)"
         raise MissingDataError(f"{name} is not whole: {folder} should hold {content}; {remedy}") from error
-    stamps = np.array([(status.st_size, status.st_mtime_ns) for status in map(Path.stat, files)], np.int64)
+    stamps = np.array([stamp(file.stat()) for file in files], np.int64)
     sources = {}
     for split, images in (("train", train), ("test", test)):
         paths = tuple(f"{name}/{split}/{row:05d}" for row in range(len(images.targets)))
@@ -85,7 +87,9 @@ def _tiny_imagenet(name: str, root: Path, download: bool) -> dict[str, Source]:
     labels = {f"val/images/{file}": wnid for file, wnid in wnids}
     if unknown := [path for path in val if path not in labels]:
         raise DataError(f"{annotations} says nothing about {len(unknown)} images, first {unknown[0]}; unpack it again")
-    return {"train": train, "val": from_files(home, "val", val, tuple(labels[path] for path in val))}
+    if not val:
+        raise no_images(home / "val")
+    return {"train": train, "val": from_files(home, val, tuple(labels[path] for path in val))}
 
 
 def _imagenet(name: str, root: Path, download: bool) -> dict[str, Source]:
@@ -112,7 +116,7 @@ def _from_classes(home: Path, split: str, classes: Sequence[str]) -> Source:
         problem = f"{len(missing)} of {len(classes)} classes have no image in {home / split}/<wnid>/"
         raise DataError(f"{problem}: {named}; a set with classes left out is another set")
     labels = tuple(name for name in classes for _ in files[name])
-    return from_files(home, split, {path: stamp for stamps in files.values() for path, stamp in stamps.items()}, labels)
+    return from_files(home, {path: stamp for stamps in files.values() for path, stamp in stamps.items()}, labels)
 
 
 NAMED = {"mnist5k": _mnist5k, "cifar10": _cifar, "cifar100": _cifar, "tiny-imagenet": _tiny_imagenet}

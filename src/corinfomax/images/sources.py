@@ -9,10 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from corinfomax.images.archives import PACKED, SUFFIXES, from_archives, shards_in
-from corinfomax.images.decode import try_image
-from corinfomax.images.files import DataError, MissingDataError, Source, from_folder, from_list, from_table
+from corinfomax.images.decode import Levels, deep_levels, join_levels, lost_range, try_image
+from corinfomax.images.files import DataError, Located, MissingDataError, Source
+from corinfomax.images.layout import from_folder
 from corinfomax.images.named_sets import NAMED
+from corinfomax.images.tables import from_list, from_table
 
 ROOT = Path("data")  # of the named sets
 
@@ -20,6 +24,7 @@ ROOT = Path("data")  # of the named sets
 class Survey(NamedTuple):
     images: int
     short_side: int  # median over at most 64 images, in pixels
+    lost: str | None = None  # levels of images with more than 8 bits that are not read, as a sentence
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,21 @@ class Data:
             raise DataError(f"every training image of {self.name} is in the list to leave out; shorten it")
         return {name: source for name, source in sources.items() if source is not None}
 
-    @cached_property
+    @property
     def whole_splits(self) -> dict[str, Source]:
-        """Splits by name with all their images, also those in `skip`; located once."""
+        """Splits by name with all their images, also those in `skip`."""
+        return self._located.splits
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about names that could mean something else, and about files and folders that are not read."""
+        return self._located.notes
+
+    @cached_property
+    def _located(self) -> Located:
+        """The splits, located once."""
         if isinstance(self.name, str) and self.name in NAMED:
-            return NAMED[self.name](self.name, self.root or ROOT, self.download)
+            return Located(NAMED[self.name](self.name, self.root or ROOT, self.download))
         place = Path(self.name).expanduser()
         if place.is_dir():
             return _from_folder(place.resolve())
@@ -91,10 +106,12 @@ class Data:
         train = self.splits()["train"]
         count = len(train.paths)
         rows = range(0, count, max(1, count // 64))[:64]
-        sides = [side for row in rows if isinstance(side := try_image(train, row, lambda image: min(image.size)), int)]
-        if not sides:
+        opened = [seen for row in rows if not isinstance(seen := try_image(train, row, _side_and_levels), str)]
+        if not opened:
             raise DataError(f"none of {len(rows)} files in {train.root} opens as an image, first {train.paths[0]}")
-        return Survey(count, int(statistics.median(sides)))
+        side = int(statistics.median(side for side, _ in opened))
+        deep = join_levels([levels for _, levels in opened])
+        return Survey(count, side, next(filter(None, map(lost_range, deep)), None))
 
     @property
     def absolute_name(self) -> str:
@@ -102,28 +119,43 @@ class Data:
         return str(self.name) if self.name in NAMED else str(Path(self.name).expanduser().absolute())
 
     @property
+    def place(self) -> tuple[str, Path]:
+        """What two Data of the same images share: the set and its folder, or the resolved path."""
+        if self.name in NAMED:
+            return str(self.name), (self.root or ROOT).resolve()
+        return "", Path(self.name).expanduser().resolve()
+
+    @property
     def absolute_root(self) -> Path | None:
         """Absolute folder of a named set; None for a path and for a set that comes with a package."""
         return None if self.name not in NAMED or self.name == "mnist5k" else (self.root or ROOT).absolute()
 
 
-def _from_file(place: Path) -> dict[str, Source]:
+def _side_and_levels(image: Image.Image) -> tuple[int, Levels | None]:
+    """Short side of an opened image; only those of more than 8 bits are decoded."""
+    side = min(image.size)
+    if image.mode.startswith(("I", "F")):
+        image.load()
+    return side, deep_levels(image)
+
+
+def _from_file(place: Path) -> Located:
     suffix = place.suffix.lower()
     if suffix in SUFFIXES:
         return from_archives(place.parent, [place])
-    if suffix in (".txt", ".csv"):
+    if suffix in (".txt", ".csv", ".tsv"):
         return from_list(place) if suffix == ".txt" else from_table(place)
     if place.name.lower().endswith(PACKED):
         raise DataError(f"images in {place} cannot be read in place; unpack it, or make it a .tar or .zip")
-    kinds = "list of images (.txt), table (.csv) or archive (.zip, .tar)"
+    kinds = "list of images (.txt), table (.csv, .tsv) or archive (.zip, .tar)"
     raise DataError(f"{place} is a file, but no {kinds}; give one of those or a folder")
 
 
-def _from_folder(place: Path) -> dict[str, Source]:
+def _from_folder(place: Path) -> Located:
     """The images in a folder, or in the archives in it if there are no others."""
     shards = shards_in(place)
     try:
-        splits = from_folder(place)
+        located = from_folder(place)
     except MissingDataError:
         if shards:
             return from_archives(place, shards)
@@ -134,8 +166,8 @@ def _from_folder(place: Path) -> dict[str, Source]:
         raise
 
     # One archive beside its unpacked content is common; as many archives as images are not clear.
-    count = sum(len(source.paths) for source in splits.values())
+    count = sum(len(source.paths) for source in located.splits.values())
     if len(shards) >= count:
         holds = f"{count:,} images and also {len(shards):,} archives, first {shards[0].name}"
         raise DataError(f"{place} holds {holds}: move what is not meant, or name the archive")
-    return splits
+    return located

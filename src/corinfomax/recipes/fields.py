@@ -173,6 +173,7 @@ class Recipe:
     """Side of the training views, in pixels."""
     test_scale: Rare[float] = 1.0  # test resolution ÷ training resolution, rounded to 4 px
     # Crops show objects larger than whole images do, so a larger test resolution may score better (arXiv 1906.06423).
+    interpolation: Rare[Literal["bicubic", "bilinear"]] = "bicubic"  # filter of the test views
     cache_side: int = 32
     """Short side of the cached images, in pixels; smaller ones keep their size."""
     from_files: bool = False
@@ -199,8 +200,10 @@ class Recipe:
             raise ValueError(f"size and cache_side must be at least 1, got {self.size} and {self.cache_side}")
         if not 0 < self.epochs < inf:
             raise ValueError(f"epochs is {self.epochs}; it must be above 0")
-        if min(self.std) <= 0:
-            raise ValueError(f"std is {self.std}; each must be above 0")
+        if not all(0 <= mean <= 1 for mean in self.mean):
+            raise ValueError(f"mean is {self.mean}; each is from 0 to 1: divide means of levels from 0 to 255 by 255")
+        if not all(0 < std <= 1 for std in self.std):
+            raise ValueError(f"std is {self.std}; each is above 0 and at most 1: divide those of 0 to 255 by 255")
 
         # Views and batches.
         if self.n_views < 2:
@@ -307,6 +310,8 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 def from_json(content: Any) -> Recipe:
     """The recipe that `to_json` wrote; ValueError that names a missing, unknown or ill-typed field."""
+    if isinstance(content, dict):
+        content = {"interpolation": "bicubic", **content}  # not recorded before version 0.2
     return _from_json(Recipe, content, "recipe")
 
 

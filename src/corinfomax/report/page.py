@@ -115,7 +115,7 @@ def duration(seconds: float) -> str:
 
 def tone(verdict: Verdict | None) -> str:
     """The colour class of a verdict: good, pending or bad."""
-    if verdict is None or verdict.kind in ("still warming up", "recovered"):
+    if verdict is None or verdict.kind in ("too few to say", "still warming up", "recovered"):
         return "pending"
     return "good" if verdict.kind in GOOD else "bad"
 

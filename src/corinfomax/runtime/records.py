@@ -162,7 +162,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-SoundKind = Literal["still warming up", "improving", "healthy", "saturated"]
+SoundKind = Literal["too few to say", "still warming up", "improving", "healthy", "saturated"]
 Unsound = Literal["complete collapse", "dimensional collapse", "over-invariant", "under-invariant", "diverging"]
 Kind = Literal[SoundKind, "recovered", Unsound, "data problem"]
 

@@ -69,7 +69,26 @@ def write_json(path: Path, content: Any) -> None:
 
 def add_json(path: Path, content: Json) -> None:
     """Merge `content` into the JSON object of a file, or start the file with it."""
-    write_json(path, (read_json(path) if path.exists() else {}) | content)
+    write_json(path, read_object(path) | content)
+
+
+def read_object(path: Path) -> Json:
+    """The JSON object of a file, empty if there is none; ValueError for other content."""
+    content = read_json(path) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: choose another file")
+    return content
+
+
+def check_writable(path: Path) -> None:
+    """ValueError or OSError, with the path, unless a file can be written there: asked before hours of work."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
 
 
 def read_json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question between steps, with one answer in all processes."""
+"""Ctrl-C, SIGTERM and SIGHUP as a question between steps, with one answer in all processes."""
 
 from __future__ import annotations
 
@@ -43,16 +43,22 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn Ctrl-C and SIGTERM into a request, so that no step is cut in half; a second Ctrl-C stops at once."""
+    """Turn Ctrl-C, SIGTERM and SIGHUP into a request, so that no step is cut in half; a second Ctrl-C stops at once.
+
+    SIGHUP is the end of a terminal; under nohup it stays ignored.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.request()
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if signal.SIGINT in before:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     for number in before:
         signal.signal(number, request)

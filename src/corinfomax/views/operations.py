@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -127,21 +127,28 @@ def compose(
 
 
 def centre_view(
-    images: UInt8[Tensor, "n 3 h w"], sizes: Sizes, *, size: int, mean: PerChannel, std: PerChannel
+    images: UInt8[Tensor, "n 3 h w"],
+    sizes: Sizes,
+    *,
+    size: int,
+    mean: PerChannel,
+    std: PerChannel,
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> Float[Tensor, "n 3 {size} {size}"]:
-    """The test view: short side resized to ⌊8/7·size⌋, antialiased bicubic, then the centre square; normalised."""
+    """The test view: short side resized to ⌊8/7·size⌋, antialiased, then the centre square; normalised."""
     # Resize and crop are one linear map, so the resized image is never made.
     resized = (size * 8 // 7) * sizes // sizes.min(1, keepdim=True).values
     scale = sizes / resized
     start, extent, zeros = ((resized - size) / 2).round() * scale, size * scale, torch.zeros_like(sizes)
-    if images.device.type == "cpu" and images.dtype == torch.uint8:
+    if images.device.type == "cpu" and images.dtype == torch.uint8 and interpolation == "bicubic":
         # resample alone: no flip, no angle, no change of colour
         off, ones = torch.zeros(len(images), dtype=torch.bool), torch.ones(len(images), 4)
         colour = (torch.full((len(images), 4), -1), ones, off, off, ones[:, :1], off)
         plan = cpu.ViewPlan(start.double(), extent.double(), zeros, sizes, off, off.float(), *colour)
         return cpu.apply_plan(images, sizes, plan, size=size, mean=mean, std=std)
 
-    x = _resample(images, torch.stack((start, extent, zeros, sizes)), zeros[:, 0] > 0, size=size)
+    windows, linear = torch.stack((start, extent, zeros, sizes)), interpolation == "bilinear"
+    x = _resample(images, windows, zeros[:, 0] > 0, size=size, linear=linear)
     return normalize(x, mean=mean, std=std)
 
 
@@ -189,7 +196,7 @@ def _covered_pixels(box: Num[Tensor, "n 4"]) -> tuple[Int[Tensor, "n 2"], Int[Te
     return corner.floor().long(), (corner + extent).ceil().long()
 
 
-def _resample(x: Tensor, windows: Float[Tensor, "4 n 2"], flip: Tensor, *, size: int) -> Tensor:
+def _resample(x: Tensor, windows: Float[Tensor, "4 n 2"], flip: Tensor, *, size: int, linear: bool = False) -> Tensor:
     """Resample a window of each image to `size`×`size` pixels in [0, 1]: two batched matrix products.
 
     `windows` are start, extent, low and high, each vertical and horizontal; only pixels in [low, high) are read.
@@ -198,7 +205,7 @@ def _resample(x: Tensor, windows: Float[Tensor, "4 n 2"], flip: Tensor, *, size:
     most = max(1, (CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK) // (3 * h * w))
     if n > most:  # one float copy of a batch of large images would go through memory again and again
         chunks = zip(x.split(most), windows.split(most, 1), flip.split(most), strict=True)
-        return torch.cat([_resample(*chunk, size=size) for chunk in chunks])
+        return torch.cat([_resample(*chunk, size=size, linear=linear) for chunk in chunks])
 
     # most source pixels behind a pixel; before the move, as reading them from a GPU would make the host wait
     taps = [math.ceil(4 * max(float(extent) / size, 1.0)) + 1 for extent in windows[1].amax(0)]
@@ -206,8 +213,8 @@ def _resample(x: Tensor, windows: Float[Tensor, "4 n 2"], flip: Tensor, *, size:
     # a matrix for each direction; the vertical one maps bytes to [0, 1]
     scale = 255.0 if x.dtype == torch.uint8 else 1.0
     windows, flip = (tensor.to(x.device, non_blocking=True) for tensor in (windows, flip))
-    vertical = _cubic_matrices(windows[:, :, 0], h, size, taps[0]) / scale
-    horizontal = _cubic_matrices(windows[:, :, 1], w, size, taps[1])
+    vertical = _filter_matrices(windows[:, :, 0], h, size, taps[0], linear=linear) / scale
+    horizontal = _filter_matrices(windows[:, :, 1], w, size, taps[1], linear=linear)
     horizontal = torch.where(flip[:, None, None], horizontal.flip(1), horizontal)
     return _apply_matrices(x, vertical, horizontal).clamp_(0, 1)
 
@@ -221,12 +228,15 @@ def _apply_matrices(x: Tensor, vertical: Float[Tensor, "n s h"], horizontal: Flo
     return torch.bmm(vertical, rows).reshape(n, s, 3, s).transpose(1, 2).contiguous()
 
 
-def _cubic_matrices(windows: Float[Tensor, "4 n"], length: int, size: int, taps: int) -> Float[Tensor, "n size length"]:
-    """Matrices that resample pixels [start, start + extent) of each line to `size` pixels, antialiased bicubic.
+def _filter_matrices(
+    windows: Float[Tensor, "4 n"], length: int, size: int, taps: int, *, linear: bool
+) -> Float[Tensor, "n size length"]:
+    """Matrices that resample pixels [start, start + extent) of each line to `size` pixels, antialiased.
 
-    `windows` are start, extent, low and high of n lines of `length` pixels. Keys' cubic with a = −1/2, widened by the
-    scale when it shrinks, cut off at [low, high) and normalised: the filter of Pillow and of torch's
-    `interpolate(antialias=True)`. Only `taps` pixels of a line are computed and scattered into place; the rest is zero.
+    `windows` are start, extent, low and high of n lines of `length` pixels. Keys' cubic with a = −1/2, or a triangle if
+    `linear`, widened by the scale when it shrinks, cut off at [low, high) and normalised: the filters of Pillow and of
+    torch's `interpolate(antialias=True)`. Only `taps` pixels of a line are computed and scattered into place; the rest
+    is zero.
     """
     # distance t of each tap from the centre of its pixel, in units of the filter
     start, extent, low, high = windows
@@ -237,10 +247,13 @@ def _cubic_matrices(windows: Float[Tensor, "4 n"], length: int, size: int, taps:
     pixels = first[:, :, None] + torch.arange(taps, device=start.device)
     t = ((pixels + 0.5 - centre[:, :, None]) / widened[:, :, None]).abs_()
 
-    # Without branches: (2−t)₊² (1−t) / 2 is the outer piece, and the inner one is that plus (1−t)₊² (2t−1).
+    # Without branches: (2−t)₊² (1−t) / 2 is the cubic's outer piece, and its inner one is that plus (1−t)₊² (2t−1).
     rest = 1 - t
-    weights = (2 - t).clamp_(min=0).square_().mul_(rest).mul_(0.5)
-    weights.addcmul_(rest.clamp_(min=0).square_(), t.mul_(2).sub_(1))
+    if linear:
+        weights = rest.clamp_(min=0)
+    else:
+        weights = (2 - t).clamp_(min=0).square_().mul_(rest).mul_(0.5)
+        weights.addcmul_(rest.clamp_(min=0).square_(), t.mul_(2).sub_(1))
 
     weights.mul_((pixels >= low[:, None, None]) & (pixels < high[:, None, None]))
     weights.div_(weights.sum(2, keepdim=True))

@@ -39,7 +39,7 @@ tags:
 # {recipe.backbone.name}, pretrained without labels
 
 - **Method**: {OBJECTIVES[recipe.loss.name]}: self-supervised, without labels
-- **Network**: timm's {recipe.backbone.name} without classifier{"" if plain else ", with a small stem"}
+- **Network**: {_network(recipe)}
 - **Images**: {facts.images:,} from `{data}`, fingerprint {facts.fingerprint}
 - **Training**: recipe {facts.recipe_name}, {length}; weights after step {saved.step:,}
 - **Versions**: {versions}
@@ -58,6 +58,18 @@ tags:
 {json.dumps(fields.to_json(recipe), indent=2)}
 ```
 """
+
+
+def _network(recipe: Recipe) -> str:
+    """The network in words, with every way in which its shape is not timm's own."""
+    backbone = recipe.backbone
+    shape = [
+        f"{name} {' '.join(map(str, value))}"
+        for name, value in (("layers", backbone.layers), ("channels", backbone.channels))
+        if value is not None
+    ]
+    shape += ["a small stem"] if backbone.small_stem else []
+    return f"timm's {backbone.name} without classifier" + (f", with {', '.join(shape)}" if shape else "")
 
 
 def _usage(recipe: Recipe, *, plain: bool) -> str:

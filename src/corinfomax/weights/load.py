@@ -6,8 +6,9 @@ import json
 import urllib.error
 import urllib.request
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -15,16 +16,29 @@ from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from corinfomax.network import build_backbone, check_name
+from corinfomax.images.files import listed
+from corinfomax.network import build_backbone, check_name, measure, smallest_side
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Backbone, Recipe
 from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import Facts
 from corinfomax.weights import checkpoint
 
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
-# Keys under which training scripts save their state dict.
-NESTED = ("state_dict", "model_state_dict", "model", "backbone", "encoder", "network", "net")
+NO_NETWORKS = ("optimizer", "optim", "scheduler", "scaler")  # keys of training scripts that hold other tensors
+FAMILIES = {  # networks that weights are often of, by a part of their tensors' names
+    "layer1.0.": "resnet18 resnet34 resnet50 resnet101 resnet152 wide_resnet50_2 resnext50_32x4d",
+    "blocks.0.attn.": "vit_tiny_patch16_224 vit_small_patch16_224 vit_base_patch16_224 vit_large_patch16_224 "
+    "vit_small_patch14_dinov2 vit_base_patch14_dinov2 vit_large_patch14_dinov2",
+    "stages.0.": "convnext_tiny convnext_small convnext_base convnextv2_tiny convnextv2_base regnety_016",
+    "layers.0.blocks.": "swin_tiny_patch4_window7_224 swin_base_patch4_window7_224",
+    "conv_stem.": "efficientnet_b0 efficientnet_b1 tf_efficientnet_lite0 tf_efficientnet_b0 tf_efficientnetv2_s "
+    "mobilenetv3_large_100 mobilenetv3_small_100",
+    "denseblock1.": "densenet121 densenet169",
+}
 Tensors = dict[str, Tensor]
+Interpolation = Literal["bicubic", "bilinear"]
+Colours = tuple[float, float, float]
 
 
 class LoadedBackbone(NamedTuple):
@@ -32,49 +46,103 @@ class LoadedBackbone(NamedTuple):
 
     backbone: nn.Module
     recipe: Recipe  # size, mean, std and precision of its input; for a run of ours, its whole training
-    summary: str  # source and number of the tensors, and any that were ignored
+    summary: str  # source and number of the tensors, any that were ignored, and what was assumed of the input
+    run: Path | None = None  # folder of the run that the weights lie in
+    facts: Facts | None = None  # of a run of ours
+
+
+class Foreign(NamedTuple):
+    """The network and the input of weights that do not record them; None is timm's own."""
+
+    architecture: str | None = None
+    small_stem: bool = False
+    prefix: str | None = None
+    size: int | None = None
+    mean: Colours | None = None
+    std: Colours | None = None
+    interpolation: Interpolation | None = None
 
 
 def load_backbone(
-    name: str, *, architecture: str | None = None, small_stem: bool = False, size: int | None = None
+    name: str,
+    *,
+    architecture: str | None = None,
+    small_stem: bool = False,
+    prefix: str | None = None,
+    size: int | None = None,
+    mean: Colours | None = None,
+    std: Colours | None = None,
+    interpolation: Interpolation | None = None,
 ) -> LoadedBackbone:
     """The backbone of `name`: a path, or `timm:NETWORK` for timm's pretrained weights.
 
     A path is a run folder or its checkpoint, a folder in timm's layout such as an export, or a state dict in
     .safetensors or a pickle, from which only tensors and plain values are read. `architecture` is the timm network of
-    a state dict that does not record one, `small_stem` its 3×3 first convolution without max-pool. `size` is the input
-    side of foreign weights, timm's by default. Only `timm:` may connect to the internet. Raises ValueError or OSError.
+    a state dict that does not record one, `small_stem` its 3×3 first convolution without max-pool, `prefix` the start
+    of its tensors' names when a file holds several networks. `size` (side in pixels), `mean`, `std` and
+    `interpolation` are the input of weights that do not record it; timm's by default. Only `timm:` may connect to the
+    internet. Raises ValueError or OSError; ValueError too for options that weights of ours do not take.
     """
     path = Path(name).expanduser()
+    foreign = Foreign(architecture, small_stem, prefix, size, mean, std, interpolation)
     if name.startswith("timm:"):
-        return _load_timm(name.removeprefix("timm:"), size)
+        return _load_timm(name.removeprefix("timm:"), foreign)
     if (path / "config.json").is_file():
-        return _load_timm_folder(path, size)
+        return _load_timm_folder(path, foreign)
 
     # A run or a checkpoint.
-    is_tensors = path.suffix == ".safetensors" and path.is_file()
+    suffix = path.suffix.lower()
+    is_tensors = suffix == ".safetensors" and path.is_file()
     if path.is_dir() or (is_tensors and "corinfomax" in checkpoint.read_safetensors(path)[1]):
+        _refuse_options(foreign, path)
         network, saved = checkpoint.load_network(path)
         summary = f"all {len(network.backbone.state_dict())} tensors of the backbone, step {saved.step} of {path}"
-        return LoadedBackbone(network.backbone, saved.recipe, summary)
+        run = path if path.is_dir() else path.absolute().parent.parent
+        return LoadedBackbone(network.backbone, saved.recipe, summary, run, saved.facts)
 
     # A state dict.
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; name a run folder, a file of weights, or timm:NETWORK")
     tensors, recipe, recorded = read_state_dict(path)
-    if recipe is None:
-        if (architecture := architecture or recorded) is None:
-            raise ValueError(f"{path} does not record its network; add --architecture, a timm name such as resnet18")
-        recipe = _timm_recipe(Backbone(name=architecture, small_stem=small_stem), size, _timm_config(architecture))
-    return _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
+    if recipe is not None:
+        _refuse_options(foreign, path)
+        return _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
+    if (architecture := architecture or recorded) is None:
+        likely = identify(tensors)
+        hint = f"its tensors are those of {likely}" if likely else "a timm name such as resnet18"
+        raise ValueError(f"{path} does not record its network; add --architecture {likely or 'NETWORK'} ({hint})")
+    recipe = _timm_recipe(Backbone(name=architecture, small_stem=small_stem), foreign, _timm_config(architecture))
+    loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path), prefix)
+    assumed = [name for name in ("mean", "std", "interpolation") if getattr(foreign, name) is None]
+    flags = listed([f"--{name}" for name in assumed])
+    note = f"; assumed as for timm's {architecture}; {flags} if it was trained with others" if assumed else ""
+    return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}{note}")
 
 
-def match_names(tensors: Tensors, model: nn.Module, *, source: str) -> tuple[Tensors, str]:
+class RecordedError(ValueError):
+    """Options for weights that record their network and input themselves."""
+
+
+def _refuse_options(foreign: Foreign, path: Path) -> None:
+    for name, value in foreign._asdict().items():
+        if value not in (None, False):
+            flag = name.replace("_", "-")
+            raise RecordedError(f"{path} records its network and input: --{flag} is for weights that do not")
+
+
+def _input(recipe: Recipe) -> str:
+    """Statistics and interpolation of the input in words."""
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (recipe.mean, recipe.std))
+    return f"mean {mean}, std {std}, {recipe.interpolation}"
+
+
+def match_names(tensors: Tensors, model: nn.Module, *, source: str, prefix: str | None = None) -> tuple[Tensors, str]:
     """Tensors under the model's names, and a summary of the ones ignored or added ("" for none).
 
     The tensors must be the model's, in name and shape, with three exceptions. All names may have a prefix, such as
     `module.` or `backbone.`; tensors without it, such as a projector's, are then ignored. So is the classifier of a
-    timm network. BatchNorm's batch counts, missing in old files, are set to 0. Raises ValueError for others.
+    timm network. BatchNorm's batch counts, missing in old files, are set to 0. Raises ValueError for others, and for
+    several networks unless `prefix` begins the names of one alone.
     """
     # The classifier's names; our models have none.
     classifier = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr,operator]
@@ -84,35 +152,79 @@ def match_names(tensors: Tensors, model: nn.Module, *, source: str) -> tuple[Ten
     # Every prefix of the model's first name is a candidate.
     wanted = model.state_dict()
     anchor = next(iter(wanted))
-    prefixes = sorted({name[: -len(anchor)] for name in tensors if f".{name}".endswith(f".{anchor}")})
-    mismatches = {prefix: _mismatch(tensors, wanted, prefix, heads) for prefix in prefixes or [""]}
+    found = sorted({"", *(name[: -len(anchor)] for name in tensors if f".{name}".endswith(f".{anchor}"))})
+    prefixes = [name for name in found if prefix is None or f"{name}.".startswith(f"{prefix.rstrip('.')}.")]
+    if not prefixes:
+        raise ValueError(
+            f"{source} has no network under the prefix {prefix!r}; it has {', '.join(found[1:]) or 'none'}"
+        )
+    mismatches = {name: _mismatch(tensors, wanted, name, heads) for name in prefixes}
 
     # Exactly one must hold the whole model and nothing else.
-    complete = [prefix for prefix, bad in mismatches.items() if not bad["missing"] and not bad["of another shape"]]
+    complete = [name for name, bad in mismatches.items() if not bad["missing"] and not bad["of another shape"]]
     if len(complete) > 1:
-        under = ", ".join(prefix or "no prefix" for prefix in complete)
-        raise ValueError(f"{source} holds several matching networks, under {under}; save only the one you want")
+        under = ", ".join(name or "no prefix" for name in complete)
+        choice = complete[-1].rstrip(".")
+        raise ValueError(f"{source} holds several matching networks, under {under}: choose one, as --prefix {choice}")
     if not complete or mismatches[complete[0]]["unexpected"]:
-        closest = min(mismatches.values(), key=lambda mismatch: sum(map(len, mismatch.values())))
-        problems = [
-            f"{len(names)} {problem} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-            for problem, names in closest.items()
-            if names
-        ]
-        raise ValueError(f"{source} does not fit the network, so nothing was loaded; tensors: {', '.join(problems)}")
+        raise ValueError(_misfit(tensors, wanted, mismatches, model, source))
 
     # Rename, and note each exception.
-    (prefix,) = complete
-    matched = {name: tensors[prefix + name] for name in wanted if prefix + name in tensors}
-    notes = [f"prefix {prefix} removed"] if prefix else []
-    if ignored := [name for name in tensors if name in {prefix + head for head in heads}]:
+    (start,) = complete
+    matched = {name: tensors[start + name] for name in wanted if start + name in tensors}
+    notes = [f"prefix {start} removed"] if start else []
+    if ignored := [name for name in tensors if name in {start + head for head in heads}]:
         notes.append(f"classifier {' and '.join(ignored)} ignored")
-    if outside := [name for name in tensors if not name.startswith(prefix)]:
+    if outside := [name for name in tensors if not name.startswith(start)]:
         notes.append(f"{len(outside)} tensors outside the backbone ignored, such as {outside[0]}")
     if counts := [name for name in wanted if name not in matched]:
         notes.append(f"{len(counts)} batch counts set to 0")
         matched |= {name: torch.zeros_like(wanted[name]) for name in counts}
     return matched, "; ".join(notes)
+
+
+def _misfit(
+    tensors: Tensors, wanted: Tensors, mismatches: Mapping[str, Mapping[str, list[str]]], model: nn.Module, source: str
+) -> str:
+    """The sentence about weights that do not fit: the network that they are of, if it is known, and what differs."""
+    name = model.pretrained_cfg.get("architecture") or "network of this kind"  # type: ignore[union-attr,operator]
+    likely = identify(tensors)
+    if likely is not None and likely != name:
+        return f"{source} is no {name}, so nothing was loaded: its tensors are those of {likely}"
+
+    # the prefix under which most tensors fit
+    def fitting(prefix: str) -> int:
+        names = (name for name in wanted if prefix + name in tensors)
+        return sum(tensors[prefix + name].shape == wanted[name].shape for name in names)
+
+    closest = max(mismatches, key=lambda prefix: (fitting(prefix), -len(prefix)))
+    problems = [
+        f"{len(names)} {problem} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for problem, names in mismatches[closest].items()
+        if names
+    ]
+    if any(problem.startswith("conv1.weight: ") for problem in mismatches[closest]["of another shape"]):
+        problems.append("--small-stem is for a first convolution of 3×3")
+    under = f" under {closest}" if closest else ""
+    return f"{source} is no {name}, so nothing was loaded; tensors{under}: {', '.join(problems)}"
+
+
+def identify(tensors: Tensors) -> str | None:
+    """The network of FAMILIES that tensors are of, under any prefix and beside any others; None if it is none."""
+    names = next((names for part, names in FAMILIES.items() if any(part in name for name in tensors)), "")
+    for network in names.split():
+        with torch.device("meta"):
+            wanted = build_backbone(Backbone(name=network)).state_dict()
+        shapes = {name: tensor.shape for name, tensor in wanted.items() if not name.endswith("num_batches_tracked")}
+        anchor = next(iter(shapes))
+        for prefix in {name[: -len(anchor)] for name in tensors if f".{name}".endswith(f".{anchor}")}:
+            found = {name: tensors.get(prefix + name) for name in shapes}
+            if all(tensor is not None and tensor.shape == shapes[name] for name, tensor in found.items()):
+                # a smaller network of the family may lie within a larger one
+                rest = [name for name in tensors if name.startswith(prefix) and name.removeprefix(prefix) not in wanted]
+                if len(rest) <= max(8, len(shapes) // 10):  # classifier, or a projector in its place
+                    return network
+    return None
 
 
 def _mismatch(tensors: Tensors, wanted: Tensors, prefix: str, heads: set[str]) -> dict[str, list[str]]:
@@ -130,9 +242,11 @@ def _shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "scalar"
 
 
-def _load_tensors(model: nn.Module, tensors: Tensors, recipe: Recipe, source: str) -> LoadedBackbone:
+def _load_tensors(
+    model: nn.Module, tensors: Tensors, recipe: Recipe, source: str, prefix: str | None = None
+) -> LoadedBackbone:
     """The model with these tensors in eval mode; ValueError unless they fit and are finite floats."""
-    matched, notes = match_names(tensors, model, source=source)
+    matched, notes = match_names(tensors, model, source=source, prefix=prefix)
     for name, wanted in model.state_dict().items():
         if wanted.is_floating_point() and not matched[name].is_floating_point():
             raise ValueError(f"{source} holds integers ({matched[name].dtype}) instead of weights, first in {name}")
@@ -145,13 +259,13 @@ def _load_tensors(model: nn.Module, tensors: Tensors, recipe: Recipe, source: st
 
 def read_state_dict(path: Path) -> tuple[Tensors, Recipe | None, str | None]:
     """Tensors of a file, and its recorded recipe or architecture; pickled code never runs."""
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         tensors, metadata = checkpoint.read_safetensors(path)
         try:
             return tensors, fields.from_json(json.loads(metadata["recipe"])) if "recipe" in metadata else None, None
         except ValueError as error:
             raise ValueError(f"{path} records an invalid recipe: {error}") from error
-    if path.suffix not in PICKLED:
+    if path.suffix.lower() not in PICKLED:
         raise ValueError(f"{path} is not a file of weights: these end in .safetensors, {', '.join(PICKLED)}")
 
     # Read the pickle without running code from it.
@@ -168,24 +282,32 @@ def read_state_dict(path: Path) -> tuple[Tensors, Recipe | None, str | None]:
     architecture = content.get("arch") or content.get("architecture")
     architecture = architecture if isinstance(architecture, str) and timm.is_model(architecture) else None
 
-    # Tensors at the top, or under one key.
-    if not all(isinstance(value, Tensor) for value in content.values()):
-        inner = [name for name in NESTED if isinstance(content.get(name), dict)]
-        if len(inner) != 1:
-            keys = ", ".join(map(str, list(content)[:8]))
-            raise ValueError(f"{path} holds {keys} instead of one state dict; save the one you want as .safetensors")
-        content = content[inner[0]]
-    if not content or not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in content.items()):
+    # Tensors at the top and in dictionaries, as training scripts save several networks.
+    tensors = dict(_flatten(content))
+    if not tensors:
         raise ValueError(f"{path} holds no state dict: want names with their tensors")
-    return content, None, architecture
+    tops = {name.partition(".")[0] for name in tensors}
+    if len(tops) == 1 and isinstance(content.get(top := next(iter(tops))), dict):
+        tensors = {name.removeprefix(f"{top}."): tensor for name, tensor in tensors.items()}
+    return tensors, None, architecture
 
 
-def _load_timm_folder(folder: Path, size: int | None) -> LoadedBackbone:
+def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of nested dictionaries, under the names joined by dots."""
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            yield prefix + key, value
+        elif isinstance(key, str) and isinstance(value, Mapping) and key not in NO_NETWORKS:
+            yield from _flatten(value, f"{prefix}{key}.")
+
+
+def _load_timm_folder(folder: Path, foreign: Foreign) -> LoadedBackbone:
     """A backbone from config.json and model.safetensors, as on timm's hub and in an exported folder."""
     if not (file := folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder} has a config.json but no model.safetensors beside it")
     tensors, recipe, _ = read_state_dict(file)
     if recipe is not None:  # an export of ours
+        _refuse_options(foreign, folder)
         return _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(folder))
 
     # Any other network of timm.
@@ -194,22 +316,26 @@ def _load_timm_folder(folder: Path, size: int | None) -> LoadedBackbone:
     if not timm.is_model(name):
         raise ValueError(f"{folder / 'config.json'} names the architecture {name!r}, unknown to timm")
     spec = {**config, **config.get("pretrained_cfg", {})}
-    spec = {name: spec[name] for name in ("input_size", "mean", "std") if spec.get(name)}
+    spec = {name: spec[name] for name in ("input_size", "mean", "std", "interpolation") if spec.get(name)}
     model = timm.create_model(name, **{**config.get("model_args", {}), "num_classes": 0})
-    return _load_tensors(model, tensors, _timm_recipe(Backbone(name=name), size, PretrainedCfg(**spec)), str(folder))
+    recipe = _timm_recipe(Backbone(name=name), foreign, PretrainedCfg(**spec))
+    loaded = _load_tensors(model, tensors, recipe, str(folder), foreign.prefix)
+    return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}")
 
 
-def _load_timm(name: str, size: int | None) -> LoadedBackbone:
+def _load_timm(name: str, foreign: Foreign) -> LoadedBackbone:
     """A network with timm's pretrained weights, downloaded or from timm's cache."""
     config = _timm_config(name)
-    recipe = _timm_recipe(Backbone(name=name), size, config)
+    recipe = _timm_recipe(Backbone(name=name), foreign, config)
     if not config.hf_hub_id and not config.url:
         raise ValueError(f"timm has no pretrained weights for {name}; see timm.list_pretrained()")
     _check_reachable(name, config)
     options: dict[str, Any] = {"img_size": recipe.size} if config.fixed_input_size else {}
     model = timm.create_model(name, pretrained=True, num_classes=0, **options)
     count = len(model.state_dict())
-    return LoadedBackbone(model.eval(), recipe, f"all {count} tensors of timm's {name} at {recipe.size} px")
+    return LoadedBackbone(
+        model.eval(), recipe, f"all {count} tensors of timm's {name} at {recipe.size} px, {_input(recipe)}"
+    )
 
 
 def _check_reachable(name: str, config: PretrainedCfg) -> None:
@@ -237,8 +363,18 @@ def _timm_config(name: str) -> PretrainedCfg:
         raise ValueError(f"timm has no weights {name!r}; it has {tags}") from error
 
 
-def _timm_recipe(backbone: Backbone, size: int | None, config: PretrainedCfg) -> Recipe:
-    """A recipe with the input size, mean and std of a timm network; `size` overrides its own."""
-    side = size or config.input_size[-1]
-    mean, std = tuple(config.mean), tuple(config.std)
-    return Recipe(size=side, cache_side=side * 8 // 7, mean=mean, std=std, backbone=backbone)  # type: ignore[arg-type]
+def _timm_recipe(backbone: Backbone, foreign: Foreign, config: PretrainedCfg) -> Recipe:
+    """A recipe with the typed input of a timm network, or else its own; ValueError for a side that it cannot take."""
+    side = foreign.size or config.input_size[-1]
+    if foreign.size is not None and measure(backbone, side) is None:
+        near = smallest_side(backbone, side)
+        raise ValueError(f"{backbone.name} cannot take images of {side} px: --size {near} is the next that it can")
+    interpolation = foreign.interpolation or ("bilinear" if config.interpolation == "bilinear" else "bicubic")
+    return Recipe(
+        size=side,
+        cache_side=side * 8 // 7,
+        mean=foreign.mean or tuple(config.mean),  # type: ignore[arg-type]
+        std=foreign.std or tuple(config.std),  # type: ignore[arg-type]
+        interpolation=interpolation,
+        backbone=backbone,
+    )

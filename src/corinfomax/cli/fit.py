@@ -1,0 +1,94 @@
+"""A recipe chosen and fitted to what it meets: typed settings, the network, the images, the device."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection
+from dataclasses import replace
+
+import timm
+import torch
+
+from corinfomax import network
+from corinfomax.images.sources import Data
+from corinfomax.recipes import fields, published
+from corinfomax.recipes.fields import Backbone, Recipe
+from corinfomax.recipes.published import RECIPES
+
+
+def choose_recipe(
+    name: str | None, data: Data | None, typed: Recipe, flags: Collection[str], device: torch.device
+) -> tuple[str, Recipe]:
+    """Name and recipe with the typed settings: the named one, or one for images and device, printed."""
+    cuda, reason = device.type == "cuda", None
+    if name is not None:
+        base = published.find_recipe(name)
+    elif data is not None:
+        survey = data.survey()
+        name, base, reason = published.choose(str(data.name), survey.images, survey.short_side, cuda=cuda)
+    else:
+        name = "cifar10" if cuda else "cpu-small"
+        base, reason = RECIPES[name].recipe, f"{name}: {RECIPES[name].about}"
+
+    other = "backbone.name" in flags and typed.backbone.name != base.backbone.name
+    shaped = _other_network(base, typed.backbone.name) if other else base
+    recipe = fields.override(shaped, typed, flags & fields.flags(base).keys())
+    if reason is not None:
+        changes = fields.difference(recipe, base)
+        print(f"recipe {reason}{f', with {shlex.join(changes)}' if changes else ''}; --recipe names another")
+    return name, recipe
+
+
+def fit_batch(recipe: Recipe, count: int) -> Recipe:
+    """The recipe with a batch of at most all images."""
+    if count >= recipe.batch:
+        return recipe
+    if count < 2:
+        raise ValueError(f"{count} image is not enough to train on: a batch needs at least 2")
+    print(f"batch {recipe.batch} is more than the {count} images: using batch {count}")
+    return replace(recipe, batch=count)
+
+
+def fit_cache(recipe: Recipe, data: Data) -> Recipe:
+    """The recipe with cached images large enough for its views, as far as the files are."""
+    largest = recipe.test_side if recipe.from_files else max(recipe.size, recipe.test_side)
+    side = min(data.survey().short_side, largest * 8 // 7) if largest > recipe.cache_side else 0
+    if side <= recipe.cache_side:
+        return recipe
+    print(f"views of {largest} px need cached images above {recipe.cache_side} px: using --cache-side {side}")
+    return replace(recipe, cache_side=side)
+
+
+def _other_network(base: Recipe, name: str) -> Recipe:
+    """`base` with another network in timm's own shape; a ResNet keeps the stem, which belongs to the images' size."""
+    network.check_name(name)
+    backbone = Backbone(name=name)
+    if name.partition(".")[0] in timm.list_models(module="resnet"):
+        backbone = replace(base.backbone, name=name, layers=None, channels=None)
+    one_size = network.has_fixed_size(backbone)
+    return replace(base, backbone=backbone, test_scale=1.0 if one_size else base.test_scale)
+
+
+def fit_views(recipe: Recipe, flags: Collection[str]) -> Recipe:
+    """The recipe with views that its network can take; prints the network's size.
+
+    Raises ValueError, with the side that would do, for a typed --size or --test-scale that cannot be met.
+    """
+    name = recipe.backbone.name
+    if network.has_fixed_size(recipe.backbone) and recipe.test_side != recipe.size:
+        raise ValueError(f"{name} takes images of one size: --test-scale must be 1, not {recipe.test_scale:g}")
+    size = network.measure(recipe.backbone, recipe.size)
+    if size is None:
+        side = network.smallest_side(recipe.backbone, recipe.size)
+        if "size" in flags:
+            raise ValueError(f"{name} cannot take views of {recipe.size} px: --size {side} is the next that it can")
+        print(f"{name} cannot take views of {recipe.size} px: using --size {side}")
+        recipe = replace(recipe, size=side)
+        size = network.measure(recipe.backbone, side)
+        assert size is not None
+    if network.measure(recipe.backbone, recipe.test_side) is None:
+        raise ValueError(f"{name} cannot take test views of {recipe.test_side} px: --test-scale 1")
+
+    stem = " with a small stem" if recipe.backbone.small_stem else ""
+    print(f"network {name}{stem}: {size.weights / 1e6:.1f} million weights, {size.features:,} features")
+    return recipe

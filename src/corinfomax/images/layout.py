@@ -1,0 +1,247 @@
+"""The meaning of folder names: which folders are splits, which are classes, and which are not read."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from corinfomax.images.files import DataError, Located, Unread, from_files, listed, no_images, quoted, scan, some
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+SPLIT_NAMES = {name: split for split, names in SPLITS.items() for name in names}
+CONTENT = frozenset("set data dataset split image images imgs img photos pictures files folder jpeg jpg png".split())
+"""Words that a split's name may hold beside the split, in one word or in several: trainset, test_images."""
+BESIDE = frozenset(
+    "dev eval extra gallery holdout inference mask masks annotation annotations labels pred predict prediction "
+    "predictions query unlabeled unlabelled".split()
+)
+"""Words of folders that lie beside splits, and are neither splits nor classes."""
+
+
+def from_folder(root: Path) -> Located:
+    """Splits of an image folder: flat, nested, `<class>/…`, or `<split>/…` around any of these.
+
+    Raises DataError when splits are not clear, MissingDataError without a training image.
+    """
+    unread = Unread()
+    stamps = scan(root, unread=unread)
+    layout = arrange(list(stamps), root)
+    inside = {split: layout.start + (folder and f"{folder}/") for split, folder in layout.folders.items()}
+    parts = {split: [path for path in stamps if path.startswith(top)] for split, top in inside.items()}
+    if not parts["train"]:
+        raise no_images(f"{root} or its folders", unread)
+    empty = list(_empty_splits(root / layout.start, layout.start, list(stamps)))
+    if layout.folders["train"] == "" and (trains := [place for place in empty if split_in(place.name) == "train"]):
+        raise no_images(trains[0], unread)
+    labels, notes = class_labels({split: [path[len(inside[split]) :] for path in parts[split]] for split in parts})
+    sources = {
+        split: from_files(root, {path: stamps[path] for path in paths}, labels[split]) for split, paths in parts.items()
+    }
+    nothing = [f"{place.name} holds no images" for place in empty]
+    return Located(sources, (*layout.notes, *notes, *nothing, *unread.notes()))
+
+
+def _empty_splits(top: Path, start: str, paths: Sequence[str]) -> Iterator[Path]:
+    """Folders called train, val or test, of any spelling, that hold no images."""
+    for entry in sorted(top.iterdir()):
+        inside = f"{start}{entry.name}/"
+        if entry.name.lower() in SPLIT_NAMES and entry.is_dir() and not any(path.startswith(inside) for path in paths):
+            yield entry
+
+
+class Layout(NamedTuple):
+    start: str  # the folders around all images, ending in a slash; empty without any
+    folders: Mapping[str, str]  # folder of each split below `start`; {"train": ""} if all images are training images
+    notes: tuple[str, ...]  # sentences about names that could mean something else, and about images that are left out
+
+
+def split_in(name: str) -> str | None:
+    """Split in the name of a folder or archive, such as train2017, seg_test or valImages; None without one.
+
+    Raises DataError for a name with two.
+    """
+    found = {split for word in _words(name) if (split := _split_of_word(word)) is not None}
+    if len(found) > 1:
+        raise DataError(f"{name} names the splits {' and '.join(sorted(found))}: rename it by its split alone")
+    return next(iter(found), None)
+
+
+def _words(name: str) -> list[str]:
+    """Words of a name in lower case: digits, punctuation and capitals part them."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+
+
+def _split_of_word(word: str) -> str | None:
+    for ending in ("", *CONTENT):
+        if word.endswith(ending) and (split := SPLIT_NAMES.get(word[: len(word) - len(ending)])) is not None:
+            return split
+    return None
+
+
+def _is_split_name(name: str) -> bool:
+    return name.lower() in SPLIT_NAMES
+
+
+def _rest(name: str) -> tuple[str, ...]:
+    """Words of a split's name that say neither split nor content: those of seg_train are `seg`."""
+    return tuple(word for word in _words(name) if _split_of_word(word) is None and word not in CONTENT)
+
+
+def common_folder(paths: Sequence[str]) -> str:
+    """The folders around all of the sorted paths, ending in a slash; empty without any."""
+    if not paths:
+        return ""
+    # What the first and the last path share, all of them share.
+    pairs = zip(paths[0], paths[-1], strict=False)
+    shared = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return shared[: shared.rfind("/") + 1]
+
+
+def arrange(paths: Sequence[str], place: object) -> Layout:
+    """The layout of images at the sorted `paths`, with forward slashes, in the folder or archive `place`.
+
+    Splits are folders below the folders around all images. Raises DataError for splits that are not clear.
+    """
+    # down to a folder that is a split
+    around = common_folder(paths).rstrip("/").split("/")
+    outer = list(itertools.takewhile(lambda folder: folder and not _is_split_name(folder), around))
+    start = "".join(f"{folder}/" for folder in outer)
+    counts = Counter(path[len(start) :].partition("/")[0] if "/" in path[len(start) :] else "" for path in paths)
+    loose = counts.pop("", 0)
+    tops = sorted(counts)
+
+    # which of the folders are splits
+    named = {name: split for name in tops if (split := _split_or_none(name)) is not None}
+    aside = [name for name in tops if name not in named and not BESIDE.isdisjoint(_words(name))]
+    others = [name for name in tops if name not in named and name not in aside]
+    chosen = _choose_splits(named, others, [path[len(start) :] for path in paths], place)
+    if chosen is None:
+        notes = [*_class_notes(named, aside, others), *_nested_split_notes([path[len(start) :] for path in paths])]
+        return Layout(start, {"train": ""}, tuple(notes))
+
+    # what is said of them
+    notes = []
+    if renamed := [f"{name} as {split}" for split, name in chosen.items() if not _is_split_name(name)]:
+        notes.append(f"splits by the names of their folders: {listed(renamed)}")
+    unread = [name for name in tops if name not in chosen.values()]
+    if unread or loose:
+        images = sum(counts[name] for name in unread) + loose
+        beside = [f"{loose:,} loose"] if loose else []
+        names = listed([*unread, *beside], most=6)
+        notes.append(f"not read: {names} ({some(images, 'image')}), beside {listed(sorted(chosen.values()))}")
+    return Layout(start, chosen, tuple(notes))
+
+
+def _split_or_none(name: str) -> str | None:
+    try:
+        return split_in(name)
+    except DataError:  # a class may be called train-test
+        return None
+
+
+def _choose_splits(
+    named: Mapping[str, str], others: Sequence[str], paths: Sequence[str], place: object
+) -> dict[str, str] | None:
+    """Folder of each split; None if no folder is a split. `named` are folders with a split in their names."""
+    plain = {name: split for name, split in named.items() if _is_split_name(name)}
+    trains = [name for name, split in plain.items() if split == "train"]
+    if trains and (len(set(plain.values())) > 1 or _train_is_split(trains[0], others, paths)):
+        # plain names win over others: train/ over train_old/
+        taken = set(plain.values())
+        return _by_split(plain | {name: split for name, split in named.items() if split not in taken}, place)
+    if trains or others or not named:
+        return None
+
+    # every folder has a split in its name
+    if "train" not in named.values():
+        if len(named) == 1:
+            return None  # one folder around everything
+        advice = f"name one of them ({place}/{next(iter(named))}), or rename one to train"
+        raise DataError(f"{place} has {listed(list(named))} and no training images: {advice}")
+    if len({_rest(name) for name in named}) > 1:
+        names = listed(list(named))
+        raise DataError(
+            f"it is not clear which images of {place} to train on: {names}; name one of them, or rename them"
+        )
+    return _by_split(named, place)
+
+
+def _train_is_split(train: str, others: Sequence[str], paths: Sequence[str]) -> bool:
+    """True unless the folder `train`, without val or test beside it, looks like the `others`: a class."""
+    if not others:
+        return True
+    inner: dict[str, set[str]] = {name: set() for name in (train, *others)}
+    for path in paths:
+        top, _, below = path.partition("/")
+        if top in inner and "/" in below:
+            inner[top].add(below.partition("/")[0])
+    around = [inner[name] for name in others]
+    return len(inner[train]) > 1 and (not any(around) or any(inner[train] & folders for folders in around))
+
+
+def _by_split(named: Mapping[str, str], place: object) -> dict[str, str]:
+    folders: dict[str, str] = {}
+    for name, split in sorted(named.items()):
+        if split in folders:
+            raise DataError(f"{place} has two folders for {split}: {folders[split]} and {name}; keep one")
+        folders[split] = name
+    return folders
+
+
+def _class_notes(named: Mapping[str, str], aside: Sequence[str], others: Sequence[str]) -> Iterator[str]:
+    """Sentences about folders whose names suggest that they are no classes."""
+    doubtful, tops = sorted({*named, *aside}), sorted({*named, *aside, *others})
+    if not doubtful:
+        return
+    if len(tops) == 1:
+        yield f"{tops[0]} is the only folder: its images are training images"
+        return
+    like = f", like {listed([name for name in tops if name not in doubtful], most=3)}" if others else ""
+    classes = "is read as a class" if len(doubtful) == 1 else "are read as classes"
+    remedy = "if it is none, put the training images into a folder train, or name their folder"
+    yield f"{listed(doubtful)} {classes}{like} ({remedy})"
+
+
+def class_labels(splits: Mapping[str, Sequence[str]]) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
+    """Class of each image from its sorted path below its split, for each split, and notes about missing ones.
+
+    The class is the first folder below the folders around all training images. A split has labels if each of its
+    images has a class and training has two classes; without training labels no split has any.
+    """
+    depth = common_folder(splits["train"]).count("/")
+    folders: dict[str, list[str]] = {}
+    for split, paths in splits.items():
+        parts = (path.split("/", depth + 1) for path in paths)
+        folders[split] = [sys.intern(part[depth]) if len(part) > depth + 1 else "" for part in parts]
+    notes: list[str] = []
+    if len({*folders["train"]} - {""}) < 2:
+        return dict.fromkeys(splits), notes
+    for split, names in folders.items():
+        if (bare := names.count("")) and bare < len(names):
+            first = splits[split][names.index("")]
+            lie = "lies" if bare == 1 else "lie"
+            place = f"{bare:,} of {len(names):,} images {lie} beside the class folders, first {quoted(first)}"
+            notes.append(f"no labels in {split}: {place}")
+    if "" in folders["train"]:
+        return dict.fromkeys(splits), notes
+    return {split: None if "" in names else tuple(names) for split, names in folders.items()}, notes
+
+
+def _nested_split_notes(paths: Sequence[str]) -> Iterator[str]:
+    """A sentence about splits inside classes, <class>/<split>/…, which are not told apart."""
+    inner: dict[str, set[str]] = {}
+    for path in paths:
+        top, _, below = path.partition("/")
+        if "/" in below:
+            inner.setdefault(top, set()).add(below.partition("/")[0])
+    for name, folders in sorted(inner.items()):
+        splits = sorted(folder for folder in folders if _split_or_none(folder))
+        if len({_split_or_none(folder) for folder in splits}) > 1:
+            meant = "all their images are training images (splits come first: train/<class>/…)"
+            yield f"{listed(splits)} in {quoted(name)} are not read as splits: {meant}"
+            return  # one example tells all
