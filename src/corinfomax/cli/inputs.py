@@ -156,10 +156,10 @@ def options_of_run(options: DataOptions, run: Path, facts: Facts) -> DataOptions
 
 
 def print_scores(results: Results, out: Path | None) -> None:
-    """Print the table and its sentences; add them to the JSON file `out`."""
+    """Print the table, its remarks and sentences; add them to the JSON file `out`."""
     print(f"{table.as_text(results.table)}\n{table.LEGEND}\n")
     print(f"probes fitted on {results.train:,} labelled images, scored on {results.test:,} others")
-    print("\n".join(results.sentences))
+    print("\n".join((*results.remarks, *results.sentences)))
     if out is not None:
         run_folder.add_json(out, results.to_json())
         print(f"scores: {out}")
