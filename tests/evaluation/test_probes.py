@@ -355,16 +355,11 @@ def test_logistic_chooses_the_penalty_that_sklearn_chooses_by_log_loss(rng, n, s
     assert logistic(train, labels, test, penalties=penalties, seed=4).penalty == penalties[losses.mean(1).argmin()]
 
 
-def test_logistic_is_not_misled_by_a_lucky_fifth(rng):
-    """On weak features a fifth's most accurate penalty is often far too weak; accuracy on it lost five points."""
-    lost = []
-    for seed in range(6):
-        train, labels, test, truth = clusters(rng, 300, 150, 5, spread=12.0)
-        single = {p: accuracy(logistic(train, labels, test, penalties=(p,)).predicted, truth) for p in (1.0, 0.1, 1e-3)}
-        lost.append(
-            max(single.values()) - single[logistic(train, labels, test, penalties=tuple(single), seed=seed).penalty]
-        )
-    assert np.mean(lost) < 1
+def test_the_choice_does_not_hang_on_the_rows_held_out(rng):
+    """Accuracy on one fifth chose 1, 0.01 or 0.001 here, by the seed alone."""
+    train, labels, test, _ = clusters(rng, 150, 60, 3, spread=5.0)
+    penalties = (1.0, 0.1, 0.01, 1e-3)
+    assert len({logistic(train, labels, test, penalties=penalties, seed=seed).penalty for seed in range(6)}) == 1
 
 
 def test_the_choice_survives_a_tiny_perturbation(digits, rng):
