@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score
 
@@ -164,6 +165,28 @@ def test_a_handful_of_images_decides_nothing():
     assert got.verdict == "unclear" and got.low == 100
     assert "only 5 of 5 test images are decided differently" in intervals.pretraining_sentence(got, got)
     assert intervals.compare(torch.ones(6), {"x": torch.zeros(6)}, seed=0).verdict == "better"
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (3, 0), (5, 0), (6, 0), (9, 2), (10, 2), (40, 61), (5000, 5200)])
+def test_the_sign_test_equals_scipy(wins, losses):
+    want = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+    assert intervals.sign_test(wins, losses) == pytest.approx(want, rel=1e-9)
+    assert intervals.sign_test(losses, wins) == pytest.approx(want, rel=1e-9)
+
+
+def test_a_narrow_interval_alone_decides_nothing():
+    """Nine of eleven: every resample that matters is above 0, but a coin does as well in 6.5 % of its tries."""
+    ours = torch.cat([torch.ones(9), torch.zeros(2), torch.ones(19)])
+    got = intervals.compare(ours, {"x": torch.cat([torch.zeros(9), torch.ones(21)])}, seed=0)
+    assert got.low > 0 and got.decided == 11 and got.verdict == "unclear"
+    assert intervals.pretraining_sentence(got, got).startswith("Pretraining made no clear difference")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_few_test_images_never_say_that_pretraining_helped(count):
+    got = intervals.compare(torch.ones(count), {"x": torch.zeros(count)}, seed=0)
+    assert got.verdict == "unclear"
+    assert intervals.pretraining_sentence(got, got).startswith("Too little to say")
 
 
 def test_a_rival_is_named_with_its_numbers():

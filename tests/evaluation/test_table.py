@@ -136,6 +136,45 @@ def test_a_rival_sees_the_same_images(splits, backbone):
         )
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "remarks"),
+    [
+        ([0, 1] * 10, [0, 1] * 10, []),
+        ([0, 1] * 10, [0, 1] * 9 + [0], ["19 test images are too few for a score: one image is 5 points."]),
+        ([0, 1], [0, 1] * 10, ["Every class has one training image: the scores say little about the features."]),
+        (
+            [0, 1, 2, 3, 4],
+            [0, 1] * 10,
+            ["6 classes for 5 training images, fewer than two a class: the scores say little about the features."],
+        ),
+        (
+            [0] * 20,
+            [0] * 10 + [1] * 10,
+            [
+                "All training images are of one class: every classifier predicts it, whatever the features.",
+                "10 of 20 test images are of classes without a training image: always wrong.",
+            ],
+        ),
+        (
+            [0, 1] * 10,
+            [1] * 20,
+            ["All 20 test images are of one class (dog): always answering it scores 100 %."],
+        ),
+        ([0, 1] * 10, [1], ["1 test image is too few for a score: one image is 100 points."]),
+    ],
+)
+def test_remarks_say_when_scores_mean_little(train, test, remarks):
+    names = ("cat", "dog", "eel", "fox", "gnu", "hen")[: 6 if len(train) == 5 else 2]
+    assert list(evaluate.remarks_on(torch.tensor(train), torch.tensor(test), names)) == remarks
+
+
+def test_results_carry_their_remarks(splits, backbone, result):
+    assert result.remarks == ()  # sixty images to train on, twenty to test on
+    few = cache.Splits(splits.train, splits.test.select(torch.arange(3)))
+    remarks = evaluate.evaluate(backbone, few, tiny.RECIPE, **CPU).to_json()["remarks"]
+    assert remarks[0] == "3 test images are too few for a score: one image is 33 points."
+
+
 def test_names_of_other_weights_are_short_and_distinct():
     given = [
         "timm:resnet18",

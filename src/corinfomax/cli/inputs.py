@@ -153,11 +153,11 @@ def options_of_own_images(options: DataOptions, name: str, loaded: LoadedBackbon
 
 
 def print_scores(results: Results, out: Path | None) -> None:
-    """Add the scores to the JSON file `out`, then print the table and its sentences."""
+    """Add the scores to the JSON file `out`, then print the table, its remarks and sentences."""
     if out is not None:
         run_folder.add_json(out, results.to_json())
     print(f"{table.as_text(results.table)}\n{table.LEGEND}\n")
     print(f"probes fitted on {results.train:,} labelled images, scored on {results.test:,} others")
-    print("\n".join(results.sentences))
+    print("\n".join((*results.remarks, *results.sentences)))
     if out is not None:
         print(f"scores: {out}")

@@ -81,20 +81,28 @@ def wilson(percent: float, count: int) -> tuple[float, float]:
 def compare(ours: Float[Tensor, " m"], others: dict[str, Float[Tensor, " m"]], *, seed: int) -> Comparison:
     """`ours` against the best of `others`; each row is 1 for an image classified correctly, else 0.
 
-    The verdict is unclear when the 95 % interval of the paired difference holds 0, or fewer than FEWEST images differ.
+    The verdict is unclear when the 95 % interval of the paired difference holds 0, or the exact sign test of the images
+    decided differently exceeds 5 %: on few images a bootstrap interval is too narrow.
     """
     # The best of the others, and the paired difference from it.
     score = {name: 100 * float(values.mean()) for name, values in others.items()}
     other = max(score, key=score.__getitem__)
     paired = ours - others[other]
     low, high = central_intervals(100 * resample_means(paired[:, None], seed=seed))[0]
-    decided = int((paired != 0).sum())
+    wins, losses = int((paired > 0).sum()), int((paired < 0).sum())
 
     verdict: Literal["better", "unclear", "worse"] = "unclear"
-    if decided >= FEWEST and not low <= 0 <= high:
+    if not low <= 0 <= high and sign_test(wins, losses) <= 1 - LEVEL:
         verdict = "better" if low > 0 else "worse"
     mean = 100 * float(ours.mean())
-    return Comparison(verdict, mean, other, score[other], mean - score[other], low, high, decided, len(ours))
+    return Comparison(verdict, mean, other, score[other], mean - score[other], low, high, wins + losses, len(ours))
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided p-value of the exact sign test: chance of a split as uneven when both sides are equally likely."""
+    n, k = wins + losses, torch.arange(min(wins, losses) + 1, dtype=torch.float64)
+    choices = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)  # log of n choose k
+    return min(1.0, 2 * float((choices - n * math.log(2)).exp().sum()))
 
 
 def pretraining_sentence(c: Comparison, nearest: Comparison) -> str:

@@ -6,19 +6,22 @@ type. Nearest neighbours run in float32, fits in float64.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from corinfomax.runtime.seeds import generator
 
 RIDGE_PENALTIES = tuple(10 ** (e / 2) for e in range(-12, 5))
-LOGISTIC_PENALTIES = tuple(10.0**e for e in range(0, -7, -1))
+LOGISTIC_PENALTIES = tuple(10 ** (e / 2) for e in range(-12, 3))
+FOLDS = 5  # parts of the rows, of which some or all are held out to choose a penalty
+HELD_OUT = 5000  # rows that are enough to choose it on: 50,000 images take one part, 5,000 all five
 MAX_ITER = 1000  # of a logistic regression
 MAX_GRADIENT = 1e-6  # at the end of a logistic regression, preconditioned: about 1e-12 nats per parameter
 COSINES = 2**26  # held at once by nearest neighbours: 256 MiB
@@ -112,8 +115,9 @@ def logistic(
 
     Equals scikit-learn's LogisticRegression(C=1/(penalty * n)) after StandardScaler for three or more classes; its form
     for two classes penalises half as much. The returned weights are for features that are not standardised. Several
-    penalties compete on a held-out fifth of each class, drawn by `seed`, and the winner is fitted to all rows; if no
-    class has five rows, the penalty is 1/n, scikit-learn's default. Warns if MAX_ITER was not enough.
+    penalties compete by log-loss on rows held out in fifths, drawn by `seed`: all five below 6,250 rows, one above
+    25,000. The winner is fitted to all rows; if no class has two, it is 1/n, scikit-learn's default. Warns if MAX_ITER
+    was not enough.
     """
     _check_finite(train, test)
     classes, codes = torch.unique(labels, return_inverse=True)
@@ -124,30 +128,15 @@ def logistic(
     scale = torch.where(variance.sqrt() > 1e-6 * mean.abs(), variance.rsqrt(), 0)
     x = torch.cat([(block * scale).float() for block in _blocks(train, mean)])
 
-    # Eigenpairs of all rows, held out or not: no label enters, and a fit to fewer rows lies in the same span.
-    zero = torch.zeros_like(mean)
-    basis, _ = pairs = _eigenpairs(x, zero)
+    # Rotate to the eigenvectors of all rows, held out or not: no label enters, and their span holds every fit.
+    basis, z, spectrum = _rotate(x)
+    del x
 
-    # Choose the penalty most accurate on the held-out rows, the stronger of equals. Weak ones are slow: go from strong
-    # to weak, each from the fit before it, until two fall behind the best.
-    best, start, best_score, behind = max(penalties), None, -1.0, 0
-    held_out = rank_in_class(codes, generator(seed, "validation")) < codes.bincount()[codes] // 5
-    if len(penalties) > 1 and not held_out.any():
-        best = 1 / len(train)
-    elif len(penalties) > 1:
-        x_fit, y_fit, theta = x[~held_out], codes[~held_out], None
-        for penalty in sorted(penalties, reverse=True):
-            theta, _ = _softmax_regression(x_fit, y_fit, pairs, penalty, theta, rough=True)
-            score = accuracy(_most_likely(x[held_out], zero, basis @ theta[:-1], theta[-1]), codes[held_out])
-            if score > best_score:
-                best, start, best_score, behind = penalty, theta, score, 0
-            elif score < best_score:
-                behind += 1
-            if behind == 2:
-                break
-
-    # Fit it to all rows.
-    theta, gradient = _softmax_regression(x, codes, pairs, best, start)
+    # Choose the penalty and fit it to all rows.
+    best, start = penalties[0], None
+    if len(penalties) > 1:
+        best, start = _choose_penalty(z, codes, spectrum, penalties, generator(seed, "validation"))
+    theta, gradient = _softmax_regression(z, codes, spectrum, best, start)
     if gradient > 10 * MAX_GRADIENT:
         stop = f"logistic regression at penalty {best:g} stopped at a gradient of {gradient:.1e}, want {MAX_GRADIENT:g}"
         warnings.warn(f"{stop}; raise the penalty", stacklevel=2)
@@ -173,23 +162,82 @@ def few_label(
     zero, predicted = torch.zeros_like(mean), []
     for draw in range(draws):
         labelled = rank_in_class(codes, generator(seed, "few labels", draw)) < per_class
-        basis, _ = pairs = _eigenpairs(x[labelled], zero)
-        theta, _ = _softmax_regression(x[labelled], codes[labelled], pairs, 1e-3, None)
+        basis, z, spectrum = _rotate(x[labelled])
+        theta, _ = _softmax_regression(z, codes[labelled], spectrum, 1e-3, None)
         predicted.append(classes[_most_likely(x_test, zero, basis @ theta[:-1], theta[-1])])
     return torch.stack(predicted)
 
 
+def _rotate(x: Train) -> tuple[Float[Tensor, "d r"], Float[Tensor, "n r"], Float[Tensor, " r"]]:
+    """Eigenvectors of xᵀx / n, the rows in their basis as float32, and the mean squares of its columns."""
+    zero = x.new_zeros(x.shape[1], dtype=torch.float64)
+    basis, spectrum = _eigenpairs(x, zero)
+    return basis, torch.cat([(block @ basis).float() for block in _blocks(x, zero)]), spectrum
+
+
+def _choose_penalty(
+    z: Train, codes: Labels, spectrum: Float[Tensor, " d"], penalties: Sequence[float], rng: torch.Generator
+) -> tuple[float, Float[Tensor, "d+1 c"] | None]:
+    """The penalty with the lowest log-loss on held-out rows, and a start for its fit to all rows.
+
+    Log-loss changes smoothly with the penalty, while accuracy on few rows jumps. Without rows to hold out it is 1/n.
+    """
+    parts = _held_out_parts(codes, rng)
+    if not parts:
+        return 1 / len(z), None
+
+    # Weak penalties are slow: go from strong to weak, each from the fits before it, until two in a row are no better.
+    thetas: list[Tensor | None] = [None] * len(parts)
+    best, start, lowest, behind = max(penalties), None, math.inf, 0
+    for penalty in sorted(penalties, reverse=True):
+        losses = []
+        for i, held_out in enumerate(parts):
+            theta, _ = _softmax_regression(z[~held_out], codes[~held_out], spectrum, penalty, thetas[i], rough=True)
+            losses.append(_log_loss(z[held_out], codes[held_out], theta))
+            thetas[i] = theta
+        behind += 1
+        if (mean := float(torch.cat(losses).mean())) < lowest:
+            best, start, lowest, behind = penalty, thetas[0], mean, 0
+        if behind == 2:
+            break
+    return best, start
+
+
+def _held_out_parts(codes: Labels, rng: torch.Generator) -> list[Bool[Tensor, " n"]]:
+    """Disjoint fifths of each class, as many as hold HELD_OUT rows; the only row of a class is never held out."""
+    count = codes.bincount()
+    # Fifths of a class of few rows begin at different parts, so that all parts have as many rows.
+    place = (count.cumsum(0) - count)[codes] + rank_in_class(codes, rng)
+    parts = [(place % FOLDS == i) & (count[codes] > 1) for i in range(FOLDS)]
+    enough = math.ceil(HELD_OUT * FOLDS / len(codes))
+    return [part for part in parts[:enough] if part.any()]
+
+
+def _log_loss(z: Train, y: Labels, theta: Float[Tensor, "d+1 c"]) -> Float[Tensor, " n"]:
+    """Cross-entropy of each row in nats."""
+    size = max(1, PROBE_BLOCK // max(theta.shape))
+    blocks = zip(z.split(size), y.split(size), strict=True)
+    return torch.cat(
+        [cross_entropy(rows.to(theta) @ theta[:-1] + theta[-1], ids, reduction="none") for rows, ids in blocks]
+    )
+
+
 def _softmax_regression(
-    x: Train, y: Labels, pairs: Eigenpairs, penalty: float, start: Float[Tensor, "r+1 c"] | None, *, rough: bool = False
-) -> tuple[Float[Tensor, "r+1 c"], float]:
-    """Weight in the basis, with the intercept as its last row, and the largest remaining gradient.
+    z: Train,
+    y: Labels,
+    spectrum: Float[Tensor, " d"],
+    penalty: float,
+    start: Float[Tensor, "d+1 c"] | None,
+    *,
+    rough: bool = False,
+) -> tuple[Float[Tensor, "d+1 c"], float]:
+    """Weight, with the intercept as its last row, and the largest remaining gradient; `spectrum` is that of `_rotate`.
 
     L-BFGS on u = theta / scale with scale⁻² = spectrum · share of the class + penalty, close to the curvature:
     ill-conditioned features take tens of iterations instead of thousands, and a gradient g costs about g²/2 nats of
     loss. Stops when no |g| exceeds MAX_GRADIENT, or 1e-3 if `rough`: products in float32 are too coarse for less.
     """
     # The intercept is one more direction: its feature is the constant 1, of mean square 1, without a penalty.
-    basis, spectrum = pairs
     share = y.bincount().to(spectrum) / len(y)
     decay = torch.cat([torch.full_like(spectrum, penalty), spectrum.new_zeros(1)])[:, None]
     scale = (torch.cat([spectrum, spectrum.new_ones(1)])[:, None] * share + decay).rsqrt()
@@ -199,8 +247,8 @@ def _softmax_regression(
 
     def loss() -> Tensor:
         theta = u * scale
-        value, to_weight, to_bias = _cross_entropy(x, y, basis @ theta[:-1], theta[-1], rough=rough)
-        u.grad = scale * (torch.cat([basis.T @ to_weight, to_bias[None]]) + decay * theta)
+        value, to_weight, to_bias = _cross_entropy(z, y, theta[:-1], theta[-1], rough=rough)
+        u.grad = scale * (torch.cat([to_weight, to_bias[None]]) + decay * theta)
         return value + (decay * theta.square()).sum() / 2
 
     # Stop as well once the loss changes by less than its rounding.

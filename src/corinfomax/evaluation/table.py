@@ -8,11 +8,12 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from corinfomax import network
 from corinfomax.evaluation import features, fine_tuning, intervals, probes
+from corinfomax.images import files
 from corinfomax.images.cache import Images, Splits
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime.records import Comparison, Results, Score, Table
@@ -21,6 +22,7 @@ from corinfomax.views import operations
 
 BASELINES = ("untrained", "raw pixels")
 CPU = torch.device("cpu")
+FEWEST_TEST = 20  # test images of a score; with fewer, one image is more than five points
 FEATURE_COPIES = 5  # memory of the probes in sizes of the features; logistic regression holds four
 OTHER_BYTES = 2 << 30  # for the rankings of kNN and mAP and the matrices of ridge, whatever the features take
 LEGEND = "±: half the 95 % interval over test images, none for mAP; N a class: sd over draws of the N labels"
@@ -68,8 +70,15 @@ def evaluate(
         outcomes[contender.name] = _outcomes(contender, device, published_probe, fine_tune)
 
     comparisons, sentences = compare_all(outcomes, seed=recipe.seed)
-    table, train, test = tabulate(outcomes, seed=recipe.seed), len(splits.train), len(splits.test)
-    return Results(table=table, comparisons=comparisons, sentences=sentences, train=train, test=test)
+    assert splits.train.labels is not None and splits.test.labels is not None
+    return Results(
+        table=tabulate(outcomes, seed=recipe.seed),
+        comparisons=comparisons,
+        sentences=sentences,
+        remarks=remarks_on(splits.train.labels, splits.test.labels, splits.train.classes),
+        train=len(splits.train),
+        test=len(splits.test),
+    )
 
 
 def _outcomes(contender: Contender, device: torch.device, published_probe: bool, fine_tune: bool) -> Outcomes:
@@ -196,6 +205,31 @@ def quick_knn(backbone: nn.Module, splits: Splits, recipe: Recipe, *, device: to
         sample.append((features.extract_features(backbone, images, recipe, device=device), images.labels))
     (train, labels), (test, truth) = sample
     return probes.accuracy(probes.knn(train, labels, test), truth)
+
+
+def remarks_on(train: Int[Tensor, " n"], test: Int[Tensor, " m"], classes: Sequence[str]) -> tuple[str, ...]:
+    """Sentences on why the scores mean little: too few images, or labels too uneven; none for most data."""
+    remarks, present = [], train.unique()
+
+    # training images
+    if len(train) == len(classes) == len(present) > 1:
+        remarks.append("Every class has one training image: the scores say little about the features.")
+    elif len(train) < 2 * len(classes):
+        few = f"{len(classes)} classes for {len(train)} training images, fewer than two a class"
+        remarks.append(f"{few}: the scores say little about the features.")
+    if len(present) == 1:
+        remarks.append("All training images are of one class: every classifier predicts it, whatever the features.")
+    if unseen := int((~torch.isin(test, present)).sum()):
+        remarks.append(f"{unseen} of {len(test)} test images are of classes without a training image: always wrong.")
+
+    # test images
+    if len(test) < FEWEST_TEST:
+        number = "1 test image is" if len(test) == 1 else f"{len(test)} test images are"
+        remarks.append(f"{number} too few for a score: one image is {100 / len(test):.0f} points.")
+    if len(test) > 1 and len(test.unique()) == 1:
+        name = files.quoted(classes[int(test[0])])
+        remarks.append(f"All {len(test)} test images are of one class ({name}): always answering it scores 100 %.")
+    return tuple(remarks)
 
 
 def check_labels(splits: Splits) -> None:

@@ -217,6 +217,7 @@ class Results(NamedTuple):
     table: Table = {}  # noqa: RUF012 (never written to)
     comparisons: tuple[Comparison, ...] = ()  # first pretrained against the better baseline, then against each rival
     sentences: tuple[str, ...] = ()  # the comparisons in words
+    remarks: tuple[str, ...] = ()  # why the scores mean little, for images too few or labels too uneven
     train: int = 0  # labelled images that fitted the probes
     test: int = 0  # images that scored them
 
@@ -232,7 +233,7 @@ class Results(NamedTuple):
                 {"probe": "linear", **comparison._asdict(), "sentence": sentence}
                 for comparison, sentence in zip(self.comparisons, self.sentences, strict=True)
             ]
-            content |= {"train": self.train, "test": self.test}
+            content |= {"remarks": self.remarks, "train": self.train, "test": self.test}
         return content
 
     @classmethod
@@ -244,6 +245,7 @@ class Results(NamedTuple):
             table={name: {probe: Score(**x) for probe, x in scores.items()} for name, scores in table.items()},
             comparisons=tuple(Comparison(*(row[name] for name in Comparison._fields)) for row in rows),
             sentences=tuple(row["sentence"] for row in rows),
+            remarks=tuple(content.get("remarks", ())),
             train=content.get("train", 0),
             test=content.get("test", 0),
         )

@@ -92,7 +92,7 @@ Before training, images were reduced to a short side of at most {recipe.cache_si
 
 
 def _score_section(results: Results) -> str:
-    """A table with a row per kind of features and a column per probe, and the comparisons in words."""
+    """A table with a row per kind of features and a column per probe, the remarks, and the comparisons in words."""
     if not results.table:
         return "Not scored: the run had no labels, or was not evaluated."
 
@@ -103,7 +103,7 @@ def _score_section(results: Results) -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     fitted = f"Probes are fitted on {results.train:,} images and scored on {results.test:,} others"
     legend = f"{fitted}; brackets hold 95 % intervals over test images."
-    return f"{table}\n\n{' '.join((legend, *results.sentences))}"
+    return f"{table}\n\n{' '.join((legend, *results.remarks, *results.sentences))}"
 
 
 def _score_cell(score: Score | None) -> str:

@@ -1,0 +1,1 @@
+"""How much the linear probe loses by its choices."""
