@@ -37,7 +37,7 @@ class Bench:
 
         if not 0 < self.seconds < math.inf:
             raise ValueError(f"--seconds is {self.seconds:g}; it must be above 0")
-        device = inputs.choose_device(self.images.device)
+        device = inputs.choose_device(self.images.device, gigabytes=self.images.memory)
         data = None if self.data is None else inputs.find_data(self.data, self.images)
         _, recipe = inputs.choose_recipe(self.recipe, data, self.settings, typed, device)
         if recipe.from_files:

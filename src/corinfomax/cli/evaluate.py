@@ -37,7 +37,7 @@ class Evaluate:
         from corinfomax.images import cache
 
         # the weights, then the images at the size that each of them sees
-        device = inputs.choose_device(self.images.device)
+        device = inputs.choose_device(self.images.device, gigabytes=self.images.memory)
         ours, *others = (inputs.load_weights(name, self.network, device) for name in (self.weights, *self.against))
         data = inputs.find_data(self.data, self.images)
         splits = inputs.load_splits(data, ours.recipe, self.images)

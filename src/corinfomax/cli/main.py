@@ -60,7 +60,7 @@ def _keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def _borrowed_process() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, and undo `inputs.choose_device`'s flushing of numbers below 1e-38, in this block."""
+    """Treat SIGTERM as Ctrl-C in this block; undo `inputs.choose_device`'s limit and flushing of numbers after it."""
     main_thread = threading.current_thread() is threading.main_thread()  # only it may handle signals
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
     torch = sys.modules.get("torch")
@@ -71,5 +71,7 @@ def _borrowed_process() -> Iterator[None]:
     finally:
         if torch := sys.modules.get("torch"):
             torch.set_flush_denormal(flushed)
+        if memory := sys.modules.get("corinfomax.runtime.memory"):
+            memory.set_limit(None)
         if main_thread:
             signal.signal(signal.SIGTERM, handler)

@@ -21,7 +21,7 @@ RIDGE_PENALTIES = tuple(10 ** (e / 2) for e in range(-12, 5))
 LOGISTIC_PENALTIES = tuple(10.0**e for e in range(0, -7, -1))
 MAX_ITER = 1000  # of a logistic regression
 MAX_GRADIENT = 1e-6  # at the end of a logistic regression, preconditioned: about 1e-12 nats per parameter
-COSINES = 2**26  # held at once by nearest neighbours: 256 MiB
+COSINES = 2**24  # held at once by nearest neighbours: 64 MiB
 PROBE_BLOCK = 2**22  # numbers in a temporary block of rows: 32 MiB of float64 on a CPU, enough to fill a GPU
 
 Train = Float[Tensor, "n d"]  # features with labels
@@ -85,7 +85,7 @@ def ridge(
     inverse = 1 / (spectrum[:, None] + spectrum.new_tensor(penalties) * spectrum.sum() / train.shape[1])
 
     # ZᵀY/n, with Z = (X − mean) V and Y the centred one-hot labels, from the sum of each class's rows.
-    sums, blocks = mean.new_zeros(len(classes), len(mean)), codes.split(max(1, PROBE_BLOCK // train.shape[1]))
+    sums, blocks = mean.new_zeros(len(classes), len(mean)), codes.split(_rows(train))
     for ids, x in zip(blocks, _blocks(train, mean), strict=True):
         sums.index_add_(0, ids, x)
     cross = basis.T @ sums.T / n
@@ -122,7 +122,9 @@ def logistic(
     mean = _column_means(train)
     variance = sum((x.square().sum(0) for x in _blocks(train, mean)), torch.zeros_like(mean)) / len(train)
     scale = torch.where(variance.sqrt() > 1e-6 * mean.abs(), variance.rsqrt(), 0)
-    x = torch.cat([(block * scale).float() for block in _blocks(train, mean)])
+    x = train.new_empty(train.shape, dtype=torch.float32)
+    for block, rows in zip(_blocks(train, mean), x.split(_rows(train)), strict=True):
+        rows.copy_(block * scale)
 
     # Eigenpairs of all rows, held out or not: no label enters, and a fit to fewer rows lies in the same span.
     zero = torch.zeros_like(mean)
@@ -135,9 +137,9 @@ def logistic(
     if len(penalties) > 1 and not held_out.any():
         best = 1 / len(train)
     elif len(penalties) > 1:
-        x_fit, y_fit, theta = x[~held_out], codes[~held_out], None
+        fit, theta = (~held_out).nonzero()[:, 0], None
         for penalty in sorted(penalties, reverse=True):
-            theta, _ = _softmax_regression(x_fit, y_fit, pairs, penalty, theta, rough=True)
+            theta, _ = _softmax_regression(x, codes[fit], pairs, penalty, theta, rows=fit, rough=True)
             score = accuracy(_most_likely(x[held_out], zero, basis @ theta[:-1], theta[-1]), codes[held_out])
             if score > best_score:
                 best, start, best_score, behind = penalty, theta, score, 0
@@ -167,22 +169,30 @@ def few_label(
     _check_finite(train, test)
     classes, codes = torch.unique(labels, return_inverse=True)
     mean = _column_means(train)
-    x, x_test = (torch.cat([normalize(block).float() for block in _blocks(rows, mean)]) for rows in (train, test))
+    x_test = torch.cat([normalize(block).float() for block in _blocks(test, mean)])
 
     # One regression per draw.
     zero, predicted = torch.zeros_like(mean), []
     for draw in range(draws):
         labelled = rank_in_class(codes, generator(seed, "few labels", draw)) < per_class
-        basis, _ = pairs = _eigenpairs(x[labelled], zero)
-        theta, _ = _softmax_regression(x[labelled], codes[labelled], pairs, 1e-3, None)
+        x = normalize(train[labelled].to(mean) - mean).float()
+        basis, _ = pairs = _eigenpairs(x, zero)
+        theta, _ = _softmax_regression(x, codes[labelled], pairs, 1e-3, None)
         predicted.append(classes[_most_likely(x_test, zero, basis @ theta[:-1], theta[-1])])
     return torch.stack(predicted)
 
 
 def _softmax_regression(
-    x: Train, y: Labels, pairs: Eigenpairs, penalty: float, start: Float[Tensor, "r+1 c"] | None, *, rough: bool = False
+    x: Float[Tensor, "_ d"],
+    y: Labels,
+    pairs: Eigenpairs,
+    penalty: float,
+    start: Float[Tensor, "r+1 c"] | None,
+    *,
+    rows: Int[Tensor, " n"] | None = None,
+    rough: bool = False,
 ) -> tuple[Float[Tensor, "r+1 c"], float]:
-    """Weight in the basis, with the intercept as its last row, and the largest remaining gradient.
+    """Weight in the basis, with the intercept as its last row, and the largest remaining gradient; fits `rows` of x.
 
     L-BFGS on u = theta / scale with scale⁻² = spectrum · share of the class + penalty, close to the curvature:
     ill-conditioned features take tens of iterations instead of thousands, and a gradient g costs about g²/2 nats of
@@ -199,7 +209,7 @@ def _softmax_regression(
 
     def loss() -> Tensor:
         theta = u * scale
-        value, to_weight, to_bias = _cross_entropy(x, y, basis @ theta[:-1], theta[-1], rough=rough)
+        value, to_weight, to_bias = _cross_entropy(x, y, basis @ theta[:-1], theta[-1], rows=rows, rough=rough)
         u.grad = scale * (torch.cat([basis.T @ to_weight, to_bias[None]]) + decay * theta)
         return value + (decay * theta.square()).sum() / 2
 
@@ -213,22 +223,30 @@ def _softmax_regression(
 
 
 def _cross_entropy(
-    x: Float[Tensor, "n d"], y: Int[Tensor, " n"], w: Float[Tensor, "d c"], b: Float[Tensor, " c"], *, rough: bool
+    x: Float[Tensor, "_ d"],
+    y: Int[Tensor, " n"],
+    w: Float[Tensor, "d c"],
+    b: Float[Tensor, " c"],
+    *,
+    rows: Int[Tensor, " n"] | None = None,
+    rough: bool,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "d c"], Float[Tensor, " c"]]:
     """Mean cross-entropy in nats and its gradients, in float64; products in float32 if `rough`."""
     value, to_w, to_b = w.new_zeros(()), torch.zeros_like(w), torch.zeros_like(b)
     like, size = x if rough else w, max(1, PROBE_BLOCK // max(w.shape))
     w, b = w.to(like), b.to(like)
-    for rows, target in zip(x.split(size), y[:, None].split(size), strict=True):
-        rows = rows.to(like)
-        log_p = torch.addmm(b, rows, w).log_softmax(1)
+    # Chosen rows are gathered a block at a time: a copy of them would be as large as x.
+    blocks = x.split(size) if rows is None else (x[chosen] for chosen in rows.split(size))
+    for block, target in zip(blocks, y[:, None].split(size), strict=True):
+        block = block.to(like)
+        log_p = torch.addmm(b, block, w).log_softmax(1)
         value -= log_p.gather(1, target).to(value).sum()
 
         # The gradient to the logits is p − one_hot(y).
         to_logits = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1))
-        to_w += (rows.T @ to_logits).to(to_w)
+        to_w += (block.T @ to_logits).to(to_w)
         to_b += to_logits.sum(0).to(to_b)
-    return value / len(x), to_w / len(x), to_b / len(x)
+    return value / len(y), to_w / len(y), to_b / len(y)
 
 
 def _eigenpairs(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Eigenpairs:
@@ -276,11 +294,16 @@ def _column_means(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
 
 def _blocks(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Iterator[Float[Tensor, "b d"]]:
     """x − mean in blocks of rows, so that x is never copied whole; in the float64 of the mean."""
-    return (rows.to(mean) - mean for rows in x.split(max(1, PROBE_BLOCK // x.shape[1])))
+    return (rows.to(mean) - mean for rows in x.split(_rows(x)))
+
+
+def _rows(x: Float[Tensor, "n d"]) -> int:
+    """Rows of a block."""
+    return max(1, PROBE_BLOCK // x.shape[1])
 
 
 def _check_finite(train: Tensor, test: Tensor) -> None:
     """Raise ValueError for features that no probe can use."""
     for name, x in (("training", train), ("test", test)):
-        if bad := int((~x.isfinite()).any(1).sum()):
+        if bad := sum(int((~rows.isfinite()).any(1).sum()) for rows in x.split(_rows(x))):
             raise ValueError(f"{bad} of {len(x)} {name} rows hold nan or inf; leave them out, or repair their features")
