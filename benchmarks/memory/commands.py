@@ -86,13 +86,13 @@ def commands(data: Path, run: Path, count: int) -> Iterator[tuple[str, list[str]
     query = next((data / "test" / "class0").iterdir())
     yield "doctor", ["doctor", str(data), "--out", str(out / "skip.txt")]
     yield f"pretrain, {STEPS} steps", ["pretrain", str(data), "--out", str(run), *steps]
-    yield "evaluate", ["evaluate", str(run), str(data)]
     yield "embed to .npz", ["embed", str(run), str(data), "--out", str(out / "vectors.npz")]
     yield "embed to .parquet", ["embed", str(run), str(data), "--out", str(out / "vectors.parquet")]
     neighbours = ["--query", str(query), "--out", str(out / "neighbors.html")]
     yield "neighbors", ["neighbors", str(run), str(data), *neighbours]
     yield "report", ["report", str(run)]
     yield "export", ["export", str(run), "--out", str(out / "exported")]
+    yield "evaluate", ["evaluate", str(run), str(data)]
 
 
 def measure_peak(words: Sequence[str], *, cache: Path, program: str = PROGRAM, source: Path | None = None) -> Peak:

@@ -28,6 +28,7 @@ from corinfomax.images.sources import Data
 from corinfomax.runtime.seeds import generator
 
 COPIED_AT_ONCE = 2**26  # bytes
+BETWEEN_LOOKS = 64  # images: each may map 2 MiB of pages
 CACHE_FORMAT = 2  # raise it with every change of the decoded bytes or of their layout
 
 
@@ -89,7 +90,7 @@ class Images:
         # NumPy: torch would start its threads for every image, ruinous on busy cores.
         pixels, sizes = self.pixels.numpy(), self.sizes[indices].tolist()
         if self.mapped is not None:
-            self.mapped.read(len(sizes), sum(3 * height * width for height, width in sizes))
+            self.mapped.look()  # at what was read before
         return [
             pixels[offset : offset + 3 * height * width].reshape(3, height, width)
             for offset, (height, width) in zip(self.offsets[indices].tolist(), sizes, strict=True)
@@ -113,10 +114,12 @@ class Images:
 
         grid, rows = self._grid[0], self._grid[1][indices]
         if grid.device.type == "cpu":  # NumPy, as in `cached`
-            batch = torch.from_numpy(grid.numpy().take(rows.numpy(), 0))
-            if self.mapped is not None:
-                self.mapped.read(len(batch), batch.nbytes)
-            return batch, self.sizes[indices]
+            pixels = torch.empty(len(rows), *grid.shape[1:], dtype=torch.uint8)
+            for chosen, out in zip(rows.split(BETWEEN_LOOKS), pixels.split(BETWEEN_LOOKS), strict=True):
+                grid.numpy().take(chosen.numpy(), 0, out.numpy(), "clip")  # the other modes copy `out`
+                if self.mapped is not None:
+                    self.mapped.look()
+            return pixels, self.sizes[indices]
         return grid.index_select(0, rows.to(grid.device, non_blocking=True)), self.sizes[indices]
 
     def on(self, device: torch.device) -> Images:
@@ -125,7 +128,7 @@ class Images:
         for here, there in zip(self.pixels.split(COPIED_AT_ONCE), pixels.split(COPIED_AT_ONCE), strict=True):
             there.copy_(here)
             if self.mapped is not None:
-                self.mapped.read(1, here.nbytes)
+                self.mapped.look()
         return replace(self, pixels=pixels, mapped=None)
 
 

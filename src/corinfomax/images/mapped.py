@@ -12,12 +12,12 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-READ_AT_ONCE = 2**28  # bytes after which pages are given back: they count as memory of the process
-AROUND = 2**16  # Linux maps the 64 KiB around a byte together
+PAGES_AT_ONCE = 2**26  # bytes of pages after which they are given back: they count as memory of the process
+LINUX = sys.platform == "linux"
 
 
 class MappedFile:
-    """The bytes of a file, read-only; `read` must be called for what is read, from any thread."""
+    """The bytes of a file, read-only; `look` must be called after reading some, from any thread."""
 
     def __init__(self, path: Path) -> None:
         # Read-only: Linux counts a copy-on-write map as memory, and refuses one larger than the machine has.
@@ -26,16 +26,24 @@ class MappedFile:
         # torch would warn against writing to the map; nothing does.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             self.bytes: UInt8[Tensor, " bytes"] = torch.from_numpy(np.frombuffer(self._map, np.uint8))
-        self._read = 0
+        self._before = _pages_of_files()
 
-    def read(self, places: int, size: int) -> None:
-        """Count `size` bytes read at so many places; after enough of them give the pages back."""
-        self._read += size + places * AROUND
-        if self._read > READ_AT_ONCE:
+    def look(self) -> None:
+        """Give the pages back once they are many."""
+        # The system is asked, as reading a byte maps anything from 4 KiB to 2 MiB around it.
+        if _pages_of_files() - self._before > PAGES_AT_ONCE:
             self.give_back()
 
     def give_back(self) -> None:
         """Take the pages from this process; they stay in the system's cache, and reading them again is cheap."""
-        self._read = 0
-        if sys.platform == "linux":  # elsewhere the advice may mean something else
+        if LINUX:  # elsewhere the advice may mean something else
             self._map.madvise(mmap.MADV_DONTNEED)
+            self._before = _pages_of_files()
+
+
+def _pages_of_files() -> int:
+    """Bytes of files in this process: a call takes microseconds."""
+    if not LINUX:
+        return 0
+    with open("/proc/self/statm", "rb") as stream:  # noqa: PTH123 (a Path takes longer than the rest)
+        return int(stream.read().split()[2]) * mmap.PAGESIZE
