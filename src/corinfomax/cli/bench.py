@@ -39,7 +39,7 @@ class Bench:
             raise ValueError(f"--seconds is {self.seconds:g}; it must be above 0")
         if self.out is not None:
             run_folder.check_writable(self.out)
-        device = inputs.choose_device(self.images.device)
+        device = inputs.choose_device(self.images.device, gigabytes=self.images.memory)
         data = None if self.data is None else inputs.find_data(self.data, self.images)
         _, recipe = fit.choose_recipe(self.recipe, data, self.settings, typed, device)
         recipe = fit.fit_views(recipe, typed)

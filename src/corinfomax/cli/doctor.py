@@ -32,15 +32,15 @@ class Doctor:
         from corinfomax import network
         from corinfomax.cli import fit, inputs
         from corinfomax.doctor import findings, inspect
-        from corinfomax.runtime import run_folder
-        from corinfomax.training import timing
+        from corinfomax.runtime import memory, run_folder
+        from corinfomax.training import footprint, timing
 
         if not 0 <= self.seconds < math.inf:
             raise ValueError(f"--seconds is {self.seconds:g}; it must be 0 or above")
         if self.out is not None:
             findings.check_overwrite(self.out, self.images.skip)
         run_folder.check_writable(self.out or Path(SKIP_LIST))
-        device = inputs.choose_device(self.images.device)
+        device = inputs.choose_device(self.images.device, gigabytes=self.images.memory)
         data = inputs.find_data(self.data, self.images)
         splits, survey = data.splits(), data.survey()
         inputs.print_skipped(data, self.images.skip, {})
@@ -48,13 +48,18 @@ class Doctor:
         # The forecast comes first: on a CPU the peak of memory is then that of training.
         name, recipe, reason = published.choose(self.data, survey.images, survey.short_side, cuda=device.type == "cuda")
         recipe = fit.fit_batch(replace(recipe, precision=network.choose_precision(recipe, device)), survey.images)
+        too_large = footprint.warning(recipe, device) if self.seconds else None
+        if too_large is not None:
+            print(too_large)
         try:
-            speed = timing.speed(recipe, device, seconds=self.seconds) if self.seconds else None
+            timed = self.seconds and too_large is None
+            speed = timing.speed(recipe, device, seconds=self.seconds) if timed else None
         except (MemoryError, RuntimeError) as error:
             if not messages.is_out_of_memory(error):
                 raise
             print(f"recipe {name} does not fit into memory: pretrain with a smaller --batch or --micro-batch")
             speed = None
+        memory.give_back()
 
         # Every image, once.
         order = sorted(splits, key=("train", "val", "test").index)

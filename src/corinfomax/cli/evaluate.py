@@ -41,7 +41,7 @@ class Evaluate:
         if self.out is not None:
             run_folder.check_writable(self.out)
             run_folder.read_object(self.out)
-        device = inputs.choose_device(self.images.device)
+        device = inputs.choose_device(self.images.device, gigabytes=self.images.memory)
         ours, *others = inputs.load_several((self.weights, *self.against), self.network, device)
         images = inputs.options_of_own_images(self.images, self.data, ours)
         data = inputs.find_data(self.data, images)

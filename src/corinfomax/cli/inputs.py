@@ -17,17 +17,18 @@ from corinfomax.images.cache import Images, Splits
 from corinfomax.images.sources import Data
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
-from corinfomax.runtime import processes, run_folder
+from corinfomax.runtime import memory, processes, run_folder
 from corinfomax.runtime.records import Facts, Results
 from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a command, tried out; numbers below 1e-38 are flushed to 0 from here on.
+def choose_device(name: str, *, gigabytes: float | None = None) -> torch.device:
+    """The device of a command, tried out, and its limit of memory; numbers below 1e-38 are flushed to 0 from here on.
 
     The momentum of dead units shrinks to such numbers, on which processors are many times slower: steps of Muon took
     up to five times as long. TF32 is off, so that float32 means float32.
     """
+    memory.set_limit(gigabytes)
     torch.set_flush_denormal(True)
     torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
@@ -73,7 +74,7 @@ def load_all(
     weights: str, network: WeightsOptions, data: str, options: DataOptions
 ) -> tuple[torch.device, LoadedBackbone, dict[str, Images]]:
     """Device, backbone on it, and the images of every split; prints what was loaded and skipped."""
-    device = choose_device(options.device)
+    device = choose_device(options.device, gigabytes=options.memory)
     loaded = load_weights(weights, network, device)
     options = options_of_own_images(options, data, loaded)
     source = find_data(data, options)

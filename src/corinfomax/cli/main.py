@@ -77,7 +77,7 @@ def _keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def _borrowed_process() -> Iterator[None]:
-    """Treat SIGTERM and SIGHUP as Ctrl-C in this block, and undo at its end the flushing of numbers below 1e-38."""
+    """Treat SIGTERM and SIGHUP as Ctrl-C in this block; after it undo `inputs.choose_device`'s settings."""
     # only the main thread may handle signals; nohup ignores the end of the terminal on purpose
     main_thread = threading.current_thread() is threading.main_thread()
     names = [name for name in ("SIGTERM", "SIGHUP") if main_thread and hasattr(signal, name)]
@@ -91,5 +91,7 @@ def _borrowed_process() -> Iterator[None]:
     finally:
         if torch := sys.modules.get("torch"):
             torch.set_flush_denormal(flushed)
+        if memory := sys.modules.get("corinfomax.runtime.memory"):
+            memory.set_limit(None)
         for number, handler in before.items():
             signal.signal(number, handler)

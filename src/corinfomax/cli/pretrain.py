@@ -50,7 +50,10 @@ class Pretrain:
         from corinfomax.cli import inputs, train
         from corinfomax.runtime import processes, run_folder
 
-        with processes.join(inputs.choose_device(self.images.device)) as device, contextlib.ExitStack() as stack:
+        with (
+            processes.join(inputs.choose_device(self.images.device, gigabytes=self.images.memory)) as device,
+            contextlib.ExitStack() as stack,
+        ):
             run, first = self.resume or self.out, processes.rank() == 0
             if not first:
                 nowhere = stack.enter_context(Path(os.devnull).open("w"))
@@ -64,6 +67,8 @@ class Pretrain:
 
             # plan and training
             plan = _plan(self, typed, device)
+            if first:
+                train.print_footprint(plan, device)
             if run is None and first:
                 folder = f"{Path(plan.data.name).stem or 'images'}-{plan.recipe_name}"
                 run = run_folder.fresh_folder(Path("runs"), folder)

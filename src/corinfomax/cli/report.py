@@ -38,7 +38,7 @@ class Report:
             raise ValueError(f"{folder} is not a folder; name a run's: corinfomax report RUN")
         page = self.out or folder / "report.html"
         run_folder.check_writable(page)
-        device = inputs.choose_device(self.images.device)
+        device = inputs.choose_device(self.images.device, gigabytes=self.images.memory)
         network, saved = checkpoint.load_network(folder)
         options = inputs.options_of_run(self.images, folder, saved.facts)
         splits = inputs.load_splits(inputs.find_data(self.data or saved.facts.data, options), saved.recipe, options)

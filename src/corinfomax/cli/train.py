@@ -27,7 +27,7 @@ from corinfomax.recipes.fields import Recipe
 from corinfomax.report.content import Subject
 from corinfomax.runtime import processes, run_folder
 from corinfomax.runtime.records import Facts, Options, Results
-from corinfomax.training import loop, trackers
+from corinfomax.training import footprint, loop, trackers
 from corinfomax.weights import checkpoint
 from corinfomax.weights.checkpoint import Checkpoint
 
@@ -41,6 +41,15 @@ class Plan(NamedTuple):
     recipe_name: str
     options: Options
     resumed: Checkpoint | None  # the state to continue from
+
+
+def print_footprint(plan: Plan, device: torch.device) -> None:
+    """Print the micro-batch that fits into memory when a step does not, before hours of decoding."""
+    images = len(plan.data.splits()["train"].paths)
+    if images > 1 and (
+        sentence := footprint.warning(replace(plan.recipe, batch=min(plan.recipe.batch, images)), device)
+    ):
+        print(sentence)
 
 
 def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:

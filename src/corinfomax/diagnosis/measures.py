@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from corinfomax.images.cache import Images, Splits
-from corinfomax.network import Network, autocast, match_dtype
+from corinfomax.network import Network, autocast, images_at_once, match_dtype
 from corinfomax.objective.covariance import ldmi
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime.records import DataMeasures, Look, Measures
@@ -77,13 +78,15 @@ def look(network: Network, sample: Sample, recipe: Recipe, *, device: torch.devi
     training = network.training
     network.eval()
     try:
+        whole = nn.Sequential(network.backbone, network.projector).eval()  # as written, if the network is compiled
+        at_once = images_at_once(whole, recipe, device, side=recipe.size, most=len(batches[0]))
         for view, rows in itertools.product(range(VIEWS), batches):
-            x = match_dtype(_view(sample.images, recipe, view, rows, device), network)
-            with autocast(recipe, device):
-                h = network.backbone(x)
-                z = network.projector(h)
-            features.append(_float64(h))
-            projections.append(_float64(z))
+            for x in _view(sample.images, recipe, view, rows, device, at_once):
+                with autocast(recipe, device):
+                    h = network.backbone(match_dtype(x, network))
+                    z = network.projector(h)
+                features.append(_float64(h))
+                projections.append(_float64(z))
     finally:
         network.train(training)
 
@@ -95,11 +98,15 @@ def look(network: Network, sample: Sample, recipe: Recipe, *, device: torch.devi
 
 
 def _view(
-    images: Images, recipe: Recipe, view: int, rows: Int[Tensor, " b"], device: torch.device
-) -> Float[Tensor, "b 3 s s"]:
+    images: Images, recipe: Recipe, view: int, rows: Int[Tensor, " b"], device: torch.device, at_once: int
+) -> Iterator[Float[Tensor, "_ 3 s s"]]:
+    """A view of the images, a few at a time; its random numbers belong to the whole batch."""
     pixels, sizes = images.batch(rows)
     parameters = operations.draw(recipe.views[view % 2], sizes, generator(0, f"diagnosis view {view}", int(rows[0])))
-    return operations.apply(pixels.to(device), sizes, parameters, size=recipe.size, mean=recipe.mean, std=recipe.std)
+    for start in range(0, len(rows), at_once):
+        part = slice(start, start + at_once)
+        x, chosen = pixels[part].to(device), parameters.take(part)
+        yield operations.apply(x, sizes[part], chosen, size=recipe.size, mean=recipe.mean, std=recipe.std)
 
 
 def _float64(x: Tensor) -> Tensor:
@@ -236,7 +243,7 @@ def _covariance(x: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
 def measure_images(images: Images, recipe: Recipe, *, device: torch.device) -> DataMeasures:
     """The measures of the images and their views before any network sees them."""
     rows = torch.arange(min(len(images), LEAST_IMAGES))
-    x1, x2 = (_view(images, recipe, view, rows, device).flatten(1) for view in range(2))
+    x1, x2 = (next(_view(images, recipe, view, rows, device, len(rows))).flatten(1) for view in range(2))
 
     pixels, sizes = images.batch(rows)
     plain = operations.centre_view(pixels.to(device), sizes, size=recipe.size, mean=recipe.mean, std=recipe.std)

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from corinfomax.evaluation import maps
 from corinfomax.images.cache import Images
-from corinfomax.network import autocast, match_dtype
+from corinfomax.network import autocast, images_at_once, match_dtype
 from corinfomax.recipes.fields import Recipe
-from corinfomax.runtime import run_folder
+from corinfomax.runtime import memory, run_folder
 from corinfomax.views import operations
 
-BATCH = 512
+BATCH = 512  # at most
 
 
 def extract_features(
@@ -32,14 +32,23 @@ def extract_features(
 
     `recipe` gives test size, mean, std and precision; `progress` names a progress bar. The model's mode is restored.
     """
-    return torch.cat([*feature_blocks(model, images, recipe, device=device, progress=progress)])
+    rows, filled = torch.empty(0, 0), 0
+    for block in feature_blocks(model, images, recipe, device=device, progress=progress):
+        if not filled:  # one tensor from the start: joining blocks would take twice the memory
+            rows = block.new_empty(len(images), block.shape[1])
+        rows[filled : filled + len(block)] = block
+        filled += len(block)
+    memory.give_back()
+    return rows
 
 
 def feature_blocks(
     model: nn.Module, images: Images, recipe: Recipe, *, device: torch.device | str = "cpu", progress: str | None = None
 ) -> Iterator[Float[Tensor, "_ f"]]:
     """The rows of `extract_features` a batch at a time, for sets larger than memory."""
-    batches = torch.arange(len(images)).split(BATCH)
+    batches = torch.arange(len(images)).split(
+        images_at_once(model, recipe, torch.device(device), side=recipe.test_side, most=BATCH)
+    )
     for rows in tqdm(batches, progress, unit="batch", leave=False, disable=None if progress else True):
         pixels, sizes = images.batch(rows)
         yield features_of_pixels(model, pixels, sizes, recipe, torch.device(device))
@@ -89,7 +98,7 @@ def write(path: Path, vectors: Mapping[str, Float[Tensor, "_ f"]], splits: Mappi
     as `check_ending` does.
     """
     check_ending(path)
-    features = torch.cat([vectors[name] for name in splits])
+    features = next(iter(vectors.values())) if len(splits) == 1 else torch.cat([vectors[name] for name in splits])
     x, y = maps.principal(features)[0].T.numpy()
     split = np.repeat(list(splits), [len(images) for images in splits.values()])
     paths = np.array([name for images in splits.values() for name in images.paths])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -16,8 +16,9 @@ from tqdm import tqdm
 from corinfomax.evaluation import probes
 from corinfomax.evaluation.features import extract_features
 from corinfomax.images.cache import Images
-from corinfomax.network import autocast
+from corinfomax.network import autocast, images_at_once
 from corinfomax.recipes.fields import Recipe, View
+from corinfomax.runtime import memory
 from corinfomax.runtime.seeds import generator, key
 from corinfomax.views import operations
 
@@ -43,16 +44,17 @@ def linear_probe(
     head = nn.Linear(x_test.shape[1], len(train.classes)).to(device)
     optimizer = torch.optim.SGD(head.parameters(), lr=probe.lr, momentum=0.9)
 
+    at_once = images_at_once(model, recipe, device, side=recipe.test_side, most=probe.batch)
     for epoch, x, y in _batches(train, crop, recipe, "probe", probe.batch, probe.epochs, device, "linear probe"):
         with torch.no_grad(), autocast(recipe, device):
-            features = model(x).float()
+            features = torch.cat([model(part).float() for part in x.split(at_once)])
 
         # A step at the learning rate of the epoch: a cosine, or ten times lower every few epochs.
         if probe.decay_epochs is None:
             lr = probe.min_lr + (probe.lr - probe.min_lr) * (1 + math.cos(math.pi * epoch / probe.epochs)) / 2
         else:
             lr = probe.lr * 0.1 ** (epoch // probe.decay_epochs)
-        _step(optimizer, F.cross_entropy(head(features), y), lr)
+        _step(optimizer, [F.cross_entropy(head(features), y)], lr)
 
     if not all(weights.isfinite().all() for weights in head.parameters()):
         raise FloatingPointError(f"the linear probe diverged at learning rate {probe.lr:g}; try a lower one")
@@ -87,15 +89,42 @@ def fine_tune(
     head_lr = HEAD_LR[share] * recipe.probe.lr
     optimizer = torch.optim.SGD([{"params": net.parameters()} for net in (head, model)], lr=head_lr, momentum=0.9)
 
+    parts = _parts(nn.Sequential(model, head), recipe, device)
     for epoch, x, y in _batches(few, crop, recipe, "fine-tuning", TUNING_BATCH, epochs, device, title):
-        with autocast(recipe, device):
-            logits = head(model(x)).float()
         quarter = 4 * epoch // epochs
-        _step(optimizer, F.cross_entropy(logits, y), head_lr * 0.1**quarter, BACKBONE_LR * 0.2**quarter)
+        losses = _losses(nn.Sequential(model, head), x, y, recipe, parts)
+        _step(optimizer, losses, head_lr * 0.1**quarter, BACKBONE_LR * 0.2**quarter)
 
     if not all(weights.isfinite().all() for weights in (*head.parameters(), *model.parameters())):
         raise FloatingPointError(f"fine-tuning diverged at learning rates {head_lr:g} and {BACKBONE_LR:g}")
     return head.cpu()(extract_features(model, test, recipe, device=device)).argmax(1)
+
+
+def _parts(model: nn.Module, recipe: Recipe, device: torch.device) -> int:
+    """Parts of a batch, one if its gradient fits into half of the free memory; BatchNorm sees a part at a time."""
+    side = recipe.test_side
+
+    def both_ways(count: int) -> None:
+        x = torch.zeros(count, 3, side, side, device=device).to(memory_format=torch.channels_last)
+        with autocast(recipe, device):
+            model(x).float().sum().backward()
+
+    model.eval()  # so that BatchNorm's statistics stay
+    each = memory.growth(both_ways)
+    model.train().zero_grad(set_to_none=True)
+    fitting = max(2.0, memory.room(device) / 2 // each)
+    return math.ceil(TUNING_BATCH / fitting)
+
+
+def _losses(
+    model: nn.Module, x: Float[Tensor, "n 3 s s"], y: Int[Tensor, " n"], recipe: Recipe, parts: int
+) -> Iterator[Float[Tensor, ""]]:
+    """The mean cross-entropy as a sum over parts of the batch, each with two images at least."""
+    parts = max(1, min(parts, len(x) // 2))
+    for images, labels in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+        with autocast(recipe, x.device):
+            logits = model(images).float()
+        yield F.cross_entropy(logits, labels) * (len(labels) / len(y))
 
 
 def labelled_share(labels: Int[Tensor, " n"], share: float, seed: int) -> Int[Tensor, " k"]:
@@ -125,10 +154,11 @@ def _batches(
         yield epoch, x, labels
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""], *rates: float) -> None:
-    """A step of SGD, each group at its learning rate."""
+def _step(optimizer: torch.optim.Optimizer, losses: Iterable[Float[Tensor, ""]], *rates: float) -> None:
+    """A step of SGD on the sum of the losses, each group at its learning rate."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     optimizer.zero_grad()
-    loss.backward()
+    for loss in losses:
+        loss.backward()
     optimizer.step()

@@ -11,19 +11,24 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+ROWS = 4096  # of a block
+
 
 def principal(x: Float[Tensor, "n f"], *, dims: int = 2) -> tuple[Float[Tensor, "n {dims}"], Float[Tensor, " {dims}"]]:
     """Coordinates along the directions of largest variance, and each direction's share of the variance.
 
     The largest entry of a direction, in size, is positive. With fewer features than `dims` the last columns are zero.
     """
-    centred = x.double() - x.double().mean(0)
-    eigenvalues, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
+    # in blocks of rows, so that x is never copied whole into float64
+    mean = sum((rows.double().sum(0) for rows in x.split(ROWS)), x.new_zeros(x.shape[1]).double()) / len(x)
+    gram = sum(((rows - mean).T @ (rows - mean) for rows in x.split(ROWS)), mean.new_zeros(len(mean), len(mean)))
+    eigenvalues, vectors = torch.linalg.eigh(gram / len(x))
     vectors = vectors.flip(1)[:, :dims]
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     share = eigenvalues.flip(0)[:dims].clamp_min(0) / eigenvalues.clamp_min(0).sum().clamp_min(1e-300)
     missing = dims - vectors.shape[1]
-    return pad((centred @ vectors).float(), (0, missing)), pad(share.float(), (0, missing))
+    plane = torch.cat([((rows - mean) @ vectors).float() for rows in x.split(ROWS)])
+    return pad(plane, (0, missing)), pad(share.float(), (0, missing))
 
 
 def leading(x: Float[Tensor, "n f"], *, dims: int) -> Float[Tensor, "n g"]:

@@ -24,7 +24,7 @@ FOLDS = 5  # parts of the rows, of which some or all are held out to choose a pe
 HELD_OUT = 5000  # rows that are enough to choose it on: 50,000 images take one part, 5,000 all five
 MAX_ITER = 1000  # of a logistic regression
 MAX_GRADIENT = 1e-6  # at the end of a logistic regression, preconditioned: about 1e-12 nats per parameter
-COSINES = 2**26  # held at once by nearest neighbours: 256 MiB
+COSINES = 2**24  # held at once by nearest neighbours: 64 MiB
 PROBE_BLOCK = 2**22  # numbers in a temporary block of rows: 32 MiB of float64 on a CPU, enough to fill a GPU
 
 Train = Float[Tensor, "n d"]  # features with labels
@@ -88,7 +88,7 @@ def ridge(
     inverse = 1 / (spectrum[:, None] + spectrum.new_tensor(penalties) * spectrum.sum() / train.shape[1])
 
     # ZᵀY/n, with Z = (X − mean) V and Y the centred one-hot labels, from the sum of each class's rows.
-    sums, blocks = mean.new_zeros(len(classes), len(mean)), codes.split(max(1, PROBE_BLOCK // train.shape[1]))
+    sums, blocks = mean.new_zeros(len(classes), len(mean)), codes.split(_rows(train))
     for ids, x in zip(blocks, _blocks(train, mean), strict=True):
         sums.index_add_(0, ids, x)
     cross = basis.T @ sums.T / n
@@ -126,7 +126,9 @@ def logistic(
     mean = _column_means(train)
     variance = sum((x.square().sum(0) for x in _blocks(train, mean)), torch.zeros_like(mean)) / len(train)
     scale = torch.where(variance.sqrt() > 1e-6 * mean.abs(), variance.rsqrt(), 0)
-    x = torch.cat([(block * scale).float() for block in _blocks(train, mean)])
+    x = train.new_empty(train.shape, dtype=torch.float32)
+    for block, rows in zip(_blocks(train, mean), x.split(_rows(train)), strict=True):
+        rows.copy_(block * scale)
 
     # Rotate to the eigenvectors of all rows, held out or not: no label enters, and their span holds every fit.
     basis, z, spectrum = _rotate(x)
@@ -156,23 +158,26 @@ def few_label(
     _check_finite(train, test)
     classes, codes = torch.unique(labels, return_inverse=True)
     mean = _column_means(train)
-    x, x_test = (torch.cat([normalize(block).float() for block in _blocks(rows, mean)]) for rows in (train, test))
+    x_test = torch.cat([normalize(block).float() for block in _blocks(test, mean)])
 
     # One regression per draw.
     zero, predicted = torch.zeros_like(mean), []
     for draw in range(draws):
         labelled = rank_in_class(codes, generator(seed, "few labels", draw)) < per_class
-        basis, z, spectrum = _rotate(x[labelled])
+        basis, z, spectrum = _rotate(normalize(train[labelled].to(mean) - mean).float())
         theta, _ = _softmax_regression(z, codes[labelled], spectrum, 1e-3, None)
         predicted.append(classes[_most_likely(x_test, zero, basis @ theta[:-1], theta[-1])])
     return torch.stack(predicted)
 
 
 def _rotate(x: Train) -> tuple[Float[Tensor, "d r"], Float[Tensor, "n r"], Float[Tensor, " r"]]:
-    """Eigenvectors of xᵀx / n, the rows in their basis as float32, and the mean squares of its columns."""
+    """Eigenvectors of xᵀx / n, the rows in their basis, and the mean squares of its columns; writes over x."""
     zero = x.new_zeros(x.shape[1], dtype=torch.float64)
     basis, spectrum = _eigenpairs(x, zero)
-    return basis, torch.cat([(block @ basis).float() for block in _blocks(x, zero)]), spectrum
+    z = x[:, : basis.shape[1]]
+    for block, rows in zip(_blocks(x, zero), z.split(_rows(x)), strict=True):
+        rows.copy_(block @ basis)
+    return basis, z, spectrum
 
 
 def _choose_penalty(
@@ -187,13 +192,14 @@ def _choose_penalty(
         return 1 / len(z), None
 
     # Weak penalties are slow: go from strong to weak, each from the fits before it, until two in a row are no better.
+    splits = [((~part).nonzero()[:, 0], part.nonzero()[:, 0]) for part in parts]
     thetas: list[Tensor | None] = [None] * len(parts)
     best, start, lowest, behind = max(penalties), None, math.inf, 0
     for penalty in sorted(penalties, reverse=True):
         losses = []
-        for i, held_out in enumerate(parts):
-            theta, _ = _softmax_regression(z[~held_out], codes[~held_out], spectrum, penalty, thetas[i], rough=True)
-            losses.append(_log_loss(z[held_out], codes[held_out], theta))
+        for i, (fit, held_out) in enumerate(splits):
+            theta, _ = _softmax_regression(z, codes[fit], spectrum, penalty, thetas[i], rows=fit, rough=True)
+            losses.append(_log_loss(z, codes, held_out, theta))
             thetas[i] = theta
         behind += 1
         if (mean := float(torch.cat(losses).mean())) < lowest:
@@ -213,25 +219,28 @@ def _held_out_parts(codes: Labels, rng: torch.Generator) -> list[Bool[Tensor, " 
     return [part for part in parts[:enough] if part.any()]
 
 
-def _log_loss(z: Train, y: Labels, theta: Float[Tensor, "d+1 c"]) -> Float[Tensor, " n"]:
-    """Cross-entropy of each row in nats."""
-    size = max(1, PROBE_BLOCK // max(theta.shape))
-    blocks = zip(z.split(size), y.split(size), strict=True)
-    return torch.cat(
-        [cross_entropy(rows.to(theta) @ theta[:-1] + theta[-1], ids, reduction="none") for rows, ids in blocks]
-    )
+def _log_loss(z: Train, y: Labels, rows: Int[Tensor, " m"], theta: Float[Tensor, "d+1 c"]) -> Float[Tensor, " m"]:
+    """Cross-entropy of each of the rows in nats."""
+    losses = []
+    for chosen in rows.split(max(1, PROBE_BLOCK // max(theta.shape))):
+        logits = z[chosen].to(theta) @ theta[:-1] + theta[-1]
+        losses.append(cross_entropy(logits, y[chosen], reduction="none"))
+    return torch.cat(losses)
 
 
 def _softmax_regression(
-    z: Train,
+    z: Float[Tensor, "_ d"],
     y: Labels,
     spectrum: Float[Tensor, " d"],
     penalty: float,
     start: Float[Tensor, "d+1 c"] | None,
     *,
+    rows: Int[Tensor, " n"] | None = None,
     rough: bool = False,
 ) -> tuple[Float[Tensor, "d+1 c"], float]:
-    """Weight, with the intercept as its last row, and the largest remaining gradient; `spectrum` is that of `_rotate`.
+    """Weight, with the intercept as its last row, and the largest remaining gradient; fits `rows` of z.
+
+    `spectrum` is that of `_rotate`.
 
     L-BFGS on u = theta / scale with scale⁻² = spectrum · share of the class + penalty, close to the curvature:
     ill-conditioned features take tens of iterations instead of thousands, and a gradient g costs about g²/2 nats of
@@ -247,7 +256,7 @@ def _softmax_regression(
 
     def loss() -> Tensor:
         theta = u * scale
-        value, to_weight, to_bias = _cross_entropy(z, y, theta[:-1], theta[-1], rough=rough)
+        value, to_weight, to_bias = _cross_entropy(z, y, theta[:-1], theta[-1], rows=rows, rough=rough)
         u.grad = scale * (torch.cat([to_weight, to_bias[None]]) + decay * theta)
         return value + (decay * theta.square()).sum() / 2
 
@@ -261,22 +270,30 @@ def _softmax_regression(
 
 
 def _cross_entropy(
-    x: Float[Tensor, "n d"], y: Int[Tensor, " n"], w: Float[Tensor, "d c"], b: Float[Tensor, " c"], *, rough: bool
+    x: Float[Tensor, "_ d"],
+    y: Int[Tensor, " n"],
+    w: Float[Tensor, "d c"],
+    b: Float[Tensor, " c"],
+    *,
+    rows: Int[Tensor, " n"] | None = None,
+    rough: bool,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "d c"], Float[Tensor, " c"]]:
     """Mean cross-entropy in nats and its gradients, in float64; products in float32 if `rough`."""
     value, to_w, to_b = w.new_zeros(()), torch.zeros_like(w), torch.zeros_like(b)
     like, size = x if rough else w, max(1, PROBE_BLOCK // max(w.shape))
     w, b = w.to(like), b.to(like)
-    for rows, target in zip(x.split(size), y[:, None].split(size), strict=True):
-        rows = rows.to(like)
-        log_p = torch.addmm(b, rows, w).log_softmax(1)
+    # Chosen rows are gathered a block at a time: a copy of them would be as large as x.
+    blocks = x.split(size) if rows is None else (x[chosen] for chosen in rows.split(size))
+    for block, target in zip(blocks, y[:, None].split(size), strict=True):
+        block = block.to(like)
+        log_p = torch.addmm(b, block, w).log_softmax(1)
         value -= log_p.gather(1, target).to(value).sum()
 
         # The gradient to the logits is p − one_hot(y).
         to_logits = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1))
-        to_w += (rows.T @ to_logits).to(to_w)
+        to_w += (block.T @ to_logits).to(to_w)
         to_b += to_logits.sum(0).to(to_b)
-    return value / len(x), to_w / len(x), to_b / len(x)
+    return value / len(y), to_w / len(y), to_b / len(y)
 
 
 def _eigenpairs(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Eigenpairs:
@@ -324,11 +341,16 @@ def _column_means(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
 
 def _blocks(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Iterator[Float[Tensor, "b d"]]:
     """x − mean in blocks of rows, so that x is never copied whole; in the float64 of the mean."""
-    return (rows.to(mean) - mean for rows in x.split(max(1, PROBE_BLOCK // x.shape[1])))
+    return (rows.to(mean) - mean for rows in x.split(_rows(x)))
+
+
+def _rows(x: Float[Tensor, "n d"]) -> int:
+    """Rows of a block."""
+    return max(1, PROBE_BLOCK // x.shape[1])
 
 
 def _check_finite(train: Tensor, test: Tensor) -> None:
     """Raise ValueError for features that no probe can use."""
     for name, x in (("training", train), ("test", test)):
-        if bad := int((~x.isfinite()).any(1).sum()):
+        if bad := sum(int((~rows.isfinite()).any(1).sum()) for rows in x.split(_rows(x))):
             raise ValueError(f"{bad} of {len(x)} {name} rows hold nan or inf; leave them out, or repair their features")

@@ -95,7 +95,8 @@ def near_duplicates(thumbnails: UInt8[Tensor, "n 3 s s"]) -> NearDuplicates:
         return NearDuplicates(pairs[0], True)
 
     # sketch: the 32 leading directions of the mirror-symmetric halves, estimated from about 8,192 of them
-    sample = _symmetric_half(thumbnails[:: max(1, len(thumbnails) // 8192)])
+    sampled = thumbnails[:: max(1, len(thumbnails) // 8192)]
+    sample = torch.cat([_symmetric_half(block) for block in sampled.split(TILE)])
     mean = sample.mean(0)
     axes = torch.linalg.eigh((sample - mean).T @ (sample - mean)).eigenvectors.flip(1)[:, :32]
     sketch = torch.cat([(_symmetric_half(block) - mean) @ axes for block in thumbnails.split(TILE)])

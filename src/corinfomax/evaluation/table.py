@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePath
@@ -16,6 +17,7 @@ from corinfomax.evaluation import features, fine_tuning, intervals, probes
 from corinfomax.images import files
 from corinfomax.images.cache import Images, Splits
 from corinfomax.recipes.fields import Recipe
+from corinfomax.runtime import memory
 from corinfomax.runtime.records import Comparison, Results, Score, Table
 from corinfomax.runtime.seeds import generator, key
 from corinfomax.views import operations
@@ -23,8 +25,10 @@ from corinfomax.views import operations
 BASELINES = ("untrained", "raw pixels")
 CPU = torch.device("cpu")
 FEWEST_TEST = 20  # test images of a score; with fewer, one image is more than five points
+RAW_NUMBERS = 50_000 * 3 * 24**2  # of the raw pixels of all training images: 350 MB of float32, and once more to fit
 FEATURE_COPIES = 5  # memory of the probes in sizes of the features; logistic regression holds four
 OTHER_BYTES = 2 << 30  # for the rankings of kNN and mAP and the matrices of ridge, whatever the features take
+CALIBRATED = 256  # images of a batch that BatchNorm of an untrained network takes its statistics of, at most
 LEGEND = "±: half the 95 % interval over test images, none for mAP; N a class: sd over draws of the N labels"
 
 Outcomes = dict[str, Float[Tensor, "draws m"]]
@@ -57,7 +61,7 @@ def evaluate(
     """
     check_labels(splits)
     assert splits.test is not None
-    small = replace(recipe, size=min(recipe.size, 32), test_scale=1.0)  # more raw pixels cost much and score no better
+    small = replace(recipe, size=min(recipe.size, _raw_side(len(splits.train))), test_scale=1.0)
     untrained = random_backbone(splits.train, recipe, device=device)
     contenders = [Contender("pretrained", backbone, recipe, splits), *rivals]
     pixels = Contender("raw pixels", nn.Flatten(), small, splits)
@@ -79,6 +83,11 @@ def evaluate(
         train=len(splits.train),
         test=len(splits.test),
     )
+
+
+def _raw_side(images: int) -> int:
+    """Side of the raw pixels to score: more than 32 px cost much and score no better; fewer for very many images."""
+    return min(32, max(4, math.isqrt(int(min(RAW_NUMBERS, memory.room(CPU) / 16)) // (3 * images))))
 
 
 def _outcomes(contender: Contender, device: torch.device, published_probe: bool, fine_tune: bool) -> Outcomes:
@@ -131,7 +140,7 @@ def probe_features(
 def has_room(device: torch.device, size: int) -> bool:
     """Whether a GPU has `size` bytes free; only CUDA can tell."""
     torch.cuda.empty_cache()  # training has released its memory
-    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= size
+    return device.type == "cuda" and memory.room(device) >= size
 
 
 def _correct(predicted: Tensor, truth: Tensor) -> Float[Tensor, "draws m"]:
@@ -185,7 +194,9 @@ def random_backbone(images: Images, recipe: Recipe, *, device: torch.device) -> 
                 nn.init.ones_(module.weight)
 
     order = torch.randperm(len(images), generator=generator(recipe.seed, "calibration"))[:1024]
-    for indices in order.split(256):
+    # The statistics of small batches are as good: their variances are unbiased, and 16 images have many pixels.
+    size = max(16, network.images_at_once(model, recipe, device, side=recipe.test_side, most=CALIBRATED))
+    for indices in order.split(size):
         if len(indices) > 1:
             pixels, sizes = images.batch(indices)
             x = pixels.to(device)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -24,9 +23,12 @@ from torch import Tensor
 
 from corinfomax.images.decode import check_skipped, cores, decode, map_images, padded, read_again, upright_size
 from corinfomax.images.files import DataError, Source, default_cache
+from corinfomax.images.mapped import MappedFile
 from corinfomax.images.sources import Data
 from corinfomax.runtime.seeds import generator
 
+COPIED_AT_ONCE = 2**26  # bytes
+BETWEEN_LOOKS = 64  # images: each may map 2 MiB of pages
 CACHE_FORMAT = 3  # raise it with every change of the decoded bytes or of their layout
 
 
@@ -49,6 +51,7 @@ class Images:
     skipped: tuple[tuple[str, str], ...]  # path and reason of each unreadable image of the split
     fingerprint: str  # of paths, decoded pixels and selection; copying or touching files does not change it
     files: Files | None = None  # the files, for images that are not cached
+    mapped: MappedFile | None = None  # the file behind `pixels`
     unlabelled: str = ""  # why labels that there are cannot be used
 
     def __len__(self) -> int:
@@ -87,6 +90,8 @@ class Images:
         """The cached images at `indices`, without copying them; `pixels` must be on the CPU."""
         # NumPy: torch would start its threads for every image, ruinous on busy cores.
         pixels, sizes = self.pixels.numpy(), self.sizes[indices].tolist()
+        if self.mapped is not None:
+            self.mapped.look()  # at what was read before
         return [
             pixels[offset : offset + 3 * height * width].reshape(3, height, width)
             for offset, (height, width) in zip(self.offsets[indices].tolist(), sizes, strict=True)
@@ -110,8 +115,22 @@ class Images:
 
         grid, rows = self._grid[0], self._grid[1][indices]
         if grid.device.type == "cpu":  # NumPy, as in `cached`
-            return torch.from_numpy(grid.numpy().take(rows.numpy(), 0)), self.sizes[indices]
+            pixels = torch.empty(len(rows), *grid.shape[1:], dtype=torch.uint8)
+            for chosen, out in zip(rows.split(BETWEEN_LOOKS), pixels.split(BETWEEN_LOOKS), strict=True):
+                grid.numpy().take(chosen.numpy(), 0, out.numpy(), "clip")  # the other modes copy `out`
+                if self.mapped is not None:
+                    self.mapped.look()
+            return pixels, self.sizes[indices]
         return grid.index_select(0, rows.to(grid.device, non_blocking=True)), self.sizes[indices]
+
+    def on(self, device: torch.device) -> Images:
+        """The same images with `pixels` on a device, copied in blocks so that the map never stands in memory whole."""
+        pixels = torch.empty_like(self.pixels, device=device)
+        for here, there in zip(self.pixels.split(COPIED_AT_ONCE), pixels.split(COPIED_AT_ONCE), strict=True):
+            there.copy_(here)
+            if self.mapped is not None:
+                self.mapped.look()
+        return replace(self, pixels=pixels, mapped=None)
 
 
 class Splits(NamedTuple):
@@ -188,7 +207,7 @@ class CacheContent(NamedTuple):
     """A cache on disk: a folder with pixels.bin, index.npy and index.json for each split and side."""
 
     table: Int64[np.ndarray, "n 3"]  # row in the source, height and width of each image
-    pixels: UInt8[Tensor, " bytes"]
+    mapped: MappedFile | None  # the pixels; None without any
     skipped: list[tuple[int, str]]  # row in the source and reason of each unreadable image
     digest: str  # hash of the pixels
 
@@ -217,7 +236,8 @@ def _load_split(
     lengths = 3 * sizes.prod(1) * (not from_files)
     paths = tuple(source.paths[row] for row in rows.tolist())
     return Images(
-        pixels=content.pixels,
+        pixels=torch.empty(0, dtype=torch.uint8) if content.mapped is None else content.mapped.bytes,
+        mapped=content.mapped,
         offsets=lengths.cumsum(0) - lengths,
         sizes=sizes,
         paths=paths,
@@ -242,14 +262,7 @@ def _open(folder: Path, source: Source, from_files: bool) -> CacheContent | None
         size = (folder / "pixels.bin").stat().st_size
         if size != 3 * table[:, 1:].prod(1).sum() * (not from_files) or len(table) + len(skipped) != len(source.paths):
             return None
-        if from_files:
-            return CacheContent(table, torch.empty(0, dtype=torch.uint8), skipped, digest)
-
-        # Mode "r": Linux counts a copy-on-write map as memory, and refuses one larger than the machine has.
-        mapped = np.memmap(folder / "pixels.bin", np.uint8, "r")
-        # torch would warn against writing to the map; nothing does.
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
-            return CacheContent(table, torch.from_numpy(mapped), skipped, digest)
+        return CacheContent(table, None if from_files else MappedFile(folder / "pixels.bin"), skipped, digest)
     except (OSError, EOFError, ValueError, KeyError):
         return None
 

@@ -162,7 +162,7 @@ def join_levels(levels: Iterable[Levels | None]) -> list[Levels]:
 def lost_range(levels: Levels) -> str | None:
     """A sentence about levels that decoding cuts off or merges, with a remedy; None if all is well."""
     low, high, floating = levels
-    found = f"levels from {low:,.6g} to {high:,.6g}"
+    found = f"levels from {low:,.7g} to {high:,.7g}"
     if floating and (low < 0 or high > 255):
         return f"{found}, and are read as 0 to 255: what is outside is cut off; scale them to 0 to 1"
     if floating or (low >= 0 and DEEPEST / 4 < high <= DEEPEST) or low == high == 0:

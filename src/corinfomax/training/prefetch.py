@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 
 import torch
 
@@ -59,7 +58,7 @@ def prefetch(
     if device.type == "cuda" and images.equal:
         free, _ = torch.cuda.mem_get_info(device)
         if images.pixels.numel() <= ROOM * free:
-            images = replace(images, pixels=images.pixels.to(device))
+            images = images.on(device)
             with contextlib.ExitStack() as stack:
                 read = reader(recipe, images, device, stack)
                 yield Prefetch(lambda step: read(draw_batch(recipe, images, step, part)), steps, device, None)

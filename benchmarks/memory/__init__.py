@@ -1,0 +1,1 @@
+"""How much memory: every command on many images."""

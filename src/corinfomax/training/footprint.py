@@ -1,0 +1,97 @@
+"""Memory of a training step before it is run, and the micro-batch with which it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from corinfomax.network import Network, autocast, match_dtype
+from corinfomax.recipes.fields import Recipe
+from corinfomax.runtime import memory, processes
+from corinfomax.runtime.memory import Tally
+from corinfomax.training.prefetch import AHEAD
+
+HEAP = 1.2  # memory of the process for each byte of tensors, for the gaps between them
+COMPILED = 2**27  # bytes of a CPU's compiled views, and of the threads that read ahead
+TRIALS = (2, 4)  # images: BatchNorm needs two
+
+
+class Footprint(NamedTuple):
+    """Bytes of tensors in a step, for the images of one process."""
+
+    fixed: float  # weights, their gradients, the optimiser's state, and the copy that is known to be good
+    waiting: float  # of an image in the batch, all views: its pixels, read ahead, its views and projections
+    saved: float  # of an image in one view: what backward needs
+    passing: float  # of an image in one view: what comes and goes in backward
+
+    def needs(self, images: int, views: int, part: int | None = None) -> float:
+        """Bytes of the process for a step on so many images, in micro-batches of `part`."""
+        if part is None or part >= images:
+            activations = images * (views * self.saved + self.passing)
+        else:
+            activations = part * (self.saved + self.passing)
+        return HEAP * (self.fixed + images * self.waiting + activations)
+
+
+def measure_footprint(recipe: Recipe, device: torch.device) -> Footprint:
+    """The footprint of a step, from a forward and a backward pass of one view of two images, and of four."""
+    # Not the learner: its BatchNorm may wait for other processes.
+    dtype = torch.float64 if recipe.precision == "float64" else None
+    network = Network(recipe.backbone, recipe.projector, size=recipe.size).to(device, dtype)
+    network = network.to(memory_format=torch.channels_last)
+    saved, peaks = list[int](), list[int]()
+    for images in TRIALS:
+        with Tally() as tally:
+            z = _project(network, recipe, device, images)
+            saved.append(tally.live)
+            z.sum().backward()
+        peaks.append(tally.peak)
+        network.zero_grad(set_to_none=True)
+    each, most = ((b - a) / (TRIALS[1] - TRIALS[0]) for a, b in (saved, peaks))
+
+    # Muon and SGD keep one number for each weight, AdamW two.
+    weights, state = _bytes(network.state_dict().values()), _bytes(network.parameters())
+    kept = weights + state * (2 if recipe.optim.name == "adamw" else 1)
+    view = 4 * (3 * recipe.size**2 + 4 * recipe.projector.widths[-1])
+    pixels = 3 * recipe.cache_side**2 * (1 + AHEAD) if device.type == "cpu" else 3 * recipe.cache_side**2
+    fixed = state + 2 * kept + (COMPILED / HEAP if device.type == "cpu" else 0)
+    return Footprint(fixed, pixels + recipe.n_views * view, each, max(0.0, most - each))
+
+
+def _project(network: Network, recipe: Recipe, device: torch.device, images: int) -> Tensor:
+    x = torch.randn(images, 3, recipe.size, recipe.size, device=device).to(memory_format=torch.channels_last)
+    with autocast(recipe, device):
+        return network(match_dtype(x, network))
+
+
+def _bytes(tensors: Iterable[Tensor | nn.Parameter]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def warning(recipe: Recipe, device: torch.device) -> str | None:
+    """One sentence when a step of the recipe does not fit into memory, with the micro-batch that does; else None."""
+    footprint = measure_footprint(recipe, device)
+    memory.give_back()
+    part = processes.share(recipe.batch)
+    n, free = part.stop - part.start, memory.room(device)
+    need = footprint.needs(n, recipe.n_views, recipe.micro_batch)
+    if need <= free:
+        return None
+
+    # the largest power of two that fits and leaves no single image
+    parts = [2**e for e in range(n.bit_length() - 1, 0, -1) if 2**e < n and n % 2**e != 1]
+    fitting = [p for p in parts if footprint.needs(n, recipe.n_views, p) <= free]
+    size = f"a step of {n:,} images" + (f" in parts of {recipe.micro_batch}" if recipe.micro_batch else "")
+    problem = f"{size} needs about {_gigabytes(need)} and {_gigabytes(free)} are free"
+    if not fitting:
+        return f"{problem}, too little for any --micro-batch: try a smaller --batch, --size or network"
+    least = _gigabytes(footprint.needs(n, recipe.n_views, fitting[0]))
+    exact = "the gradient stays exact, but BatchNorm sees a part at a time"
+    return f"{problem}: --micro-batch {fitting[0]} needs {least} ({exact})"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
