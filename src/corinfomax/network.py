@@ -100,7 +100,7 @@ def smallest_side(backbone: Backbone, above: int) -> int:
     side = next((side for side in SIDES if side > above and measure(backbone, side) is not None), None)
     if side is None:
         raise ValueError(f"{backbone.name} cannot take views of {above} px, nor larger ones up to {SIDES[-1]} px")
-    low = max([above, *(other for other in SIDES if other < side)])
+    low = max(above, *(smaller for smaller in (0, *SIDES) if smaller < side))
     while side - low > 1:
         middle = (low + side) // 2
         low, side = (low, middle) if measure(backbone, middle) is not None else (middle, side)

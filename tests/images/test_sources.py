@@ -184,6 +184,11 @@ def test_a_split_may_have_one_class_or_no_image(tmp_path: Path) -> None:
     assert only(find(tmp_path / "other")).paths == ("train/1.png",)
 
 
+def test_a_split_has_its_own_classes_if_training_has_none(tmp_path: Path) -> None:
+    splits = find(touch(tmp_path, "train/1.png", "train/2.png", "test/cat/3.png", "test/dog/4.png", "val/x/5.png"))
+    assert (splits["train"].labels, splits["test"].labels, splits["val"].labels) == (None, ("cat", "dog"), None)
+
+
 def test_folders_within_a_split_are_left_out_of_its_classes(tmp_path: Path) -> None:
     touch(
         tmp_path, *(f"seg_{split}/seg_{split}/{name}/1.png" for split in ("train", "test") for name in ("sea", "ice"))

@@ -59,7 +59,7 @@ class WeightsOptions:
     std: tuple[float, float, float] | None = None
     """Standard deviation of red, green and blue."""
     interpolation: Literal["bicubic", "bilinear"] | None = None
-    """How its images were resized."""
+    """Filter that resizes its images."""
 
 
 IMAGES = Annotated[DataOptions, GROUP]

@@ -32,6 +32,7 @@ class Doctor:
         from corinfomax import network
         from corinfomax.cli import fit, inputs
         from corinfomax.doctor import findings, inspect
+        from corinfomax.images.files import some
         from corinfomax.runtime import memory, run_folder
         from corinfomax.training import footprint, timing
 
@@ -74,9 +75,9 @@ class Doctor:
         if speed is not None:
             print(timing.forecast(speed, recipe, len(set(inspections[0].paths) - skipped), device))
         print(f"the cached images take {sum(part.decoded_bytes for part in inspections) / 1e6:,.0f} MB of disk")
-        left = len(set(inspections[0].paths) - skipped)
-        if left < 2:
-            print(f"no command to train: {left} training images would be left")
+        remaining = len(set(inspections[0].paths) - skipped)
+        if remaining < 2:
+            print(f"no command to train: {some(remaining, 'training image')} would be left")
             return 1
         colours = findings.colour_statistics(inspections[0]) or {}
         self._print_next(findings.skip_list(found, self.data, data.skip), len(skipped), colours)

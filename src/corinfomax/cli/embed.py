@@ -42,10 +42,10 @@ class Embed:
         count, width = sum(map(len, splits.values())), vectors["train"].shape[1]
         print(f"{self.out}: {count:,} images × {width} features, splits {', '.join(splits)}")
         if self.out.suffix == ".parquet":
-            odd = [path for images in splits.values() for path in images.paths if features.as_utf8(path) != path]
-            if odd:
-                names = some(len(odd), "name")
-                print(f"spelt out because they are not UTF-8: {names}, first {features.as_utf8(odd[0])}")
+            paths = [path for images in splits.values() for path in images.paths if features.as_utf8(path) != path]
+            if paths:
+                names = some(len(paths), "name")
+                print(f"spelt out because they are not UTF-8: {names}, first {features.as_utf8(paths[0])}")
             file = shlex.quote(str(self.out))
             print(f"to explore: uvx embedding-atlas {file} --x x --y y  (or --vector features, a neighbour map)")
         return 0

@@ -30,8 +30,9 @@ def choose_recipe(
         name = "cifar10" if cuda else "cpu-small"
         base, reason = RECIPES[name].recipe, f"{name}: {RECIPES[name].about}"
 
-    other = "backbone.name" in flags and typed.backbone.name != base.backbone.name
-    shaped = _other_network(base, typed.backbone.name) if other else base
+    shaped = base
+    if "backbone.name" in flags and typed.backbone.name != base.backbone.name:
+        shaped = _other_network(base, typed.backbone.name)
     recipe = fields.override(shaped, typed, flags & fields.flags(base).keys())
     if reason is not None:
         changes = fields.difference(recipe, base)

@@ -50,7 +50,7 @@ def load_weights(name: str, options: WeightsOptions, device: torch.device) -> Lo
 
 
 def load_several(names: Sequence[str], options: WeightsOptions, device: torch.device) -> list[LoadedBackbone]:
-    """Several weights; the options are for those that do not record their network, of which there must be one."""
+    """Several weights; the options are for those that do not record their network. RecordedError if all do."""
     loaded: list[LoadedBackbone] = []
     recorded: list[RecordedError] = []
     for name in names:
@@ -141,11 +141,11 @@ def options_of_own_images(options: DataOptions, name: str, loaded: LoadedBackbon
     if loaded.run is None or loaded.facts is None:
         return options
     data, facts = find_data(name, options), loaded.facts
-    own = data.place == Data(facts.data, Path(facts.root) if facts.root else None).place
-    if not own and facts.skip is not None:
+    same = data.place == Data(facts.data, Path(facts.root) if facts.root else None).place
+    if not same and facts.skip is not None:
         names = {path for source in data.whole_splits.values() for path in source.paths}
-        own = tables.read_names(loaded.run / facts.skip) <= names
-    if not own:
+        same = tables.read_names(loaded.run / facts.skip) <= names
+    if not same:
         return options
     recorded = options_of_run(options, loaded.run, facts)
     if changes := fields.difference(recorded, options):

@@ -44,7 +44,7 @@ class Output:
 
 @contextlib.contextmanager
 def forgiving() -> Iterator[Output]:
-    """Replace standard output and error in this block; gives the output, which knows what went wrong."""
+    """Replace standard output and error in this block; gives the output, with its error."""
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
         # daemons and windowed programs have none: the file also takes the number of the closed one

@@ -82,17 +82,18 @@ Arranged = tuple[dict[str, list[Member]], Sequence[str]]  # sorted images of eac
 def _as_folder(archive: Path, members: Sequence[Member]) -> Arranged:
     """The images of each split as if the archive were unpacked, without the folders around all of them."""
     members = sorted(members, key=lambda member: member.path)
-    found = layout.arrange([member.path for member in members], archive)
+    meant = layout.arrange([member.path for member in members], archive)
     splits: dict[str, list[Member]] = {}
-    for split, folder in found.folders.items():
-        top, start = found.start + (folder and f"{folder}/"), len(found.start)
+    for split, folder in meant.folders.items():
+        top, start = meant.start + (folder and f"{folder}/"), len(meant.start)
         inside = [member for member in members if member.path.startswith(top)]
         splits[split] = [m._replace(inner=m.path[len(top) :], path=m.path[start:]) for m in inside]
-    return splits, found.notes
+    return splits, meant.notes
 
 
 def _as_shards(root: Path, archives: Sequence[Path], members: Sequence[Member]) -> Arranged:
     """The images of each split of a set of shards."""
+    # the split in the name of each archive
     names = [layout.split_in(archive.stem) for archive in archives]
     notes = []
     if "train" not in names and len({*names} - {None}) > 1:
@@ -103,6 +104,8 @@ def _as_shards(root: Path, archives: Sequence[Path], members: Sequence[Member]) 
     if "train" not in names and (only := next(filter(None, names), None)):
         notes.append(f"no shard has train in its name: those of {only} are training images too")
         names = [None] * len(names)
+
+    # their images
     splits: dict[str, list[Member]] = {"train": []}
     for member in members:
         named = member._replace(path=f"{archives[member.archive].name}/{member.path}")

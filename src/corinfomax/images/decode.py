@@ -154,26 +154,26 @@ def deep_levels(image: Image.Image) -> Levels | None:
 
 def join_levels(levels: Iterable[Levels | None]) -> list[Levels]:
     """The range of all images with integers, and that of all with floating-point numbers, if there are any."""
-    known = [each for each in levels if each is not None]
-    kinds = [[each for each in known if each.floating == floating] for floating in (False, True)]
+    deep = [image for image in levels if image is not None]
+    kinds = [[image for image in deep if image.floating == floating] for floating in (False, True)]
     return [Levels(min(x.low for x in kind), max(x.high for x in kind), kind[0].floating) for kind in kinds if kind]
 
 
 def lost_range(levels: Levels) -> str | None:
     """A sentence about levels that decoding cuts off or merges, with a remedy; None if all is well."""
     low, high, floating = levels
-    found = f"levels from {low:,.7g} to {high:,.7g}"
+    span = f"levels from {low:,.7g} to {high:,.7g}"
     if floating and (low < 0 or high > 255):
-        return f"{found}, and are read as 0 to 255: what is outside is cut off; scale them to 0 to 1"
+        return f"{span}, and are read as 0 to 255: what is outside is cut off; scale them to 0 to 1"
     if floating or (low >= 0 and DEEPEST / 4 < high <= DEEPEST) or low == high == 0:
         return None
     if low < 0 or high > DEEPEST:
-        outside = f"{found}, and are read as 0 to {DEEPEST:,}: what is outside is cut off"
+        outside = f"{span}, and are read as 0 to {DEEPEST:,}: what is outside is cut off"
         return f"{outside}; shift and scale them to that range"
     bits = max(int(high), 1).bit_length()
-    left = (2**bits - 1) // 257 + 1
-    kept = f"{found}, within 0 to {2**bits - 1:,} of {DEEPEST:,}, so only {left} of 256 are left"
-    return f"{kept}; multiply them by {2 ** (16 - bits)}"
+    remaining = (2**bits - 1) // 257 + 1
+    problem = f"{span}, within 0 to {2**bits - 1:,} of {DEEPEST:,}, so only {remaining} of 256 are left"
+    return f"{problem}; multiply them by {2 ** (16 - bits)}"
 
 
 def read_crops(image: Image.Image, boxes: Int[np.ndarray, "v 4"], side: int) -> list[Crop]:

@@ -1,4 +1,4 @@
-"""The meaning of folder names: which folders are splits, which are classes, and which are not read."""
+"""The meaning of folder names: splits, classes, and folders that are not read."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ def from_folder(root: Path) -> Located:
     stamps = scan(root, unread=unread)
     layout = arrange(list(stamps), root)
     inside = {split: layout.start + (folder and f"{folder}/") for split, folder in layout.folders.items()}
-    parts = {split: [path for path in stamps if path.startswith(top)] for split, top in inside.items()}
-    if not parts["train"]:
+    files = {split: [path for path in stamps if path.startswith(top)] for split, top in inside.items()}
+    if not files["train"]:
         raise no_images(f"{root} or its folders", unread)
+
+    # labels, and what could be meant otherwise
     empty = list(_empty_splits(root / layout.start, layout.start, list(stamps)))
     if layout.folders["train"] == "" and (trains := [place for place in empty if split_in(place.name) == "train"]):
         raise no_images(trains[0], unread)
-    labels, notes = class_labels({split: [path[len(inside[split]) :] for path in parts[split]] for split in parts})
+    labels, notes = class_labels({split: [path[len(inside[split]) :] for path in files[split]] for split in files})
     sources = {
-        split: from_files(root, {path: stamps[path] for path in paths}, labels[split]) for split, paths in parts.items()
+        split: from_files(root, {path: stamps[path] for path in paths}, labels[split]) for split, paths in files.items()
     }
     nothing = [f"{place.name} holds no images" for place in empty]
     return Located(sources, (*layout.notes, *notes, *nothing, *unread.notes()))
@@ -65,10 +67,10 @@ def split_in(name: str) -> str | None:
 
     Raises DataError for a name with two.
     """
-    found = {split for word in _words(name) if (split := _split_of_word(word)) is not None}
-    if len(found) > 1:
-        raise DataError(f"{name} names the splits {' and '.join(sorted(found))}: rename it by its split alone")
-    return next(iter(found), None)
+    splits = {split for word in _words(name) if (split := _split_of_word(word)) is not None}
+    if len(splits) > 1:
+        raise DataError(f"{name} names the splits {' and '.join(sorted(splits))}: rename it by its split alone")
+    return next(iter(splits), None)
 
 
 def _words(name: str) -> list[str]:
@@ -96,7 +98,7 @@ def common_folder(paths: Sequence[str]) -> str:
     """The folders around all of the sorted paths, ending in a slash; empty without any."""
     if not paths:
         return ""
-    # What the first and the last path share, all of them share.
+    # All paths share the common start of the first and the last.
     pairs = zip(paths[0], paths[-1], strict=False)
     shared = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return shared[: shared.rfind("/") + 1]
@@ -152,8 +154,8 @@ def _choose_splits(
     trains = [name for name, split in plain.items() if split == "train"]
     if trains and (len(set(plain.values())) > 1 or _train_is_split(trains[0], others, paths)):
         # plain names win over others: train/ over train_old/
-        taken = set(plain.values())
-        return _by_split(plain | {name: split for name, split in named.items() if split not in taken}, place)
+        more = {name: split for name, split in named.items() if split not in plain.values()}
+        return _by_split(plain | more, place)
     if trains or others or not named:
         return None
 
@@ -210,26 +212,30 @@ def _class_notes(named: Mapping[str, str], aside: Sequence[str], others: Sequenc
 def class_labels(splits: Mapping[str, Sequence[str]]) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
     """Class of each image from its sorted path below its split, for each split, and notes about missing ones.
 
-    The class is the first folder below the folders around all training images. A split has labels if each of its
-    images has a class and training has two classes; without training labels no split has any.
+    The class is the first folder below the folders around all training images, or around those of the split if training
+    has no classes. A split has labels if each of its images has a class; one alone counts only if training has more.
     """
-    depth = common_folder(splits["train"]).count("/")
-    folders: dict[str, list[str]] = {}
-    for split, paths in splits.items():
-        parts = (path.split("/", depth + 1) for path in paths)
-        folders[split] = [sys.intern(part[depth]) if len(part) > depth + 1 else "" for part in parts]
+    training = _folders(splits["train"], common_folder(splits["train"]).count("/"))
+    trained = len({*training} - {""}) > 1
+    labels: dict[str, tuple[str, ...] | None] = {}
     notes: list[str] = []
-    if len({*folders["train"]} - {""}) < 2:
-        return dict.fromkeys(splits), notes
-    for split, names in folders.items():
-        if (bare := names.count("")) and bare < len(names):
-            first = splits[split][names.index("")]
-            lie = "lies" if bare == 1 else "lie"
-            place = f"{bare:,} of {len(names):,} images {lie} beside the class folders, first {quoted(first)}"
+    for split, paths in splits.items():
+        depth = common_folder(splits["train"] if trained else paths).count("/")
+        names = training if split == "train" else _folders(paths, depth)
+        bare, classes = names.count(""), len({*names} - {""})
+        several = classes > 1 or (trained and classes == 1 and split != "train")
+        labels[split] = tuple(names) if several and not bare else None
+        if several and bare:
+            lie, first = "lies" if bare == 1 else "lie", quoted(paths[names.index("")])
+            place = f"{bare:,} of {len(names):,} images {lie} beside the class folders, first {first}"
             notes.append(f"no labels in {split}: {place}")
-    if "" in folders["train"]:
-        return dict.fromkeys(splits), notes
-    return {split: None if "" in names else tuple(names) for split, names in folders.items()}, notes
+    return labels, notes
+
+
+def _folders(paths: Sequence[str], depth: int) -> list[str]:
+    """Folder of each path at this depth, empty for a path that ends above it."""
+    parted = (path.split("/", depth + 1) for path in paths)
+    return [sys.intern(names[depth]) if len(names) > depth + 1 else "" for names in parted]
 
 
 def _nested_split_notes(paths: Sequence[str]) -> Iterator[str]:

@@ -106,7 +106,8 @@ class Data:
         train = self.splits()["train"]
         count = len(train.paths)
         rows = range(0, count, max(1, count // 64))[:64]
-        opened = [seen for row in rows if not isinstance(seen := try_image(train, row, _side_and_levels), str)]
+        results = [try_image(train, row, _side_and_levels) for row in rows]
+        opened = [result for result in results if not isinstance(result, str)]
         if not opened:
             raise DataError(f"none of {len(rows)} files in {train.root} opens as an image, first {train.paths[0]}")
         side = int(statistics.median(side for side, _ in opened))
@@ -120,7 +121,7 @@ class Data:
 
     @property
     def place(self) -> tuple[str, Path]:
-        """What two Data of the same images share: the set and its folder, or the resolved path."""
+        """The set and its folder, or the resolved path: equal for two Data of the same images."""
         if self.name in NAMED:
             return str(self.name), (self.root or ROOT).resolve()
         return "", Path(self.name).expanduser().resolve()

@@ -45,8 +45,12 @@ def from_list(file: Path) -> Located:
     lines, comments = _text_lines(file)
     notes: tuple[str, ...] = ()
     if comments:
-        what = "line that starts with # is a comment" if len(comments) == 1 else "lines that start with # are comments"
-        notes = (f"{len(comments):,} {what} in {file.name}, first {quoted(comments[0])} (a path may start with ./#)",)
+        meaning = "line that starts with # is a comment"
+        if len(comments) > 1:
+            meaning = "lines that start with # are comments"
+        notes = (
+            f"{len(comments):,} {meaning} in {file.name}, first {quoted(comments[0])} (a path may start with ./#)",
+        )
     return Located(_from_lines(file, [Line(number, path) for number, path in lines]), notes)
 
 
@@ -76,7 +80,7 @@ def from_table(file: Path) -> Located:
     notes: tuple[str, ...] = ()
     if unread := [name for name in columns if columns[name] not in (path, label, split) and name]:
         named = {"paths": path, "labels": label, "splits": split}
-        read = listed([f"{what} from {column.strip()}" for what, column in named.items() if column])
+        read = listed([f"{content} from {column.strip()}" for content, column in named.items() if column])
         notes = (f"columns of {file.name}: {read}; not read: {listed(unread)}",)
     return Located(_from_lines(file, lines), notes)
 
@@ -148,13 +152,13 @@ def _from_lines(file: Path, lines: Sequence[Line]) -> dict[str, Source]:
 
 def _locate(file: Path, split: str, lines: Sequence[Line]) -> list[tuple[str, Stamp]]:
     """Path and stamp of each line's file; MissingDataError for files that do not exist."""
-    found = [_find(file.parent, line.path) for line in lines]
-    missing = [line for line, place in zip(lines, found, strict=True) if place is None]
+    places = [_find(file.parent, line.path) for line in lines]
+    missing = [line for line, place in zip(lines, places, strict=True) if place is None]
     if missing:
         problem = f"{len(missing)} of the {len(lines)} {split} images in {file} do not exist"
         first = f"line {missing[0].number}: {quoted(missing[0].path)}"
         raise MissingDataError(f"{problem}, first {first}; paths start from {file.parent}")
-    return [place for place in found if place is not None]
+    return [place for place in places if place is not None]
 
 
 def _find(folder: Path, path: str) -> tuple[str, Stamp] | None:

@@ -152,11 +152,11 @@ def match_names(tensors: Tensors, model: nn.Module, *, source: str, prefix: str 
     # Every prefix of the model's first name is a candidate.
     wanted = model.state_dict()
     anchor = next(iter(wanted))
-    found = sorted({"", *(name[: -len(anchor)] for name in tensors if f".{name}".endswith(f".{anchor}"))})
-    prefixes = [name for name in found if prefix is None or f"{name}.".startswith(f"{prefix.rstrip('.')}.")]
+    starts = sorted({"", *(name[: -len(anchor)] for name in tensors if f".{name}".endswith(f".{anchor}"))})
+    prefixes = [name for name in starts if prefix is None or f"{name}.".startswith(f"{prefix.rstrip('.')}.")]
     if not prefixes:
         raise ValueError(
-            f"{source} has no network under the prefix {prefix!r}; it has {', '.join(found[1:]) or 'none'}"
+            f"{source} has no network under the prefix {prefix!r}; it has {', '.join(starts[1:]) or 'none'}"
         )
     mismatches = {name: _mismatch(tensors, wanted, name, heads) for name in prefixes}
 
@@ -211,15 +211,15 @@ def _misfit(
 
 def identify(tensors: Tensors) -> str | None:
     """The network of FAMILIES that tensors are of, under any prefix and beside any others; None if it is none."""
-    names = next((names for part, names in FAMILIES.items() if any(part in name for name in tensors)), "")
+    names = next((names for key, names in FAMILIES.items() if any(key in name for name in tensors)), "")
     for network in names.split():
         with torch.device("meta"):
             wanted = build_backbone(Backbone(name=network)).state_dict()
         shapes = {name: tensor.shape for name, tensor in wanted.items() if not name.endswith("num_batches_tracked")}
         anchor = next(iter(shapes))
         for prefix in {name[: -len(anchor)] for name in tensors if f".{name}".endswith(f".{anchor}")}:
-            found = {name: tensors.get(prefix + name) for name in shapes}
-            if all(tensor is not None and tensor.shape == shapes[name] for name, tensor in found.items()):
+            same = {name: tensors.get(prefix + name) for name in shapes}
+            if all(tensor is not None and tensor.shape == shapes[name] for name, tensor in same.items()):
                 # a smaller network of the family may lie within a larger one
                 rest = [name for name in tensors if name.startswith(prefix) and name.removeprefix(prefix) not in wanted]
                 if len(rest) <= max(8, len(shapes) // 10):  # classifier, or a projector in its place
