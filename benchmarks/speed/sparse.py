@@ -12,6 +12,7 @@ from PIL import Image
 
 from corinfomax.images import cache as images
 from corinfomax.images.cache import Images
+from corinfomax.images.files import Source
 
 NAMES = 20_000  # a file's names; ext4 allows 65,000
 
@@ -24,15 +25,18 @@ def million(folder: Path, count: int, side: int) -> Images:
         stream.truncate(count * stride)
     index = np.stack((np.arange(count), *[np.full(count, side)] * 2), 1)
     np.save(cache / "index.npy", index, allow_pickle=False)
-    (cache / "index.json").write_text(json.dumps({"skipped": [], "digest": ""}))
-    opened = images._open(cache, count)  # the layout is the package's own affair: if it changes, this fails
+    paths = tuple(f"train/{i % 1000:04}/{i:08}.jpg" for i in range(count))
+    source = Source("", paths, np.zeros((count, 4), np.int64), None)
+    notes = {"skipped": [], "digest": "", "stamps": images._digest_of(source.stamps.tobytes())}
+    (cache / "index.json").write_text(json.dumps(notes))
+    opened = images._open(cache, source, False)  # the layout is the package's own affair: if it changes, this fails
     assert opened is not None and opened.mapped is not None
     return Images(
         pixels=opened.mapped.bytes,
         mapped=opened.mapped,
         offsets=torch.arange(count) * stride,
         sizes=torch.from_numpy(opened.table[:, 1:].copy()),
-        paths=tuple(f"train/{i % 1000:04}/{i:08}.jpg" for i in range(count)),
+        paths=paths,
         labels=None,
         classes=(),
         skipped=(),
