@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.speed.metrics import Metric
 
@@ -14,6 +15,7 @@ TITLES = {
     "memory": "Memory",
     "growth": "Growth",
 }
+COMMANDS = Path(__file__).parents[1] / "memory" / "commands.md"  # by hand: its commands take an hour
 ABOUT = """\
 # Benchmarks
 
@@ -35,7 +37,7 @@ def page(metrics: Sequence[Metric], machine: dict[str, str]) -> str:
         rows = [m for m in metrics if m.suite == suite]
         if rows:
             parts += [f"## {title}\n", *table(rows, goals=False)]
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n".join([*parts, COMMANDS.read_text("utf-8")]).rstrip() + "\n"
 
 
 def notes(machine: dict[str, str]) -> list[str]:

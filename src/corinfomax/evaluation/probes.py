@@ -302,12 +302,25 @@ def _eigenpairs(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Eigenpair
     Decomposes the smaller of the d×d and the n×n product: they share their r ≤ min(n, d) eigenvalues above 0.
     """
     n, d = x.shape
-    wide = torch.cat([*_blocks(x, mean)]).T if n < d else None
-    blocks = (block.T @ block for block in _blocks(x, mean))
-    spectrum, vectors = torch.linalg.eigh((sum(blocks, mean.new_zeros(d, d)) if wide is None else wide.T @ wide) / n)
+    products = _between_rows(x, mean) if n < d else sum((b.T @ b for b in _blocks(x, mean)), mean.new_zeros(d, d))
+    spectrum, vectors = torch.linalg.eigh(products.div_(n))
+    del products  # as large as the vectors, which for raw pixels are 75 MB
     above = spectrum > max(n, d) * torch.finfo(spectrum.dtype).eps * spectrum[-1].clamp_min(0)
     spectrum, vectors = spectrum[above], vectors[:, above]
-    return vectors if wide is None else wide @ vectors / (n * spectrum).sqrt(), spectrum
+    if n >= d:
+        return vectors, spectrum
+    basis = mean.new_zeros(d, len(spectrum))
+    for block, rows in zip(_blocks(x, mean), vectors.split(_rows(x)), strict=True):
+        basis.addmm_(block.T, rows)
+    return basis.div_((n * spectrum).sqrt()), spectrum
+
+
+def _between_rows(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Float[Tensor, "n n"]:
+    """Products (x − mean)(x − mean)ᵀ."""
+    centred = mean.new_empty(x.shape)
+    for block, rows in zip(_blocks(x, mean), centred.split(_rows(x)), strict=True):
+        rows.copy_(block)
+    return centred @ centred.T
 
 
 def rank_in_class(codes: Int[Tensor, " n"], rng: torch.Generator) -> Int[Tensor, " n"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import PurePath
 from typing import NamedTuple
@@ -120,15 +120,18 @@ def probe_features(
     device = device if has_room(device, OTHER_BYTES + FEATURE_COPIES * (train.nbytes + test.nbytes)) else CPU
     train, labels, test, truth = (x.to(device) for x in (train, splits.train.labels, test, splits.test.labels))
 
-    # all labels, then few
-    outcomes = {
-        "kNN": _correct(probes.knn(train, labels, test), truth),
-        "ridge": _correct(probes.ridge(train, labels, test).predicted, truth),
-        "linear": _correct(probes.logistic(train, labels, test, seed=seed).predicted, truth),
+    # all labels, then few; each gives back what it took, which the next would otherwise add to
+    fits: dict[str, Callable[[], Tensor]] = {
+        "kNN": lambda: probes.knn(train, labels, test),
+        "ridge": lambda: probes.ridge(train, labels, test).predicted,
+        "linear": lambda: probes.logistic(train, labels, test, seed=seed).predicted,
+        "10 a class": lambda: probes.few_label(train, labels, test, per_class=10, seed=seed),
+        "1 a class": lambda: probes.few_label(train, labels, test, per_class=1, seed=seed),
     }
-    for count in (10, 1):
-        predicted = probes.few_label(train, labels, test, per_class=count, seed=seed)
-        outcomes[f"{count} a class"] = _correct(predicted, truth)
+    outcomes: Outcomes = {}
+    for name, fit in fits.items():
+        outcomes[name] = _correct(fit(), truth)
+        memory.give_back()
 
     # retrieval
     precision = intervals.average_precision(test, truth).cpu()
@@ -201,6 +204,7 @@ def random_backbone(images: Images, recipe: Recipe, *, device: torch.device) -> 
             pixels, sizes = images.batch(indices)
             x = pixels.to(device)
             model(operations.centre_view(x, sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std))
+    memory.give_back()
     return model.eval()
 
 

@@ -225,7 +225,7 @@ def class_labels(splits: Mapping[str, Sequence[str]]) -> tuple[dict[str, tuple[s
         bare, classes = names.count(""), len({*names} - {""})
         several = classes > 1 or (trained and classes == 1 and split != "train")
         labels[split] = tuple(names) if several and not bare else None
-        if several and bare:
+        if classes and bare:
             lie, first = "lies" if bare == 1 else "lie", quoted(paths[names.index("")])
             place = f"{bare:,} of {len(names):,} images {lie} beside the class folders, first {first}"
             notes.append(f"no labels in {split}: {place}")
