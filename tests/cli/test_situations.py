@@ -1,6 +1,7 @@
 """Situations that people meet: nothing is silently read, built, scored or lost in another way than it was meant."""
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 
 import tiny
@@ -95,6 +96,50 @@ def test_the_card_names_a_shape_that_is_not_timms(tmp_path, capsys, monkeypatch)
     assert run("export", "run", "--out", "card") == 0
     text = (tmp_path / "card" / "README.md").read_text()
     assert "timm's resnet18 without classifier, with layers 1 1 1 1, channels 8 8 8 16, a small stem" in text
+
+
+# --- one bad file does not end everything ---
+
+
+def with_long_text(path):
+    """A PNG with a compressed text of two million letters, as editors and generators of images write."""
+    about = PngImagePlugin.PngInfo()
+    about.add_text("workflow", "x" * 2_000_000, zip=True)
+    Image.open(path).copy().save(path, pnginfo=about)
+
+
+def damaged(wanted):
+    """The first damage of one byte that Pillow refuses in this way."""
+
+    def damage(path):
+        good = path.read_bytes()
+        for place, value in itertools.product(range(len(good)), (0, 255, 1, 8)):
+            bad = good[:place] + bytes([good[place] ^ value if value in (1, 8) else value]) + good[place + 1 :]
+            try:
+                Image.open(io.BytesIO(bad)).close()
+            except Exception as error:
+                if type(error) is wanted:
+                    path.write_bytes(bad)
+                    return
+        pytest.skip(f"this Pillow never raises {wanted.__name__} here")
+
+    return damage
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("ending", "damage"), [("png", with_long_text), ("tiff", damaged(ValueError)), ("ppm", damaged(ValueError))]
+)
+def test_a_file_that_pillow_refuses_in_any_way_is_named_and_left_out(tmp_path, capsys, ending, damage):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number, picture in enumerate(tiny.pictures(30)):
+        Image.fromarray(picture).save(data / f"{number:03}.{ending}")
+    damage(data / f"007.{ending}")
+    assert run("doctor", data, "--seconds", "0", "--out", tmp_path / "skip.txt") == 1
+    assert f"1 of 30 training images cannot be read and will be ignored: 007.{ending}" in capsys.readouterr().out
+    assert run("pretrain", data, "--out", tmp_path / "run", *KNOBS) == 0
+    assert f"left out 1 unreadable image of train, first 007.{ending}: " in capsys.readouterr().out
 
 
 # --- what belongs to a run stays with it ---

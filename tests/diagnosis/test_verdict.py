@@ -56,8 +56,10 @@ def grown(**changes):
 def test_a_run_with_too_few_images_to_measure_is_not_told_to_train_longer():
     looks = [row(step, ldmi=None) for step in (10, 50, 100, 300, 600, 1000)]
     found = judge(*looks, ended=True)
-    assert found.kind == "healthy"
+    assert found.kind == "too few to say"
     assert "Fewer than 64 images" in found.advice and "epochs" not in found.advice
+    short = judge(row(2, ldmi=None), ended=True)
+    assert short.kind == "too few to say" and "in a run of only 2 steps" in short.advice
 
 
 def test_before_the_first_look_there_is_none():
