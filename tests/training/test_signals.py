@@ -9,6 +9,15 @@ from corinfomax.runtime import processes
 from corinfomax.training import signals
 
 
+@pytest.fixture
+def at_a_terminal():
+    """SIGHUP as at a terminal: the tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("at_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_alone_the_answer_is_at_once(number):
     with signals.stop_signals() as stop:

@@ -78,10 +78,12 @@ def _keep_freed_memory() -> None:
 @contextlib.contextmanager
 def _borrowed_process() -> Iterator[None]:
     """Treat SIGTERM and SIGHUP as Ctrl-C in this block; after it undo `inputs.choose_device`'s settings."""
-    # only the main thread may handle signals; nohup ignores the end of the terminal on purpose
-    main_thread = threading.current_thread() is threading.main_thread()
-    names = [name for name in ("SIGTERM", "SIGHUP") if main_thread and hasattr(signal, name)]
-    numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN]
+    numbers: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():  # only it may handle signals
+        numbers.append(signal.SIGTERM)
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none, and nohup ignores it on purpose
+        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+            numbers.append(hangup)
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     torch = sys.modules.get("torch")
     # torch cannot be asked, so look whether such a number survives.
