@@ -179,8 +179,8 @@ def test_the_input_of_foreign_weights_can_be_typed_and_is_said(state, tmp_path):
     assert "trained with others" not in typed.summary
 
     images = cache.load(tiny.folder(tmp_path / "data", {"": 4}, side=48), side=48, progress=False).train
-    one, other = (features.extract_features(typed.backbone, images, each.recipe) for each in (assumed, typed))
-    assert not torch.allclose(one, other, rtol=1e-3)
+    one, other = (features.extract_features(nn.Flatten(), images, each.recipe) for each in (assumed, typed))
+    assert one.shape == other.shape and (one - other).abs().mean() > 0.1
 
 
 def test_weights_of_ours_know_their_input(tmp_path, capsys):
