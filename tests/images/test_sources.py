@@ -257,7 +257,7 @@ def test_listing_costs_microseconds_a_file(tmp_path: Path) -> None:
         started = time.process_time()
         assert len(only(find(tmp_path)).paths) == 5000
         times.append(time.process_time() - started)
-    assert min(times) / 5000 < 20e-6  # 100,000 files in 2 s; about 10 µs a file is measured
+    assert min(times) / 5000 < 50e-6  # 100,000 files in 5 s on a slow machine; about 9 µs a file is measured
 
 
 def test_a_text_list(tmp_path: Path) -> None:
