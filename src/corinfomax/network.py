@@ -90,16 +90,21 @@ def _patch(backbone: Backbone) -> int | None:
         return None
     with torch.device("meta"):
         model = timm.create_model(backbone.name, num_classes=0)
-    return max(getattr(getattr(model, "patch_embed", None), "patch_size", (0,))) or None
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return max(size) if isinstance(size, tuple) else size
 
 
 def smallest_side(backbone: Backbone, above: int) -> int:
     """The smallest side above `above` px that a network can take; ValueError if there is none up to SIDES[-1]."""
-    if patch := _patch(backbone):
-        return (above // patch + 1) * patch
-    side = next((side for side in SIDES if side > above and measure(backbone, side) is not None), None)
+    patch = _patch(backbone)
+    sides = range((above // patch + 1) * patch, SIDES[-1] + 1, patch) if patch else SIDES
+    side = next((side for side in sides if side > above and measure(backbone, side) is not None), None)
     if side is None:
         raise ValueError(f"{backbone.name} cannot take views of {above} px, nor larger ones up to {SIDES[-1]} px")
+    if patch:
+        return side
+
+    # the smallest between the last side that is too small and this one
     low = max(above, *(smaller for smaller in (0, *SIDES) if smaller < side))
     while side - low > 1:
         middle = (low + side) // 2
@@ -197,8 +202,8 @@ def match_dtype(x: Float[Tensor, "n 3 h w"], model: nn.Module) -> Float[Tensor, 
 
 
 @torch.inference_mode()
-def images_at_once(model: nn.Module, recipe: Recipe, device: torch.device, *, side: int, most: int) -> int:
-    """Images of this side in a batch without gradients: `most`, or fewer where their activations take much memory."""
+def activations(model: nn.Module, recipe: Recipe, device: torch.device, *, side: int) -> int:
+    """Bytes that one more image of this side takes at the worst moment of a pass without gradients."""
 
     def forward(count: int) -> None:
         x = torch.zeros(count, 3, side, side, device=device).to(memory_format=torch.channels_last)
@@ -208,6 +213,11 @@ def images_at_once(model: nn.Module, recipe: Recipe, device: torch.device, *, si
     model.eval()
     try:
         with autocast(recipe, device):
-            return memory.images_at_once(memory.growth(forward), device, most=most)
+            return memory.growth(forward)
     finally:
         model.train(was_training)
+
+
+def images_at_once(model: nn.Module, recipe: Recipe, device: torch.device, *, side: int, most: int) -> int:
+    """Images of this side in a batch without gradients: `most`, or fewer where their activations take much memory."""
+    return memory.images_at_once(activations(model, recipe, device, side=side), device, most=most)

@@ -172,6 +172,16 @@ def test_scores_and_features_leave_out_what_the_run_left_out(leaky, tmp_path, ca
     assert len(np.load(tmp_path / "v.npz")["path"]) == 52
 
 
+def test_an_empty_list_makes_no_images_the_runs_own(tmp_path, capsys):
+    (tmp_path / "none.txt").write_text("# nothing\n")
+    data, other = tiny.folder(tmp_path / "a", {"": 40}), tiny.folder(tmp_path / "b", {"": 40})
+    words = ["--skip", tmp_path / "none.txt", "--holdout", "0.3", "--out", tmp_path / "run"]
+    assert run("pretrain", data, *words, *KNOBS) == 0
+    capsys.readouterr()
+    assert run("evaluate", tmp_path / "run", other) == 0
+    assert "as in the run" not in capsys.readouterr().out
+
+
 def test_a_typed_list_wins_and_other_images_have_none(leaky, tmp_path, capsys):
     data, root = leaky
     (tmp_path / "none.txt").write_text("")

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tiny
-from corinfomax.evaluation import features
+from corinfomax.evaluation import features, table
 from corinfomax.evaluation.features import extract_features
 from corinfomax.images import cache
 from corinfomax.network import build_backbone, images_at_once
@@ -87,16 +87,21 @@ def test_evaluate_stays_within_its_bound_at_224_px(tmp_path):
     assert grown < 600, f"{grown:.0f} MB"
 
 
-def test_raw_pixels_of_very_many_images_are_fewer(monkeypatch):
+def test_raw_pixels_of_very_many_images_are_fewer():
     from corinfomax.evaluation.table import RAW_NUMBERS, _raw_side
 
     assert [_raw_side(n) for n in (100, 5_000, 20_000)] == [32] * 3
     assert _raw_side(50_000) == 24 and _raw_side(100_000) == 16
     assert 100_000 * 3 * _raw_side(100_000) ** 2 <= RAW_NUMBERS
-    monkeypatch.setattr(memory, "room", lambda device: 16 * 5_000 * 3 * 10**2)
-    assert _raw_side(5_000) == 10
-    monkeypatch.setattr(memory, "room", lambda device: 0)
-    assert _raw_side(5_000) == 4
+
+
+def test_baselines_do_not_change_with_the_memory_that_is_free(monkeypatch, tmp_path):
+    images, recipe = tiny.splits(tmp_path).train, tiny.RECIPE
+    before = table.random_backbone(images, recipe, device=torch.device("cpu")).state_dict()
+    side = table._raw_side(len(images))
+    monkeypatch.setattr(memory, "room", lambda device: 1)
+    assert tiny.equal_states(table.random_backbone(images, recipe, device=torch.device("cpu")).state_dict(), before)
+    assert table._raw_side(len(images)) == side
 
 
 def test_a_set_in_memory_and_its_map_give_the_same_features(tmp_path):

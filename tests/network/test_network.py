@@ -98,6 +98,13 @@ def test_the_small_stem_is_as_wide_as_the_first_of_the_channels():
     assert wide(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
 
 
+@pytest.mark.parametrize("name", ["xcit_nano_12_p8_224", "efficientvit_m0", "swin_tiny_patch4_window7_224"])
+def test_the_next_side_that_a_network_takes_is_one(name):
+    side = network.smallest_side(Backbone(name=name), 21)
+    assert network.measure(Backbone(name=name), side) is not None
+    assert 21 < side <= 64
+
+
 def test_a_network_of_fixed_input_size_gets_the_views_size():
     model = network.build_backbone(Backbone(name="vit_tiny_patch16_224"), size=32)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 192)

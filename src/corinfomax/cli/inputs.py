@@ -144,7 +144,8 @@ def options_of_own_images(options: DataOptions, name: str, loaded: LoadedBackbon
     same = data.place == Data(facts.data, Path(facts.root) if facts.root else None).place
     if not same and facts.skip is not None:
         names = {path for source in data.whole_splits.values() for path in source.paths}
-        same = tables.read_names(loaded.run / facts.skip) <= names
+        listed = tables.read_names(loaded.run / facts.skip)
+        same = bool(listed) and listed <= names
     if not same:
         return options
     recorded = options_of_run(options, loaded.run, facts)

@@ -86,8 +86,11 @@ def evaluate(
 
 
 def _raw_side(images: int) -> int:
-    """Side of the raw pixels to score: more than 32 px cost much and score no better; fewer for very many images."""
-    return min(32, max(4, math.isqrt(int(min(RAW_NUMBERS, memory.room(CPU) / 16)) // (3 * images))))
+    """Side of the raw pixels to score: more than 32 px cost much and score no better; fewer for very many images.
+
+    It depends on the images alone: scores must not change with the memory that is free.
+    """
+    return min(32, max(4, math.isqrt(RAW_NUMBERS // (3 * images))))
 
 
 def _outcomes(contender: Contender, device: torch.device, published_probe: bool, fine_tune: bool) -> Outcomes:
@@ -198,7 +201,9 @@ def random_backbone(images: Images, recipe: Recipe, *, device: torch.device) -> 
 
     order = torch.randperm(len(images), generator=generator(recipe.seed, "calibration"))[:1024]
     # The statistics of small batches are as good: their variances are unbiased, and 16 images have many pixels.
-    size = max(16, network.images_at_once(model, recipe, device, side=recipe.test_side, most=CALIBRATED))
+    # Their size depends on the network alone: scores must not change with the memory that is free.
+    each = network.activations(model, recipe, device, side=recipe.test_side)
+    size = min(CALIBRATED, max(16, memory.ACTIVATIONS // each))
     for indices in order.split(size):
         if len(indices) > 1:
             pixels, sizes = images.batch(indices)

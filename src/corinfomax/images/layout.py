@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import posixpath
 import re
 import sys
 from collections import Counter
@@ -98,10 +99,9 @@ def common_folder(paths: Sequence[str]) -> str:
     """The folders around all of the sorted paths, ending in a slash; empty without any."""
     if not paths:
         return ""
-    # All paths share the common start of the first and the last.
-    pairs = zip(paths[0], paths[-1], strict=False)
-    shared = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return shared[: shared.rfind("/") + 1]
+    # of sorted paths, what the first and the last share is shared by all
+    folder = posixpath.commonpath([posixpath.dirname(path) for path in (paths[0], paths[-1])])
+    return f"{folder}/" if folder else ""
 
 
 def arrange(paths: Sequence[str], place: object) -> Layout:
