@@ -230,7 +230,8 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
     # Too few images to compare views, or to learn from.
     best = look.measures.ldmi
     if ended and best is None:
-        short = f", in a run of only {last.step} steps" if last.step < ENOUGH else ""
+        steps = "one step" if last.step == 1 else f"{last.step} steps"
+        short = f", in a run of only {steps}" if last.step < ENOUGH else ""
         few = f"Fewer than {2 * dim} images were measured, too few to tell how much views share{short}: add images."
         return Verdict("too few to say", f"Nothing looks wrong: {used}.", few, numbers)
 
