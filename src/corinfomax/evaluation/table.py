@@ -25,6 +25,7 @@ from corinfomax.views import operations
 BASELINES = ("untrained", "raw pixels")
 CPU = torch.device("cpu")
 FEWEST_TEST = 20  # test images of a score; with fewer, one image is more than five points
+RAW_SIDE = 24  # px, of raw pixels to score: 32 px cost three times as much and score no better
 RAW_NUMBERS = 50_000 * 3 * 24**2  # of the raw pixels of all training images: 350 MB of float32, and once more to fit
 FEATURE_COPIES = 5  # memory of the probes in sizes of the features; logistic regression holds four
 OTHER_BYTES = 2 << 30  # for the rankings of kNN and mAP and the matrices of ridge, whatever the features take
@@ -86,11 +87,11 @@ def evaluate(
 
 
 def _raw_side(images: int) -> int:
-    """Side of the raw pixels to score: more than 32 px cost much and score no better; fewer for very many images.
+    """Side of the raw pixels to score, smaller for more than 50,000 images.
 
     It depends on the images alone: scores must not change with the memory that is free.
     """
-    return min(32, max(4, math.isqrt(RAW_NUMBERS // (3 * images))))
+    return min(RAW_SIDE, max(4, math.isqrt(RAW_NUMBERS // (3 * images))))
 
 
 def _outcomes(contender: Contender, device: torch.device, published_probe: bool, fine_tune: bool) -> Outcomes:
@@ -200,10 +201,10 @@ def random_backbone(images: Images, recipe: Recipe, *, device: torch.device) -> 
                 nn.init.ones_(module.weight)
 
     order = torch.randperm(len(images), generator=generator(recipe.seed, "calibration"))[:1024]
-    # The statistics of small batches are as good: their variances are unbiased, and 16 images have many pixels.
+    # The statistics of small batches are as good: their variances are unbiased, and 8 images have many pixels.
     # Their size depends on the network alone: scores must not change with the memory that is free.
     each = network.activations(model, recipe, device, side=recipe.test_side)
-    size = min(CALIBRATED, max(16, memory.ACTIVATIONS // each))
+    size = min(CALIBRATED, max(8, memory.ACTIVATIONS // each))
     for indices in order.split(size):
         if len(indices) > 1:
             pixels, sizes = images.batch(indices)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-PAGES_AT_ONCE = 2**26  # bytes of pages after which they are given back: they count as memory of the process
+PAGES_AT_ONCE = 2**25  # bytes of pages after which they are given back: they count as memory of the process
 LINUX = sys.platform == "linux"
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ACTIVATIONS = 2**27  # bytes of a batch without gradients on a CPU: more is no faster, and is not given back
+ACTIVATIONS = 2**26  # bytes of a batch without gradients on a CPU: more is no faster
 GPU_SHARE = 0.25  # of what is free on a GPU, for the same
 _limit = inf  # bytes of this process on the device that computes
 
