@@ -278,8 +278,12 @@ def test_a_run_goes_on_where_its_images_moved_to(tmp_path, capsys, monkeypatch):
     assert "trained in 10.0 min" in capsys.readouterr().out  # with what was done before it was stopped
     shutil.move(data, tmp_path / "moved")
     assert cli.main(["pretrain", "--resume", "../run"]) == 2
-    assert str(data) in capsys.readouterr().err
-    assert cli.main(["pretrain", "../moved", "--resume", "../run", "--cache", "other"]) == 0
+    told = f"the run's images are not at {data} any more: corinfomax pretrain FOLDER --resume ../run\n"
+    assert told in capsys.readouterr().err
+    assert cli.main(["report", "../run"]) == 2
+    assert "any more: corinfomax report ../run FOLDER\n" in capsys.readouterr().err
+    words = told.split("corinfomax ")[1].replace("FOLDER", "../moved").split()  # typed as told
+    assert cli.main([*words, "--cache", "other"]) == 0
     assert (tmp_path / "elsewhere" / "other").is_dir()
 
 

@@ -200,7 +200,14 @@ def test_a_clip_that_is_no_norm_is_an_error(most):
         Optim(clip=most)
 
 
-@pytest.mark.parametrize("name", ["lr", "start_lr", "min_lr", "weight_decay"])
-def test_a_rate_that_is_no_number_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name} is nan; it must be a finite number"):
-        Optim(**{name: math.nan})
+@pytest.mark.parametrize("name", ["lr", "start_lr", "min_lr", "warmup_epochs", "weight_decay", "momentum"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_a_rate_that_cannot_be_meant_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name} is {value}; .*must be"):
+        Optim(**{name: value})
+
+
+def test_a_learning_rate_of_zero_is_refused_and_no_decay_is_not():
+    with pytest.raises(ValueError, match="must be above 0"):
+        Optim(lr=0.0)
+    Optim(start_lr=0.0, min_lr=0.0, warmup_epochs=0.0, weight_decay=0.0, momentum=0.0)

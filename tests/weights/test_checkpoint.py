@@ -135,6 +135,13 @@ def test_other_files_are_errors_and_pickles_are_not_run(tmp_path):
         checkpoint.load_network(tmp_path)
 
 
+def test_a_folder_inside_a_run_names_the_run(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    save(tmp_path / "checkpoints" / "step-00000001.safetensors")
+    with pytest.raises(FileNotFoundError, match=rf"is a folder inside a run; name the run: {tmp_path}$"):
+        checkpoint.load_network(tmp_path / "checkpoints")
+
+
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
 def test_a_network_that_does_not_fit_its_recipe_is_refused(tmp_path, damage):
     path = tmp_path / "a.safetensors"

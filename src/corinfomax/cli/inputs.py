@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from corinfomax.cli import messages
 from corinfomax.cli.arguments import DataOptions, WeightsOptions
 from corinfomax.evaluation import table
 from corinfomax.images import cache, files, tables
 from corinfomax.images.cache import Images, Splits
+from corinfomax.images.named_sets import NAMED
 from corinfomax.images.sources import Data
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
@@ -121,6 +123,13 @@ def print_skipped(data: Data, skip_list: Path | None, splits: Mapping[str, Image
         for path, reason in images.skipped[:1]:
             count = f"{len(images.skipped):,} unreadable image{'s' if len(images.skipped) > 1 else ''}"
             print(f"left out {count} of {split}, first {files.quoted(path)}: {reason}")
+
+
+def images_of_run(facts: Facts, *words: str) -> str:
+    """The place of a run's images; MissingDataError if they moved, with `words`, the command to type."""
+    if facts.data not in NAMED and not Path(facts.data).exists():
+        raise files.MissingDataError(f"the run's images are not at {facts.data} any more: {messages.command(*words)}")
+    return facts.data
 
 
 def options_of_run(options: DataOptions, run: Path, facts: Facts) -> DataOptions:

@@ -104,9 +104,11 @@ def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Pla
             run = command.resume.absolute().parent.parent
             raise ValueError(f"{command.resume} is a file; --resume takes the folder of a run, such as {run}")
         resumed = checkpoint.load_resumable(command.resume)
-        name, images = name or resumed.facts.data, inputs.options_of_run(images, command.resume, resumed.facts)
-        again = [field.name for field in dataclasses.fields(Options) if field.name.replace("_", "-") in typed]
-        options = replace(resumed.facts.options, **{option: getattr(options, option) for option in again})
+        again = ("pretrain", "FOLDER", "--resume", str(command.resume))
+        name = name or inputs.images_of_run(resumed.facts, *again)
+        images = inputs.options_of_run(images, command.resume, resumed.facts)
+        typed_again = [field.name for field in dataclasses.fields(Options) if field.name.replace("_", "-") in typed]
+        options = replace(resumed.facts.options, **{option: getattr(options, option) for option in typed_again})
 
     # images and recipe
     if name is None:

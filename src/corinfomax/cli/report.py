@@ -41,7 +41,8 @@ class Report:
         device = inputs.choose_device(self.images.device, gigabytes=self.images.memory)
         network, saved = checkpoint.load_network(folder)
         options = inputs.options_of_run(self.images, folder, saved.facts)
-        splits = inputs.load_splits(inputs.find_data(self.data or saved.facts.data, options), saved.recipe, options)
+        name = self.data or inputs.images_of_run(saved.facts, "report", str(folder), "FOLDER")
+        splits = inputs.load_splits(inputs.find_data(name, options), saved.recipe, options)
 
         same = splits.train.fingerprint == saved.facts.fingerprint
         if not same:

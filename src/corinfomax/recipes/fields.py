@@ -13,7 +13,7 @@ import itertools
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import inf
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -136,9 +136,13 @@ class Optim:
     """Largest norm of the whole gradient; None is no limit."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "start_lr", "min_lr", "warmup_epochs", "momentum", "weight_decay"):
-            if not isfinite(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number")
+        if not 0 < self.lr < inf:
+            raise ValueError(f"lr is {self.lr}; the learning rate must be above 0")
+        for name in ("start_lr", "min_lr", "warmup_epochs", "weight_decay"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}; it must be at least 0 and below 1")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip is {self.clip}; the gradient's largest norm must be above 0, or None")
 

@@ -130,6 +130,8 @@ def load_last(run: Path) -> tuple[Path, Checkpoint]:
     """
     saved = run_folder.checkpoints(run)
     if not saved:
+        if run_folder.checkpoints(run.absolute().parent):
+            raise FileNotFoundError(f"{run} is a folder inside a run; name the run: {run.parent}")
         raise FileNotFoundError(f"{run} holds no checkpoint: it is not a run folder, or nothing has been saved yet")
 
     # An earlier one would throw good work away, so only damage leads to it.
