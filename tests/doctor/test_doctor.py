@@ -413,8 +413,8 @@ def test_the_forecast_leaves_out_skipped_images(data, capsys, monkeypatch):
     monkeypatch.setattr("corinfomax.training.timing.forecast", lambda *words: forecasts.append(words) or "forecast")
     assert main(["doctor", "data", "--seconds", "0.1"]) == 0
     assert "\nforecast\n" in capsys.readouterr().out
-    ((speed, _, images, _),) = forecasts
-    assert images == 24
+    ((speed, recipe, images, _),) = forecasts
+    assert images == recipe.batch == 24  # with a batch of all 25 images an epoch of 24 would have no step
     assert speed.step > 0
 
 

@@ -1,5 +1,8 @@
 """Similar images: nearest neighbours and near-duplicates against brute force, groups by example."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,3 +94,23 @@ def test_groups_are_connected_pairs_with_their_lowest_correlation():
     assert groups == [[5, 8, 9], [1, 2, 3]]  # highest correlation first
     assert correlations == pytest.approx([0.999, 0.992])
     assert similar.group_duplicates(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0)) == ([], [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is in KiB on Linux alone")
+def test_nearest_neighbours_and_knn_take_one_block_of_memory_at_a_time():
+    """Blocks made anew fragmented the heap that a command keeps: 100,000 images took up to 8 GB."""
+    code = """
+import resource, torch
+from corinfomax.cli.main import _keep_freed_memory
+from corinfomax.evaluation import probes, similar
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+_keep_freed_memory()
+x = similar.centred(torch.randn(20_000, 16))
+similar.nearest_neighbours(x[:100], k=8)
+before = peak()
+similar.nearest_neighbours(x, k=8, queries=torch.arange(10_000))
+probes.knn(x, torch.arange(len(x)) % 10, x[:10_000])
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 67 + 30  # a block of cosines, in MB, and the rest

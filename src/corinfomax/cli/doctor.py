@@ -72,10 +72,10 @@ class Doctor:
         remarks = [f"{'to fix' if finding.must_fix else 'remark'}: {finding.text}" for finding in found]
         print(*map(findings.overview, inspections), *(remarks or ["nothing is wrong with these images"]), sep="\n")
         print(f"recipe {reason}")
-        if speed is not None:
-            print(timing.forecast(speed, recipe, len(set(inspections[0].paths) - skipped), device))
-        print(f"the cached images take {sum(part.decoded_bytes for part in inspections) / 1e6:,.0f} MB of disk")
         remaining = len(set(inspections[0].paths) - skipped)
+        if speed is not None and remaining > 1:
+            print(timing.forecast(speed, replace(recipe, batch=min(recipe.batch, remaining)), remaining, device))
+        print(f"the cached images take {sum(part.decoded_bytes for part in inspections) / 1e6:,.0f} MB of disk")
         if remaining < 2:
             print(f"no command to train: {some(remaining, 'training image')} would be left")
             return 1

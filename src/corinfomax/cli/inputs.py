@@ -93,7 +93,7 @@ def load_splits(data: Data, recipe: Recipe, options: DataOptions) -> Splits:
     print_skipped(data, options.skip, {"train": train} if test is None else {"train": train, "test": test})
     scored = f", {len(test):,} to score on" if test is not None else ""
     classes = f", {len(train.classes)} classes (for scoring only)" if train.classes else ""
-    print(f"{len(train):,} images to train on{scored}{classes}")
+    print(f"{files.some(len(train), 'image')} to train on{scored}{classes}")
 
     # training images stand in for a test split without labels
     others = [name for name in data.splits() if name != "train"]

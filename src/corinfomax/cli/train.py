@@ -18,7 +18,7 @@ from corinfomax.cli import fit, inputs, messages
 from corinfomax.cli.arguments import SKIP_LIST, DataOptions
 from corinfomax.diagnosis import verdict
 from corinfomax.evaluation import table
-from corinfomax.images import tables
+from corinfomax.images import files, tables
 from corinfomax.images.cache import Splits
 from corinfomax.images.sources import Data
 from corinfomax.network import choose_precision
@@ -102,7 +102,7 @@ def _fit(plan: Plan, splits: Splits, device: torch.device) -> Recipe:
         raise ValueError(f"{plan.data.name} is one array, without files to crop from: leave out --from-files")
     if recipe.steps(len(splits.train)) < 1:
         steps = len(splits.train) // recipe.batch
-        least = f"an epoch has {steps} steps, so --epochs {1 / steps:.2g} makes one"
+        least = f"an epoch has {files.some(steps, 'step')}, so --epochs {1 / steps:.2g} makes one"
         raise ValueError(f"--epochs {recipe.epochs:g} makes no step: {least}")
     if recipe.optim.warmup_epochs >= recipe.epochs > 1:
         epochs = f"the warm-up ({recipe.optim.warmup_epochs:g} epochs) does not end before the run ({recipe.epochs:g})"

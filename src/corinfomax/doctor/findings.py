@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
 
 from corinfomax.doctor.inspect import Inspection
 from corinfomax.evaluation.similar import MIN_CORRELATION, near_duplicates
@@ -84,9 +86,20 @@ def find_duplicates(inspections: Sequence[Inspection]) -> tuple[list[list[int]],
 
     # near: similar thumbnails, one per exact group
     rows = torch.tensor([group[0] for group in groups.values()], dtype=torch.long)
-    near = near_duplicates(torch.cat([inspection.thumbnails for inspection in inspections])[rows])
+    near = near_duplicates(_thumbnails(inspections, rows))
     pairs = sorted((min(a, b), max(a, b)) for a, b in rows[near.pairs].tolist())
     return [group for group in groups.values() if len(group) > 1], pairs, near.complete
+
+
+def _thumbnails(inspections: Sequence[Inspection], rows: Int[Tensor, " n"]) -> UInt8[Tensor, "n 3 s s"]:
+    """The thumbnails of ascending rows over all inspections, without a copy of all of them on the way."""
+    thumbnails, start = torch.empty(len(rows), *inspections[0].thumbnails.shape[1:], dtype=torch.uint8), 0
+    for inspection in inspections:
+        stop = start + len(inspection.paths)
+        low, high = torch.searchsorted(rows, torch.tensor([start, stop])).tolist()
+        torch.index_select(inspection.thumbnails, 0, rows[low:high] - start, out=thumbnails[low:high])
+        start = stop
+    return thumbnails
 
 
 def collect_findings(inspections: Sequence[Inspection], recipe: Recipe) -> list[Finding]:

@@ -57,10 +57,12 @@ def knn(train: Train, labels: Labels, test: Test, *, k: int = 20, temperature: f
     _check_finite(train, test)
     keys, labels, classes = normalize(train.float()).T, labels.long(), int(labels.max()) + 1
 
-    # A block of test rows at a time.
-    predicted = []
-    for rows in test.split(max(1, COSINES // len(train))):
-        cosine, index = (normalize(rows.float()) @ keys).topk(min(k, len(train)))
+    # A block of test rows at a time, in one buffer: a new one for each would fragment the heap.
+    predicted, size = [], max(1, COSINES // len(train))
+    cosines = keys.new_empty(min(size, len(test)), len(train))
+    for rows in test.split(size):
+        block = torch.mm(normalize(rows.float()), keys, out=cosines[: len(rows)])
+        cosine, index = block.topk(min(k, len(train)))
         # Relative to the nearest row, for the same vote: exp(1 / temperature) overflows float32 below 0.0113.
         weight = ((cosine - cosine[:, :1]) / temperature).exp()
         votes = weight.new_zeros(len(weight), classes).scatter_add_(1, labels[index], weight)

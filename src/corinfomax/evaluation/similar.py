@@ -37,13 +37,17 @@ def nearest_neighbours(x: Float[Tensor, "n f"], *, k: int, queries: Int[Tensor, 
 
     `x` has unit rows. `queries` are row numbers, by default all. k is limited to the number of other rows.
     """
-    queries, best = torch.arange(len(x)) if queries is None else queries, []
-    for chunk in queries.split(max(1, COSINES_AT_ONCE // len(x))):
-        block = x[chunk] @ x.T
+    queries = torch.arange(len(x)) if queries is None else queries
+    k, size = min(k, len(x) - 1), max(1, COSINES_AT_ONCE // len(x))
+    found = Neighbours(queries.new_empty(len(queries), k), x.new_empty(len(queries), k))
+
+    # One buffer for all cosines: allocating each block anew fragments the heap by gigabytes.
+    cosines = x.new_empty(min(size, len(queries)), len(x))
+    for chunk, rows, cosine in zip(*(tensor.split(size) for tensor in (queries, *found)), strict=True):
+        block = torch.mm(x[chunk], x.T, out=cosines[: len(chunk)])
         block[torch.arange(len(chunk)), chunk] = -torch.inf  # exclude the query itself
-        best.append(block.topk(min(k, len(x) - 1), dim=1))
-    cosine, rows = map(torch.cat, zip(*best, strict=True))
-    return Neighbours(rows, cosine)
+        torch.topk(block, k, dim=1, out=(cosine, rows))
+    return found
 
 
 def nearest_in_blocks(queries: Float[Tensor, "q f"], blocks: Iterable[Float[Tensor, "_ f"]], *, k: int) -> Neighbours:
@@ -99,7 +103,9 @@ def near_duplicates(thumbnails: UInt8[Tensor, "n 3 s s"]) -> NearDuplicates:
     sample = torch.cat([_symmetric_half(block) for block in sampled.split(TILE)])
     mean = sample.mean(0)
     axes = torch.linalg.eigh((sample - mean).T @ (sample - mean)).eigenvectors.flip(1)[:, :32]
-    sketch = torch.cat([(_symmetric_half(block) - mean) @ axes for block in thumbnails.split(TILE)])
+    sketch = torch.empty(len(thumbnails), axes.shape[1])  # filled in place: parts of it would fragment the heap
+    for block, rows in zip(thumbnails.split(TILE), sketch.split(TILE), strict=True):
+        rows.copy_((_symmetric_half(block) - mean) @ axes)
 
     # correlate near pairs; many images that look alike would take quadratic time
     for candidates in pairs_within(sketch, (2 - 2 * MIN_CORRELATION) ** 0.5):

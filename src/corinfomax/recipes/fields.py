@@ -136,9 +136,7 @@ class Optim:
     """Largest norm of the whole gradient; None is no limit."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < inf:
-            raise ValueError(f"lr is {self.lr}; the learning rate must be above 0")
-        for name in ("start_lr", "min_lr", "warmup_epochs", "weight_decay"):
+        for name in ("lr", "start_lr", "min_lr", "warmup_epochs", "weight_decay"):
             if not 0 <= getattr(self, name) < inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if not 0 <= self.momentum < 1:

@@ -155,9 +155,9 @@ def match_names(tensors: Tensors, model: nn.Module, *, source: str, prefix: str 
     starts = sorted({"", *(name[: -len(anchor)] for name in tensors if f".{name}".endswith(f".{anchor}"))})
     prefixes = [name for name in starts if prefix is None or f"{name}.".startswith(f"{prefix.rstrip('.')}.")]
     if not prefixes:
-        raise ValueError(
-            f"{source} has no network under the prefix {prefix!r}; it has {', '.join(starts[1:]) or 'none'}"
-        )
+        # a network's inner layers may start like the network
+        outer = [name for name in starts[1:] if not any(name != other and name.startswith(other) for other in starts[1:])]
+        raise ValueError(f"{source} has no network under the prefix {prefix!r}; it has {', '.join(outer) or 'none'}")
     mismatches = {name: _mismatch(tensors, wanted, name, heads) for name in prefixes}
 
     # Exactly one must hold the whole model and nothing else.
