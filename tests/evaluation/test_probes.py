@@ -166,7 +166,7 @@ def test_logistic_chooses_a_good_penalty_on_digits(digits):
 def test_blocks_of_rows_change_nothing(digits, monkeypatch):
     train, labels, test, _ = digits
     whole = [probe(train, labels, test, penalties=(0.1,)) for probe in (ridge, logistic)]
-    monkeypatch.setattr(probes, "PROBE_BLOCK", 64 * 101)  # 101 rows, which do not divide 1200
+    monkeypatch.setattr(probes, "PROBE_BLOCK", {"cpu": 64 * 101})  # 101 rows, which do not divide 1200
     for probe, wanted in zip((ridge, logistic), whole, strict=True):
         got = probe(train, labels, test, penalties=(0.1,))
         torch.testing.assert_close(got.weight, wanted.weight, rtol=1e-4, atol=1e-4)

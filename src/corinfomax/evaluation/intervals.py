@@ -16,7 +16,7 @@ from corinfomax.runtime.seeds import generator
 
 RESAMPLES = 2000
 LEVEL = 0.95  # of every interval
-COSINES = 2**22  # numbers held at once: about 150 MB with their ranks
+COSINES = 2**20  # numbers held at once: about 40 MB with their ranks
 # Images decided differently; fewer are chance even when all favour one side: 2 · 0.5⁶ is the first below 5 %.
 FEWEST = 6
 HELPED = {"better": "helped", "unclear": "made no clear difference", "worse": "did harm"}

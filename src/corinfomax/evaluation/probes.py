@@ -25,7 +25,7 @@ HELD_OUT = 5000  # rows that are enough to choose it on: 50,000 images take one 
 MAX_ITER = 1000  # of a logistic regression
 MAX_GRADIENT = 1e-6  # at the end of a logistic regression, preconditioned: about 1e-12 nats per parameter
 COSINES = 2**24  # held at once by nearest neighbours: 64 MiB
-PROBE_BLOCK = 2**22  # numbers in a temporary block of rows: 32 MiB of float64 on a CPU, enough to fill a GPU
+PROBE_BLOCK = {"cpu": 2**20, "cuda": 2**22}  # numbers in a temporary block of rows: 8 MiB of float64, or a full GPU
 
 Train = Float[Tensor, "n d"]  # features with labels
 Labels = Int[Tensor, " n"]
@@ -55,13 +55,15 @@ def knn(train: Train, labels: Labels, test: Test, *, k: int = 20, temperature: f
     Exact; k above n means n. Weighted kNN of Wu et al. 2018, arXiv 1805.01978, section 3.4.
     """
     _check_finite(train, test)
-    keys, labels, classes = normalize(train.float()).T, labels.long(), int(labels.max()) + 1
+    labels, classes = labels.long(), int(labels.max()) + 1
+    train = train.float()
+    length = train.norm(dim=1).clamp_min(1e-12)  # divides cosines, as normalised rows would be a copy of them all
 
     # A block of test rows at a time, in one buffer: a new one for each would fragment the heap.
     predicted, size = [], max(1, COSINES // len(train))
-    cosines = keys.new_empty(min(size, len(test)), len(train))
+    cosines = train.new_empty(min(size, len(test)), len(train))
     for rows in test.split(size):
-        block = torch.mm(normalize(rows.float()), keys, out=cosines[: len(rows)])
+        block = torch.mm(normalize(rows.float()), train.T, out=cosines[: len(rows)]).div_(length)
         cosine, index = block.topk(min(k, len(train)))
         # Relative to the nearest row, for the same vote: exp(1 / temperature) overflows float32 below 0.0113.
         weight = ((cosine - cosine[:, :1]) / temperature).exp()
@@ -224,7 +226,7 @@ def _held_out_parts(codes: Labels, rng: torch.Generator) -> list[Bool[Tensor, " 
 def _log_loss(z: Train, y: Labels, rows: Int[Tensor, " m"], theta: Float[Tensor, "d+1 c"]) -> Float[Tensor, " m"]:
     """Cross-entropy of each of the rows in nats."""
     losses = []
-    for chosen in rows.split(max(1, PROBE_BLOCK // max(theta.shape))):
+    for chosen in rows.split(_rows_of(theta)):
         logits = z[chosen].to(theta) @ theta[:-1] + theta[-1]
         losses.append(cross_entropy(logits, y[chosen], reduction="none"))
     return torch.cat(losses)
@@ -282,7 +284,7 @@ def _cross_entropy(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "d c"], Float[Tensor, " c"]]:
     """Mean cross-entropy in nats and its gradients, in float64; products in float32 if `rough`."""
     value, to_w, to_b = w.new_zeros(()), torch.zeros_like(w), torch.zeros_like(b)
-    like, size = x if rough else w, max(1, PROBE_BLOCK // max(w.shape))
+    like, size = x if rough else w, _rows_of(w)
     w, b = w.to(like), b.to(like)
     # Chosen rows are gathered a block at a time: a copy of them would be as large as x.
     blocks = x.split(size) if rows is None else (x[chosen] for chosen in rows.split(size))
@@ -360,8 +362,13 @@ def _blocks(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Iterator[Floa
 
 
 def _rows(x: Float[Tensor, "n d"]) -> int:
-    """Rows of a block."""
-    return max(1, PROBE_BLOCK // x.shape[1])
+    """Rows of a block of x."""
+    return max(1, PROBE_BLOCK.get(x.device.type, 2**20) // x.shape[1])
+
+
+def _rows_of(weight: Float[Tensor, "d c"]) -> int:
+    """Rows of a block of features for this weight, and of their logits."""
+    return max(1, PROBE_BLOCK.get(weight.device.type, 2**20) // max(weight.shape))
 
 
 def _check_finite(train: Tensor, test: Tensor) -> None:

@@ -26,7 +26,7 @@ BASELINES = ("untrained", "raw pixels")
 CPU = torch.device("cpu")
 FEWEST_TEST = 20  # test images of a score; with fewer, one image is more than five points
 RAW_SIDE = 24  # px, of raw pixels to score: 32 px cost three times as much and score no better
-RAW_NUMBERS = 50_000 * 3 * 24**2  # of the raw pixels of all training images: 350 MB of float32, and once more to fit
+RAW_NUMBERS = 25_000 * 3 * RAW_SIDE**2  # of all training images: 170 MB of float32, and once more to fit
 FEATURE_COPIES = 5  # memory of the probes in sizes of the features; logistic regression holds four
 OTHER_BYTES = 2 << 30  # for the rankings of kNN and mAP and the matrices of ridge, whatever the features take
 CALIBRATED = 256  # images of a batch that BatchNorm of an untrained network takes its statistics of, at most
@@ -87,11 +87,11 @@ def evaluate(
 
 
 def _raw_side(images: int) -> int:
-    """Side of the raw pixels to score, smaller for more than 50,000 images.
+    """Side of the raw pixels to score, smaller for more than 25,000 images.
 
     It depends on the images alone: scores must not change with the memory that is free.
     """
-    return min(RAW_SIDE, max(4, math.isqrt(RAW_NUMBERS // (3 * images))))
+    return min(RAW_SIDE, max(8, math.isqrt(RAW_NUMBERS // (3 * images))))
 
 
 def _outcomes(contender: Contender, device: torch.device, published_probe: bool, fine_tune: bool) -> Outcomes:
