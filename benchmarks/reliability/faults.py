@@ -40,7 +40,7 @@ class Proof(NamedTuple):
 PROMISES = (
     Promise(
         "1, 2 and 4 processes; two agents with two addresses",
-        "loss, all gradients, moments and BatchNorm statistics over four steps, and a run of twenty steps, equal "
+        "loss, all gradients, moments and BatchNorm statistics over four steps, and a run of ten steps, equal "
         "those of one process: to 1e-9 in float64; in float32 the loss to 1e-5 over three steps, gradients to 2e-3 "
         "over four; an uneven split, or images that differ from the first process's, is an error in one sentence",
         ("runtime/test_processes",),
@@ -164,7 +164,7 @@ PROMISES = (
     ),
     Promise(
         "some images are damaged",
-        "up to 1 % are named and left out, as with `--skip`; more are an error in one sentence",
+        "up to 1 % are counted and left out, as with `--skip`; more are an error in one sentence",
         ("training/test_faults::test_nothing_is_lost[unreadable",),
     ),
     Promise(

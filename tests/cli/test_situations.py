@@ -71,9 +71,9 @@ def test_another_network_over_a_recipe_needs_its_name_alone(name, side, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--backbone.name", "inception_v3", "--size", "32"], "inception_v3 cannot take views of 32 px: --size 75"),
-        (["--backbone.name", "vit_tiny_patch16_224", "--size", "8"], "cannot take views of 8 px: --size 16"),
-        (["--backbone.name", "vit_tiny_patch16_224", "--size", "40"], "cannot take views of 40 px: --size 48"),
+        (["--backbone.name", "inception_v3", "--size", "32"], "inception_v3 cannot take views of 32 px: try --size 75"),
+        (["--backbone.name", "vit_tiny_patch16_224", "--size", "8"], "cannot take views of 8 px: try --size 16"),
+        (["--backbone.name", "vit_tiny_patch16_224", "--size", "40"], "cannot take views of 40 px: try --size 48"),
         (["--backbone.name", "vit_tiny_patch16_224", "--test-scale", "1.5"], "--test-scale must be 1, not 1.5"),
         (["--backbone.name", "ResNet50"], "timm knows no network 'ResNet50'; closest: resnet50"),
         (["--mean", "123.675", "116.28", "103.53"], "from 0 to 1: divide means of levels from 0 to 255 by 255"),
@@ -335,9 +335,7 @@ def test_labels_are_for_scoring_alone(tmp_path, capsys):
     data = tiny.folder(tmp_path / "data", {"train": 16, "test": 6})
     (data / "test" / "red").rename(data / "test" / "Red")
     assert run("pretrain", data, "--out", tmp_path / "run", *KNOBS) == 0
-    assert (
-        "no scores: classes to test on that are not among the 2 to train on: 1, first 'Red'" in capsys.readouterr().out
-    )
+    assert "no scores: test classes missing from the 2 training classes: 1, first 'Red'" in capsys.readouterr().out
     assert run("evaluate", tmp_path / "run", data) == 2
     assert "first 'Red'" in capsys.readouterr().err
 
@@ -346,9 +344,9 @@ def test_one_class_has_no_scores(tmp_path, capsys):
     data = tiny.folder(tmp_path / "data", {"": 16}, labelled=False)
     (tmp_path / "t.csv").write_text("path,label\n" + "".join(f"data/{path.name},cat\n" for path in data.iterdir()))
     assert run("pretrain", tmp_path / "t.csv", "--out", tmp_path / "run", *KNOBS) == 0
-    assert "no scores: the training images have one class alone, cat" in capsys.readouterr().out
+    assert "no scores: the training images have only one class, cat" in capsys.readouterr().out
     assert run("evaluate", tmp_path / "run", tmp_path / "t.csv") == 2
-    assert "one class alone, cat" in capsys.readouterr().err
+    assert "only one class, cat" in capsys.readouterr().err
     assert run("embed", tmp_path / "run", tmp_path / "t.csv", "--out", tmp_path / "v.npz") == 0
     assert set(np.load(tmp_path / "v.npz")["label"]) == {"cat"}
 

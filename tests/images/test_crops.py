@@ -205,7 +205,7 @@ def test_a_killed_decoder_loses_nothing(folder, tmp_path, monkeypatch):
         return take(self, step)
 
     monkeypatch.setattr(Prefetch, "take", kill)
-    with pytest.raises(DataError, match="killed, perhaps for want of memory"):
+    with pytest.raises(DataError, match="killed, perhaps because memory ran out"):
         tiny.run(splits, tmp_path / "run", replace(RECIPE, epochs=20))
     assert checkpoint.load_last(tmp_path / "run")[1].step >= 3
     assert not multiprocessing.active_children()

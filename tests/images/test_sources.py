@@ -296,8 +296,8 @@ def test_a_table_with_labels_and_splits(tmp_path: Path) -> None:
         ("path\na.png\nb.png\n./a.png\n", r"one file as a\.png and \./a\.png, twice, in lines 2 and 4"),
         ("path\nlink/a.png\nb.png\na.png\n", r"one file as link/a\.png and a\.png, twice"),
         ("path,split\na.png,train\n./a.png,test\n", r"one file as a\.png and \./a\.png"),
-        ("p\0a\0t\0h\0", r"UTF-16 without its mark"),
-        ("path\na.png\ngone.png\nlost.png\n", r"2 of the 3 train images .*line 3: gone\.png; paths start from"),
+        ("p\0a\0t\0h\0", r"UTF-16 without a byte-order mark"),
+        ("path\na.png\ngone.png\nlost.png\n", r"2 of the 3 train images .*line 3: gone\.png; paths are relative to"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said_with_its_line(tmp_path: Path, text: str, message: str) -> None:

@@ -68,7 +68,7 @@ def test_a_disk_that_fills_up(data, small_disk, capsys):
     assert main(["pretrain", str(data), "--out", str(run), *KNOBS, *PACE, "--keep", "100"]) == 2
     said = sentence(capsys)
     assert "cannot write" in said and "No space left" in said
-    assert f"once that is mended: corinfomax pretrain --resume {run}" in said
+    assert f"once that is fixed: corinfomax pretrain --resume {run}" in said
     steps = whole(run)
     assert steps == list(range(1, len(steps) + 1)) and 1 <= len(steps) < 10
     small_disk("size=50m")
@@ -131,7 +131,7 @@ def test_images_that_vanish_while_running_are_not_missed(data, tmp_path, monkeyp
     assert tiny.equal_states(ours.network, theirs.network)
     capsys.readouterr()
     assert main(["pretrain", "--resume", str(run)]) == 2  # but to go on with a run they must be there
-    assert f"no folder or file '{mine}'" in sentence(capsys)
+    assert f"images are not at {mine} any more" in sentence(capsys)
     assert whole(run)
 
 
@@ -153,7 +153,7 @@ def test_a_refused_resume_touches_nothing(data, tmp_path, capsys):
 
 def test_the_cache_says_so_when_its_disk_is_full(data, small_disk):
     disk = small_disk("size=8k")
-    with pytest.raises(ValueError, match=r"cannot write the image cache.*No space left.*CORINFOMAX_CACHE"):
+    with pytest.raises(ValueError, match=r"cannot write the image cache.*No space left.*--cache"):
         images.load(Data(data, cache=disk), side=16, progress=False)
 
 

@@ -191,9 +191,16 @@ def test_weights_of_ours_know_their_input(tmp_path, capsys):
         assert f"records its network and input: {words[0]} is for weights that do not" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [{"architecture": "resnet34"}, {"small_stem": True}, {"prefix": "module"}])
+def test_a_network_of_timm_is_named_once(option):
+    flag = next(iter(option)).replace("_", "-")
+    with pytest.raises(ValueError, match=f"^timm:resnet18 records its network: --{flag} is for weights that do not"):
+        weights.load_backbone("timm:resnet18", **option)
+
+
 def test_an_input_too_small_for_the_network_names_one_that_is_not(tmp_path):
     torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).state_dict(), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="vit_tiny_patch16_224 cannot take images of 20 px: --size 32 is the next"):
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 cannot take images of 20 px: try --size 32"):
         load(tmp_path / "a.pth", architecture="vit_tiny_patch16_224", size=20)
 
 

@@ -18,14 +18,14 @@ class Doctor:
 
     Prints unreadable files, duplicates, leaks between splits, odd images, and writes a list to leave out with --skip.
     The exit code is 1 if a finding would stop training or falsify its scores: unreadable images, training images that
-    are also in val or test, classes that only those have. Other findings are remarks.
+    are also in val or test, classes that only those have, levels lost in decoding. Other findings are remarks.
     """
 
     data: DATA
     out: PATH = None
     """The list to write; default skip.txt here, if there is anything to skip."""
     seconds: float = 5.0
-    """Time for the forecast; 0 makes none."""
+    """Time for the forecast; 0 skips it."""
     images: IMAGES = DataOptions()
 
     def run(self, typed: frozenset[str]) -> int:

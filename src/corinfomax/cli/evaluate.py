@@ -14,7 +14,7 @@ class Evaluate:
     """Score frozen features of any weights beside baselines.
 
     The images are labelled. The probes are kNN, ridge and logistic regression, few labels, and retrieval; the baselines
-    an untrained network and raw pixels. WEIGHTS and --against are a run folder or checkpoint, an exported folder, a
+    are an untrained network and raw pixels. WEIGHTS and --against are a run folder or checkpoint, an exported folder, a
     state dict (.safetensors; .pth and the like, read without running code), or timm:NETWORK, downloaded if need be.
     """
 

@@ -82,7 +82,7 @@ def fit_views(recipe: Recipe, flags: Collection[str]) -> Recipe:
     if size is None:
         side = network.smallest_side(recipe.backbone, recipe.size)
         if "size" in flags:
-            raise ValueError(f"{name} cannot take views of {recipe.size} px: --size {side} is the next that it can")
+            raise ValueError(f"{name} cannot take views of {recipe.size} px: try --size {side}")
         print(f"{name} cannot take views of {recipe.size} px: using --size {side}")
         recipe = replace(recipe, size=side)
         size = network.measure(recipe.backbone, side)

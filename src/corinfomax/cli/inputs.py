@@ -25,7 +25,7 @@ from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone
 
 
 def choose_device(name: str, *, gigabytes: float | None = None) -> torch.device:
-    """The device of a command, tried out, and its limit of memory; numbers below 1e-38 are flushed to 0 from here on.
+    """The device of a command, tested; sets its memory limit and flushes numbers below 1e-38 to 0.
 
     The momentum of dead units shrinks to such numbers, on which processors are many times slower: steps of Muon took
     up to five times as long. TF32 is off, so that float32 means float32.
@@ -52,17 +52,21 @@ def load_weights(name: str, options: WeightsOptions, device: torch.device) -> Lo
 
 
 def load_several(names: Sequence[str], options: WeightsOptions, device: torch.device) -> list[LoadedBackbone]:
-    """Several weights; the options are for those that do not record their network. RecordedError if all do."""
+    """Several weights, each with the options of what it does not record; RecordedError if all record one of them."""
     loaded: list[LoadedBackbone] = []
-    recorded: list[RecordedError] = []
+    refused: list[RecordedError] = []
+    of_input = replace(options, architecture=None, small_stem=False, prefix=None)
     for name in names:
         try:
             loaded.append(load_weights(name, options, device))
         except RecordedError as error:
-            recorded.append(error)
-            loaded.append(load_weights(name, WeightsOptions(), device))
-    if len(recorded) == len(names):
-        raise recorded[0]
+            refused.append(error)
+            try:
+                loaded.append(load_weights(name, of_input, device))
+            except RecordedError:
+                loaded.append(load_weights(name, WeightsOptions(), device))
+    if len(refused) == len(names):
+        raise refused[0]
     return loaded
 
 
@@ -115,7 +119,7 @@ def print_skipped(data: Data, skip_list: Path | None, splits: Mapping[str, Image
     """Print how many images the list left out, its names that match no image, and unreadable images."""
     if skip_list is not None:
         names = {name for source in data.whole_splits.values() for name in source.paths}
-        print(f"{len(data.skip & names):,} images skipped, as listed in {skip_list}")
+        print(f"{files.some(len(data.skip & names), 'image')} skipped, as listed in {skip_list}")
         if unknown := sorted(data.skip - names):
             count, first = f"{len(unknown):,} of {len(data.skip):,}", files.quoted(unknown[0])
             print(f"{count} names in {skip_list} match no image in {data.name}, first {first}")
@@ -143,7 +147,7 @@ def options_of_run(options: DataOptions, run: Path, facts: Facts) -> DataOptions
 
 
 def options_of_own_images(options: DataOptions, name: str, loaded: LoadedBackbone) -> DataOptions:
-    """The data options of the run that the weights are of, if DATA are its own images; typed ones win.
+    """The data options of the weights' run, if DATA are its own images; typed ones win.
 
     DATA are its own if they have the recorded place, or hold every image of its skip list.
     """

@@ -47,7 +47,7 @@ def forgiving() -> Iterator[Output]:
     """Replace standard output and error in this block; gives the output, with its error."""
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
-        # daemons and windowed programs have none: the file also takes the number of the closed one
+        # daemons and windowed programs have none: the file also takes the closed one's descriptor
         nowhere = [stack.enter_context(open(os.devnull, "w")) for stream in before if stream is None]  # noqa: PTH123
         output, errors = (Output(nowhere.pop() if stream is None else stream) for stream in before)
         sys.stdout, sys.stderr = output, errors

@@ -99,7 +99,7 @@ def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Pla
         fixed = {*fields.flags(Recipe()), "recipe", "out", "holdout", "test-split", "skip", "download"}
         if changing := sorted(typed & fixed):
             rule = f"a resumed run keeps its recipe and its splits: --{changing[0]} cannot go with --resume"
-            raise ValueError(f"{rule}. It takes DATA, --root, --cache, --device and the options of logging and saving")
+            raise ValueError(f"{rule}. It takes DATA, --root, --cache, --device, --memory and how to log and save")
         if command.resume.is_file():
             run = command.resume.absolute().parent.parent
             raise ValueError(f"{command.resume} is a file; --resume takes the folder of a run, such as {run}")

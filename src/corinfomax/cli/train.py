@@ -46,10 +46,10 @@ class Plan(NamedTuple):
 def print_footprint(plan: Plan, device: torch.device) -> None:
     """Print the micro-batch that fits into memory when a step does not, before hours of decoding."""
     images = len(plan.data.splits()["train"].paths)
-    if images > 1 and (
-        sentence := footprint.warning(replace(plan.recipe, batch=min(plan.recipe.batch, images)), device)
-    ):
-        print(sentence)
+    if images > 1 and plan.resumed is None:  # a resumed run keeps its recipe, so advice comes too late
+        sentence = footprint.warning(replace(plan.recipe, batch=min(plan.recipe.batch, images)), device)
+        if sentence is not None:
+            print(sentence)
 
 
 def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:
@@ -85,7 +85,7 @@ def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:
             processes.wait()
             raise
         except OSError as error:
-            raise OSError(f"{messages.message(error)}; once that is mended: {resume}") from error
+            raise OSError(f"{messages.message(error)}; once that is fixed: {resume}") from error
 
     if first:
         rows = run_folder.read_metrics(run)  # they include the time before a stop
@@ -167,7 +167,7 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
             _report(subject, device)
     except KeyboardInterrupt:
         again = messages.command("pretrain", "--resume", str(run))
-        print(f"stopped; the run is trained, this continues with scores and page: {again}")
+        print(f"stopped after training; for scores and page: {again}")
         return 130
     root = [] if facts.root is None else ["--root", facts.root]
     print(f"feature vectors: {messages.command('embed', str(run), str(data.name), *root)}")

@@ -1,4 +1,4 @@
-"""The verdict on a run, in two sentences and without labels: the finding with its numbers, then the cause and its cure.
+"""The verdict on a run without labels, in two sentences: the finding, then cause and cure.
 
 It follows from the rows of metrics.jsonl and the recipe alone. docs/verdict.md shows the runs that set the thresholds
 and how often the verdict is right.
@@ -243,7 +243,7 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
         epochs = math.ceil(recipe.epochs * ENOUGH / last.step)
         longer = f"The run was too short to say more: try a new run with --epochs {epochs}."
         if last.step >= ENOUGH:
-            longer = "There are too few looks to say more: raise --diagnoses."
+            longer = "Too few measurements to say more: raise --diagnoses."
         when = "At the end" if ended else f"After {_percent(share)} of the steps"
         evidence = f"{when} {shared}{used}."
         return Verdict("still warming up", evidence, longer if ended else "Nothing looks wrong so far.", numbers)
@@ -301,7 +301,7 @@ def _odd_loss(recipe: Recipe) -> str | None:
     if loss.name == "corinfomax" and eps > 0.01 / _dim(recipe):
         return f"An eps of {eps:g} hides empty dimensions from the log det: try --loss.eps 1e-8."
     if loss.name == "corinfomax" and (past := loss.cov_decay) > 0.5:
-        return f"A past weighted {past:g} leaves the current batch hardly any pull: try --loss.cov-decay 0.01."
+        return f"A cov-decay of {past:g} leaves the current batch almost no weight: try --loss.cov-decay 0.01."
     return None
 
 

@@ -1,4 +1,4 @@
-"""Similar images: exact nearest neighbours by cosine, near-duplicates by pixels, and outliers."""
+"""Similar images: exact nearest neighbours by cosine, and near-duplicates by pixels."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def nearest_neighbours(x: Float[Tensor, "n f"], *, k: int, queries: Int[Tensor, 
     """
     queries = torch.arange(len(x)) if queries is None else queries
     k, size = min(k, len(x) - 1), max(1, COSINES_AT_ONCE // len(x))
-    found = Neighbours(queries.new_empty(len(queries), k), x.new_empty(len(queries), k))
+    neighbours = Neighbours(queries.new_empty(len(queries), k), x.new_empty(len(queries), k))
 
     # One buffer for all cosines: allocating each block anew fragments the heap by gigabytes.
     cosines = x.new_empty(min(size, len(queries)), len(x))
-    for chunk, rows, cosine in zip(*(tensor.split(size) for tensor in (queries, *found)), strict=True):
+    for chunk, rows, cosine in zip(*(tensor.split(size) for tensor in (queries, *neighbours)), strict=True):
         block = torch.mm(x[chunk], x.T, out=cosines[: len(chunk)])
         block[torch.arange(len(chunk)), chunk] = -torch.inf  # exclude the query itself
         torch.topk(block, k, dim=1, out=(cosine, rows))
-    return found
+    return neighbours
 
 
 def nearest_in_blocks(queries: Float[Tensor, "q f"], blocks: Iterable[Float[Tensor, "_ f"]], *, k: int) -> Neighbours:
@@ -98,7 +98,7 @@ def near_duplicates(thumbnails: UInt8[Tensor, "n 3 s s"]) -> NearDuplicates:
     if len(thumbnails) < 2:
         return NearDuplicates(pairs[0], True)
 
-    # sketch: the 32 leading directions of the mirror-symmetric halves, estimated from about 8,192 of them
+    # sketch: the 32 leading directions of the mirror-symmetric halves, estimated from at most 16,383 of them
     sampled = thumbnails[:: max(1, len(thumbnails) // 8192)]
     sample = torch.cat([_symmetric_half(block) for block in sampled.split(TILE)])
     mean = sample.mean(0)

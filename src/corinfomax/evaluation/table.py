@@ -29,7 +29,7 @@ RAW_SIDE = 24  # px, of raw pixels to score: 32 px cost three times as much and 
 RAW_NUMBERS = 25_000 * 3 * RAW_SIDE**2  # of all training images: 170 MB of float32, and once more to fit
 FEATURE_COPIES = 5  # memory of the probes in sizes of the features; logistic regression holds four
 OTHER_BYTES = 2 << 30  # for the rankings of kNN and mAP and the matrices of ridge, whatever the features take
-CALIBRATED = 256  # images of a batch that BatchNorm of an untrained network takes its statistics of, at most
+CALIBRATED = 256  # most images in a batch for the BatchNorm statistics of an untrained network
 LEGEND = "±: half the 95 % interval over test images, none for mAP; N a class: sd over draws of the N labels"
 
 Outcomes = dict[str, Float[Tensor, "draws m"]]
@@ -145,7 +145,7 @@ def probe_features(
 
 
 def has_room(device: torch.device, size: int) -> bool:
-    """Whether a GPU has `size` bytes free; only CUDA can tell."""
+    """True if the device is a GPU with `size` bytes free; only CUDA can tell."""
     torch.cuda.empty_cache()  # training has released its memory
     return device.type == "cuda" and memory.room(device) >= size
 

@@ -28,7 +28,7 @@ from corinfomax.images.sources import Data
 from corinfomax.runtime.seeds import generator
 
 COPIED_AT_ONCE = 2**26  # bytes
-BETWEEN_LOOKS = 64  # images: each may map 2 MiB of pages
+IMAGES_PER_TRIM = 64  # images: each may map 2 MiB of pages
 CACHE_FORMAT = 3  # raise it with every change of the decoded bytes or of their layout
 
 
@@ -52,7 +52,7 @@ class Images:
     fingerprint: str  # of paths, decoded pixels and selection; copying or touching files does not change it
     files: Files | None = None  # the files, for images that are not cached
     mapped: MappedFile | None = None  # the file behind `pixels`
-    unlabelled: str = ""  # why labels that there are cannot be used
+    unlabelled: str = ""  # why existing labels cannot be used
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -91,7 +91,7 @@ class Images:
         # NumPy: torch would start its threads for every image, ruinous on busy cores.
         pixels, sizes = self.pixels.numpy(), self.sizes[indices].tolist()
         if self.mapped is not None:
-            self.mapped.look()  # at what was read before
+            self.mapped.trim()  # at what was read before
         return [
             pixels[offset : offset + 3 * height * width].reshape(3, height, width)
             for offset, (height, width) in zip(self.offsets[indices].tolist(), sizes, strict=True)
@@ -116,20 +116,20 @@ class Images:
         grid, rows = self._grid[0], self._grid[1][indices]
         if grid.device.type == "cpu":  # NumPy, as in `cached`
             pixels = torch.empty(len(rows), *grid.shape[1:], dtype=torch.uint8)
-            for chosen, out in zip(rows.split(BETWEEN_LOOKS), pixels.split(BETWEEN_LOOKS), strict=True):
+            for chosen, out in zip(rows.split(IMAGES_PER_TRIM), pixels.split(IMAGES_PER_TRIM), strict=True):
                 grid.numpy().take(chosen.numpy(), 0, out.numpy(), "clip")  # the other modes copy `out`
                 if self.mapped is not None:
-                    self.mapped.look()
+                    self.mapped.trim()
             return pixels, self.sizes[indices]
         return grid.index_select(0, rows.to(grid.device, non_blocking=True)), self.sizes[indices]
 
     def on(self, device: torch.device) -> Images:
         """The same images with `pixels` on a device, copied in blocks so that the map never stands in memory whole."""
         pixels = torch.empty_like(self.pixels, device=device)
-        for here, there in zip(self.pixels.split(COPIED_AT_ONCE), pixels.split(COPIED_AT_ONCE), strict=True):
-            there.copy_(here)
+        for source, target in zip(self.pixels.split(COPIED_AT_ONCE), pixels.split(COPIED_AT_ONCE), strict=True):
+            target.copy_(source)
             if self.mapped is not None:
-                self.mapped.look()
+                self.mapped.trim()
         return replace(self, pixels=pixels, mapped=None)
 
 
@@ -158,7 +158,7 @@ def load(data: str | Path | Data, *, side: int, from_files: bool = False, progre
     classes = _class_names(splits["train"])
     images = read(splits["train"], classes)
     if len(classes) == 1:  # nothing to tell apart
-        reason = f"the training images have one class alone, {classes[0]}"
+        reason = f"the training images have only one class, {classes[0]}"
         images, classes = replace(images, labels=None, classes=(), unlabelled=reason), ()
     if test is not None:  # without training labels, classes of the test split
         return Splits(images, read(splits[test], classes or _class_names(splits[test])))
@@ -197,7 +197,7 @@ def _labels(source: Source, classes: tuple[str, ...]) -> tuple[Int64[Tensor, " f
         return None, ""
     if unknown := sorted(set(source.labels) - set(classes)):
         first = f"first {unknown[0]!r} ({source.paths[source.labels.index(unknown[0])]})"
-        problem = f"classes to test on that are not among the {len(classes)} to train on: {len(unknown)}, {first}"
+        problem = f"test classes missing from the {len(classes)} training classes: {len(unknown)}, {first}"
         return None, f"{problem}; give both splits the same classes"
     indices = {name: index for index, name in enumerate(classes)}
     return torch.tensor([indices[label] for label in source.labels]), ""
@@ -314,7 +314,7 @@ def _build(source: Source, side: int, folder: Path, from_files: bool, progress: 
         written = 0 if from_files else sum(3 * height * width for _, height, width in table)
         needed = written * count // done if done else 4 * side * side * count
         need = f"{count:,} images need about {needed / 1e6:,.0f} MB there"
-        remedy = f"{need}: make room, or name another folder in CORINFOMAX_CACHE"
+        remedy = f"{need}: make room, or name another folder with --cache"
         raise DataError(f"cannot write the image cache in {folder.parent}: {error.strerror}; {remedy}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # exists only if it was not published

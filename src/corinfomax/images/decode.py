@@ -34,7 +34,7 @@ FORK_ABOVE = 256  # images; starting processes takes longer than decoding fewer
 IMAGES_PER_TASK = 32  # handing over one 32×32 image costs as much as decoding it
 DEEPEST = 65535  # highest level of 16 bits
 OVERSIZE = 2  # sides of the view that a reduced crop keeps, so that resampling it is nearly exact
-KILLED = "a process that was decoding images was killed, perhaps for want of memory"
+KILLED = "a process that was decoding images was killed, perhaps because memory ran out"
 
 # EXIF orientations (tag 0x0112): the inverse of each
 UPRIGHT: dict[object, Transpose] = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM}

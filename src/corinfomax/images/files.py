@@ -115,9 +115,9 @@ Stamps = dict[str, Stamp]  # by the file's path from the root
 
 
 def stamp(status: os.stat_result) -> Stamp:
-    """Bytes, mtime and ctime in ns, and inode of a file: with the old mtime and size another one has another inode.
+    """Size, mtime and ctime in ns, and inode: a replacement of equal size and mtime has another inode.
 
-    Content that is written over keeps the inode and gets a new ctime. Two files may have one ctime: it moves in ticks.
+    Overwriting keeps the inode but changes the ctime, which is too coarse alone: two files may share one.
     """
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
@@ -132,7 +132,7 @@ class Unread:
         self._refused: list[str] = []
 
     def file(self, path: str) -> None:
-        """Count a file that has no ending of an image."""
+        """Count a file without an image extension."""
         name = path.rpartition("/")[2].lower()
         ending = name[name.find(".") :] if "." in name else ""
         if not NO_IMAGES.isdisjoint((ending, f".{name.rpartition('.')[2]}")) or name == "thumbs.db":

@@ -129,7 +129,7 @@ def arrange(paths: Sequence[str], place: object) -> Layout:
     # what is said of them
     notes = []
     if renamed := [f"{name} as {split}" for split, name in chosen.items() if not _is_split_name(name)]:
-        notes.append(f"splits by the names of their folders: {listed(renamed)}")
+        notes.append(f"folders read as splits: {listed(renamed)}")
     unread = [name for name in tops if name not in chosen.values()]
     if unread or loose:
         images = sum(counts[name] for name in unread) + loose
@@ -205,7 +205,7 @@ def _class_notes(named: Mapping[str, str], aside: Sequence[str], others: Sequenc
         return
     like = f", like {listed([name for name in tops if name not in doubtful], most=3)}" if others else ""
     classes = "is read as a class" if len(doubtful) == 1 else "are read as classes"
-    remedy = "if it is none, put the training images into a folder train, or name their folder"
+    remedy = "if wrong, put the training images into a folder train, or name their folder"
     yield f"{listed(doubtful)} {classes}{like} ({remedy})"
 
 
@@ -213,7 +213,7 @@ def class_labels(splits: Mapping[str, Sequence[str]]) -> tuple[dict[str, tuple[s
     """Class of each image from its sorted path below its split, for each split, and notes about missing ones.
 
     The class is the first folder below the folders around all training images, or around those of the split if training
-    has no classes. A split has labels if each of its images has a class; one alone counts only if training has more.
+    has no classes. A split has labels if each image has a class; a single class counts only if training has more.
     """
     training = _folders(splits["train"], common_folder(splits["train"]).count("/"))
     trained = len({*training} - {""}) > 1

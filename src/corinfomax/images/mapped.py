@@ -1,4 +1,4 @@
-"""A file of bytes that is read through the system's cache of files, and whose pages are given back."""
+"""A memory-mapped file whose pages are given back while it is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINUX = sys.platform == "linux"
 
 
 class MappedFile:
-    """The bytes of a file, read-only; `look` must be called after reading some, from any thread."""
+    """The bytes of a file, read-only; `trim` must be called after reading some, from any thread."""
 
     def __init__(self, path: Path) -> None:
         # Read-only: Linux counts a copy-on-write map as memory, and refuses one larger than the machine has.
@@ -28,7 +28,7 @@ class MappedFile:
             self.bytes: UInt8[Tensor, " bytes"] = torch.from_numpy(np.frombuffer(self._map, np.uint8))
         self._before = _pages_of_files()
 
-    def look(self) -> None:
+    def trim(self) -> None:
         """Give the pages back once they are many."""
         # The system is asked, as reading a byte maps anything from 4 KiB to 2 MiB around it.
         if _pages_of_files() - self._before > PAGES_AT_ONCE:

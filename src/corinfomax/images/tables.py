@@ -1,4 +1,4 @@
-"""Lists and tables of images: a path a line, or a table with labels and splits; and lists of images to skip."""
+"""Lists of images, tables with labels and splits, and lists of images to skip."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _read_text(file: Path) -> str:
     content = file.read_bytes()
     encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
     if encoding != "utf-16" and b"\0" in content:
-        raise DataError(f"{file} is not text in UTF-8: perhaps UTF-16 without its mark; save it as UTF-8")
+        raise DataError(f"{file} is not text in UTF-8: perhaps UTF-16 without a byte-order mark; save it as UTF-8")
     # Path names need not be UTF-8: surrogateescape is Python's own spelling of the others.
     errors = "replace" if encoding == "utf-16" else "surrogateescape"
     return content.decode(encoding, errors).replace("\r\n", "\n").replace("\r", "\n")
@@ -157,7 +157,7 @@ def _locate(file: Path, split: str, lines: Sequence[Line]) -> list[tuple[str, St
     if missing:
         problem = f"{len(missing)} of the {len(lines)} {split} images in {file} do not exist"
         first = f"line {missing[0].number}: {quoted(missing[0].path)}"
-        raise MissingDataError(f"{problem}, first {first}; paths start from {file.parent}")
+        raise MissingDataError(f"{problem}, first {first}; paths are relative to {file.parent}")
     return [place for place in places if place is not None]
 
 

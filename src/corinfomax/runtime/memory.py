@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ACTIVATIONS = 2**26  # bytes of a batch without gradients on a CPU: more is no faster
-GPU_SHARE = 0.25  # of what is free on a GPU, for the same
+GPU_SHARE = 0.25  # of a GPU's free memory, for such a batch
 _limit = inf  # bytes of this process on the device that computes
 
 
 def set_limit(gigabytes: float | None) -> None:
-    """Use at most so much memory from here on, None as much as is free; ValueError unless it is above 0."""
+    """Limit memory from here on (None: what is free); ValueError unless it is above 0."""
     global _limit  # noqa: PLW0603 (a setting of the process, as torch's number of threads is)
     if gigabytes is not None and not gigabytes > 0:
         raise ValueError(f"--memory is {gigabytes:g}; it is in GB and must be above 0")
@@ -59,7 +59,7 @@ def free_in_cgroup(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
     """Bytes left to this process by the control groups above it, of version 1 or 2; infinite without a limit."""
     if not own.exists():
         return inf
-    left = inf
+    free = inf
     for line in own.read_text().splitlines():
         _, kinds, group = line.split(":", 2)
         if kinds not in ("", "memory"):
@@ -69,13 +69,13 @@ def free_in_cgroup(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         # A container may see the names of the host's groups below the root of its own.
         path = PurePosixPath(group.lstrip("/"))
-        for folder in {root / kinds / part for part in (path, *path.parents)}:
-            left = min(left, _free_in_group(folder, *names))
-    return left
+        for folder in {root / kinds / ancestor for ancestor in (path, *path.parents)}:
+            free = min(free, _free_in_group(folder, *names))
+    return free
 
 
 def _free_in_group(folder: Path, limit: str, usage: str, cached: str) -> float:
-    """Bytes left in one control group: pages of files that nobody reads are free."""
+    """Bytes left in one control group; inactive file pages count as free."""
     if not (folder / limit).exists() or (most := (folder / limit).read_text().strip()) == "max":
         return inf
     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
@@ -126,7 +126,7 @@ def growth(run: Callable[[int], object], *, first: int = 1) -> int:
 
 
 def images_at_once(each: int, device: torch.device, *, most: int) -> int:
-    """Images in a batch without gradients of which `each` takes so many bytes: from 1 to `most`."""
+    """Images in a batch without gradients, at `each` bytes per image: from 1 to `most`."""
     free = room(device)
     budget = GPU_SHARE * free if device.type == "cuda" else min(ACTIVATIONS, free / 2)
     return int(min(most, max(1, budget // each)))

@@ -25,14 +25,14 @@ class Footprint(NamedTuple):
     fixed: float  # weights, their gradients, the optimiser's state, and the copy that is known to be good
     waiting: float  # of an image in the batch, all views: its pixels, read ahead, its views and projections
     saved: float  # of an image in one view: what backward needs
-    passing: float  # of an image in one view: what comes and goes in backward
+    passing: float  # of an image in one view: temporary tensors of backward
 
-    def needs(self, images: int, views: int, part: int | None = None) -> float:
-        """Bytes of the process for a step on so many images, in micro-batches of `part`."""
-        if part is None or part >= images:
+    def needs(self, images: int, views: int, micro_batch: int | None = None) -> float:
+        """Bytes of the process for a step on so many images, in parts of `micro_batch`."""
+        if micro_batch is None or micro_batch >= images:
             activations = images * (views * self.saved + self.passing)
         else:
-            activations = part * (self.saved + self.passing)
+            activations = micro_batch * (self.saved + self.passing)
         return HEAP * (self.fixed + images * self.waiting + activations)
 
 
@@ -50,15 +50,15 @@ def measure_footprint(recipe: Recipe, device: torch.device) -> Footprint:
             z.sum().backward()
         peaks.append(tally.peak)
         network.zero_grad(set_to_none=True)
-    each, most = ((b - a) / (TRIALS[1] - TRIALS[0]) for a, b in (saved, peaks))
+    saved_each, peak_each = ((b - a) / (TRIALS[1] - TRIALS[0]) for a, b in (saved, peaks))
 
     # Muon and SGD keep one number for each weight, AdamW two.
-    weights, state = _bytes(network.state_dict().values()), _bytes(network.parameters())
-    kept = weights + state * (2 if recipe.optim.name == "adamw" else 1)
+    state, parameters = _bytes(network.state_dict().values()), _bytes(network.parameters())
+    kept = state + parameters * (2 if recipe.optim.name == "adamw" else 1)
     view = 4 * (3 * recipe.size**2 + 4 * recipe.projector.widths[-1])
     pixels = 3 * recipe.cache_side**2 * (1 + AHEAD) if device.type == "cpu" else 3 * recipe.cache_side**2
-    fixed = state + 2 * kept + (COMPILED / HEAP if device.type == "cpu" else 0)
-    return Footprint(fixed, pixels + recipe.n_views * view, each, max(0.0, most - each))
+    fixed = parameters + 2 * kept + (COMPILED / HEAP if device.type == "cpu" else 0)
+    return Footprint(fixed, pixels + recipe.n_views * view, saved_each, max(0.0, peak_each - saved_each))
 
 
 def _project(network: Network, recipe: Recipe, device: torch.device, images: int) -> Tensor:
@@ -75,17 +75,17 @@ def warning(recipe: Recipe, device: torch.device) -> str | None:
     """One sentence when a step of the recipe does not fit into memory, with the micro-batch that does; else None."""
     footprint = measure_footprint(recipe, device)
     memory.give_back()
-    part = processes.share(recipe.batch)
-    n, free = part.stop - part.start, memory.room(device)
+    own = processes.share(recipe.batch)
+    n, free = own.stop - own.start, memory.room(device)
     need = footprint.needs(n, recipe.n_views, recipe.micro_batch)
     if need <= free:
         return None
 
     # the largest power of two that fits and leaves no single image
-    parts = [2**e for e in range(n.bit_length() - 1, 0, -1) if 2**e < n and n % 2**e != 1]
-    fitting = [p for p in parts if footprint.needs(n, recipe.n_views, p) <= free]
-    size = f"a step of {n:,} images" + (f" in parts of {recipe.micro_batch}" if recipe.micro_batch else "")
-    problem = f"{size} needs about {_gigabytes(need)} and {_gigabytes(free)} are free"
+    sizes = [2**e for e in range(n.bit_length() - 1, 0, -1) if 2**e < n and n % 2**e != 1]
+    fitting = [size for size in sizes if footprint.needs(n, recipe.n_views, size) <= free]
+    step = f"a step of {n:,} images" + (f" in parts of {recipe.micro_batch}" if recipe.micro_batch else "")
+    problem = f"{step} needs about {_gigabytes(need)}, but {_gigabytes(free)} are free"
     if not fitting:
         return f"{problem}, too little for any --micro-batch: try a smaller --batch, --size or network"
     least = _gigabytes(footprint.needs(n, recipe.n_views, fitting[0]))

@@ -123,11 +123,11 @@ class RecordedError(ValueError):
     """Options for weights that record their network and input themselves."""
 
 
-def _refuse_options(foreign: Foreign, path: Path) -> None:
+def _refuse_options(foreign: Foreign, source: str | Path, recorded: str = "network and input") -> None:
     for name, value in foreign._asdict().items():
         if value not in (None, False):
             flag = name.replace("_", "-")
-            raise RecordedError(f"{path} records its network and input: --{flag} is for weights that do not")
+            raise RecordedError(f"{source} records its {recorded}: --{flag} is for weights that do not")
 
 
 def _input(recipe: Recipe) -> str:
@@ -156,7 +156,9 @@ def match_names(tensors: Tensors, model: nn.Module, *, source: str, prefix: str 
     prefixes = [name for name in starts if prefix is None or f"{name}.".startswith(f"{prefix.rstrip('.')}.")]
     if not prefixes:
         # a network's inner layers may start like the network
-        outer = [name for name in starts[1:] if not any(name != other and name.startswith(other) for other in starts[1:])]
+        outer = [
+            name for name in starts[1:] if not any(name != other and name.startswith(other) for other in starts[1:])
+        ]
         raise ValueError(f"{source} has no network under the prefix {prefix!r}; it has {', '.join(outer) or 'none'}")
     mismatches = {name: _mismatch(tensors, wanted, name, heads) for name in prefixes}
 
@@ -210,7 +212,7 @@ def _misfit(
 
 
 def identify(tensors: Tensors) -> str | None:
-    """The network of FAMILIES that tensors are of, under any prefix and beside any others; None if it is none."""
+    """The network of FAMILIES that the tensors fit, under any prefix; None if none does."""
     names = next((names for key, names in FAMILIES.items() if any(key in name for name in tensors)), "")
     for network in names.split():
         with torch.device("meta"):
@@ -311,6 +313,7 @@ def _load_timm_folder(folder: Path, foreign: Foreign) -> LoadedBackbone:
         return _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(folder))
 
     # Any other network of timm.
+    _refuse_options(Foreign(foreign.architecture, foreign.small_stem), folder, "network")
     config = run_folder.read_json(folder / "config.json")
     name = config.get("architecture", "")
     if not timm.is_model(name):
@@ -325,6 +328,7 @@ def _load_timm_folder(folder: Path, foreign: Foreign) -> LoadedBackbone:
 
 def _load_timm(name: str, foreign: Foreign) -> LoadedBackbone:
     """A network with timm's pretrained weights, downloaded or from timm's cache."""
+    _refuse_options(Foreign(foreign.architecture, foreign.small_stem, foreign.prefix), f"timm:{name}", "network")
     config = _timm_config(name)
     recipe = _timm_recipe(Backbone(name=name), foreign, config)
     if not config.hf_hub_id and not config.url:
@@ -339,7 +343,7 @@ def _load_timm(name: str, foreign: Foreign) -> LoadedBackbone:
 
 
 def _check_reachable(name: str, config: PretrainedCfg) -> None:
-    """Raise ConnectionError at once; timm would retry for most of a minute."""
+    """Raise ConnectionError if the hub is silent for 10 s; timm would retry much longer."""
     hub = config.hf_hub_id
     files = (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
     if not hub or any(isinstance(try_to_load_from_cache(hub, file), str) for file in files if file):
@@ -368,7 +372,7 @@ def _timm_recipe(backbone: Backbone, foreign: Foreign, config: PretrainedCfg) ->
     side = foreign.size or config.input_size[-1]
     if foreign.size is not None and measure(backbone, side) is None:
         near = smallest_side(backbone, side)
-        raise ValueError(f"{backbone.name} cannot take images of {side} px: --size {near} is the next that it can")
+        raise ValueError(f"{backbone.name} cannot take images of {side} px: try --size {near}")
     interpolation = foreign.interpolation or ("bilinear" if config.interpolation == "bilinear" else "bicubic")
     return Recipe(
         size=side,
