@@ -72,7 +72,7 @@ class Size(NamedTuple):
 
 def measure(backbone: Backbone, side: int) -> Size | None:
     """The size of a backbone, built and run without memory; None if it cannot take images of `side` pixels."""
-    if side % (_patch(backbone) or 1):  # a ViT would drop the pixels of a partial patch
+    if side < 1 or side % (_patch(backbone) or 1):  # a ViT would drop the pixels of a partial patch
         return None
     try:
         with torch.device("meta"):

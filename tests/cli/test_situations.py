@@ -194,6 +194,44 @@ def test_a_typed_list_wins_and_other_images_have_none(leaky, tmp_path, capsys):
     assert run_folder.read_json(tmp_path / "b.json")["train"] == 20
 
 
+def test_names_alone_make_no_images_the_runs_own(leaky, tmp_path, capsys):
+    """Other pictures under the same names, as in any numbered set."""
+    data, root = leaky
+    other = shutil.copytree(data, tmp_path / "other")
+    for number, path in enumerate(sorted(other.rglob("*.png"))):
+        Image.fromarray(np.full((16, 16, 3), number, np.uint8)).save(path)
+    capsys.readouterr()
+    assert run("evaluate", root / "run", other, "--out", tmp_path / "a.json") == 0
+    assert "as in the run" not in capsys.readouterr().out
+    assert run_folder.read_json(tmp_path / "a.json")["train"] == 52
+
+
+def test_the_scores_of_a_run_are_of_its_own_images(leaky, tmp_path, capsys):
+    data, root = leaky
+    mine = shutil.copytree(root / "run", tmp_path / "run")
+    before = (mine / "results.json").read_text()
+    other = tiny.folder(tmp_path / "other", {"train": 20, "test": 6})
+    for weights, images in ((mine, other), (root / "run", data)):
+        assert run("evaluate", weights, images, "--out", mine / "results.json") == 2
+        assert "holds the scores of a run on its own images: name another file" in capsys.readouterr().err
+    assert (mine / "results.json").read_text() == before
+    assert run("evaluate", mine, data, "--out", mine / "results.json") == 0
+
+
+def test_a_resumed_run_says_that_its_test_images_changed(leaky, tmp_path, capsys):
+    data, root = leaky
+    mine, moved = shutil.copytree(root / "run", tmp_path / "run"), shutil.copytree(data, tmp_path / "d")
+    words = ("pretrain", moved, "--resume", mine, "--no-report")
+    changed = "test images or labels changed since the run began: its scores are of the new ones"
+    capsys.readouterr()
+    assert run(*words) == 0
+    assert changed not in capsys.readouterr().out
+    for path in (moved / "test").rglob("*0.png"):
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(path)
+    assert run(*words) == 0
+    assert changed in capsys.readouterr().out
+
+
 def test_scores_are_on_the_images_that_the_run_set_aside(tmp_path, capsys):
     data = tiny.folder(tmp_path / "d", {"": 40})
     assert run("pretrain", data, "--holdout", "0.3", "--out", tmp_path / "run", *KNOBS) == 0

@@ -201,6 +201,27 @@ def test_the_split_of_a_shard_is_the_word_in_its_name(tmp_path):
     assert "those of val are training images too" in Data(tmp_path).notes[0]
 
 
+def test_shards_without_a_split_beside_some_that_have_one_are_not_trained_on(tmp_path):
+    folder = tiny.folder(tmp_path / "data", {"": 4})
+    (coco := tmp_path / "coco").mkdir()
+    for name in ("train2017", "val2017", "stuff_masks", "unlabeled2017"):
+        zipped(folder, coco / f"{name}.zip")
+    assert {split: len(source.paths) for split, source in find(coco).items()} == {"train": 4, "val": 4}
+    unread = "not read: stuff_masks.zip and unlabeled2017.zip (8 images), without a split in their names"
+    assert unread in Data(coco).notes
+
+
+def test_splits_inside_shards_are_splits(tmp_path):
+    for part in ("part1", "part2"):
+        folder = tiny.folder(tmp_path / part, {"train": 8, "test": 4})
+        zipped(folder, tmp_path / f"{part}.zip")
+        shutil.rmtree(folder)
+    splits = find(tmp_path)
+    assert {split: len(source.paths) for split, source in splits.items()} == {"train": 16, "test": 8}
+    assert set(splits["train"].labels) == set(splits["test"].labels) and len(set(splits["train"].labels)) > 1
+    assert splits["train"].paths[0].startswith("part1.zip/train/")
+
+
 LAYOUTS = [
     "train2017/1.png train2017/2.png val2017/3.png notes/a.json",
     "bus/1.png car/2.png train/3.png",
@@ -277,6 +298,24 @@ def test_hard_links_and_appended_files_are_those_that_unpacking_leaves(tmp_path)
     ours, _ = cache.load(Data(out, cache=tmp_path / "cache"), side=16, progress=False)
     theirs, _ = cache.load(Data(folder, cache=tmp_path / "cache"), side=16, progress=False)
     assert ours.fingerprint == theirs.fingerprint and "link.png" in ours.paths
+
+
+def test_links_inside_a_tar_are_images_and_others_are_counted(tmp_path):
+    folder = tiny.folder(tmp_path / "data", {"": 4}, labelled=False)
+    (folder / "other").mkdir()
+    (folder / "other" / "link.png").symlink_to("../000.png")
+    (folder / "out.png").symlink_to("/nowhere/x.png")
+    (folder / "self").symlink_to("other")
+    data = Data(tarred(folder, tmp_path / "a.tar"))
+    assert [*data.splits()["train"].paths] == [f"{i:03}.png" for i in range(4)] + ["other/link.png"]
+    assert "not read: 2 links, first out.png" in data.notes
+
+
+def test_members_that_would_leave_the_folder_are_not_read(tmp_path):
+    paths = ["a/0.png", "b/1.png", "../esc/2.png", "a/../../3.png"]
+    data = Data(entries(tmp_path / "a.zip", paths, tiny.folder(tmp_path / "data", {"": 1})))
+    assert data.splits()["train"].labels == ("a", "b")
+    assert data.notes == ("not read: 2 outside paths, first ../esc/2.png",)
 
 
 def test_what_is_not_clear_is_asked(tmp_path):

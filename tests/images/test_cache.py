@@ -371,9 +371,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
 
     monkeypatch.setattr(os, "fsync", full)
     root = folder_of(tmp_path, 6, side=512, classes=("one",))
-    with pytest.raises(
-        DataError, match=f"{cache}: No space left on device; 6 images need about 5 MB .*--cache"
-    ):
+    with pytest.raises(DataError, match=f"{cache}: No space left on device; 6 images need about 5 MB .*--cache"):
         load(root, side=512, progress=False)
     assert not any(cache.iterdir())
 
@@ -579,7 +577,9 @@ def test_a_class_that_only_the_test_has_costs_its_labels_and_says_why(tmp_path: 
     save(root / "test/wasp/1.png", noise(4, 4))
     splits = load(root, side=4, progress=False)
     assert splits.test is not None and splits.test.labels is None and not splits.labelled
-    assert re.search(r"missing from the 2 training classes: 1, first 'wasp' \(test/wasp/1\.png\)", splits.test.unlabelled)
+    assert re.search(
+        r"missing from the 2 training classes: 1, first 'wasp' \(test/wasp/1\.png\)", splits.test.unlabelled
+    )
     with pytest.raises(ValueError, match="first 'wasp'"):
         table.check_labels(splits)
 

@@ -129,6 +129,28 @@ def test_classes_that_could_be_splits_are_named(tmp_path: Path, paths: str, labe
     assert said in notes(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        (
+            "images/1.a/0.png images/2.b/0.png segm/1.a/0.png segm/2.b/0.png",
+            "images and segm hold folders of the same names, such as 1.a and 2.b, but are read as classes",
+        ),
+        ("fold1/a/0.png fold1/b/0.png fold2/a/1.png fold2/b/1.png", "fold1 and fold2 hold folders of the same names"),
+        (
+            "Images/1.jpg Images/2.jpg Objects/1.png Objects/2.png",
+            "Images and Objects hold files of the same names with",
+        ),
+        ("all/no/0.png all/yes/1.png no/2.png yes/3.png", "all holds folders called like those beside it (no and yes)"),
+        ("cat/0.png dog/0.png ground_truth/0.png", "ground_truth is read as a class, like cat and dog"),
+    ],
+)
+def test_several_views_of_the_same_images_are_named(tmp_path: Path, paths: str, said: str) -> None:
+    touch(tmp_path, *paths.split())
+    (note,) = Data(tmp_path).notes
+    assert note.startswith(said)
+
+
 def test_sound_classes_need_no_word(tmp_path: Path) -> None:
     touch(tmp_path, "train/cat/1.png", "train/train/2.png", "test/cat/3.png", "test/train/4.png", "readme.md", "a.csv")
     assert find(tmp_path)["train"].labels == ("cat", "train")
@@ -187,6 +209,14 @@ def test_a_split_may_have_one_class_or_no_image(tmp_path: Path) -> None:
 def test_a_split_has_its_own_classes_if_training_has_none(tmp_path: Path) -> None:
     splits = find(touch(tmp_path, "train/1.png", "train/2.png", "test/cat/3.png", "test/dog/4.png", "val/x/5.png"))
     assert (splits["train"].labels, splits["test"].labels, splits["val"].labels) == (None, ("cat", "dog"), None)
+
+
+@pytest.mark.parametrize(
+    "paths", ["train/imgs/a/1 train/imgs/b/2 test/a/3 test/b/4", "train/a/1 train/b/2 test/x/a/3 test/x/b/4"]
+)
+def test_the_classes_of_a_split_may_lie_at_another_depth(tmp_path: Path, paths: str) -> None:
+    splits = find(touch(tmp_path, *(f"{path}.png" for path in paths.split())))
+    assert splits["train"].labels == splits["test"].labels == ("a", "b")
 
 
 def test_folders_within_a_split_are_left_out_of_its_classes(tmp_path: Path) -> None:
@@ -296,6 +326,12 @@ def test_a_table_with_labels_and_splits(tmp_path: Path) -> None:
         ("path\na.png\nb.png\n./a.png\n", r"one file as a\.png and \./a\.png, twice, in lines 2 and 4"),
         ("path\nlink/a.png\nb.png\na.png\n", r"one file as link/a\.png and a\.png, twice"),
         ("path,split\na.png,train\n./a.png,test\n", r"one file as a\.png and \./a\.png"),
+        ("path,label\na.png,cat, big\nb.png,dog\n", r"line 2 of .* has 3 cells and the first line 2"),
+        ('path,label\na.png,"x\nb.png,y\nc.png,"x\n', r"line \d of .* a cell of several lines; is a quotation"),
+        ('path,label\n"a.png,x\nb.png",y\n', r"a cell of several lines"),
+        ("path,label,Label\na.png,x,y\n", r"has 2 columns called 'label'"),
+        ("path,split,label,split\na.png,train,x,train\n", r"has 2 columns called 'split'"),
+        ("path,split\na.png,train\nb.png,not in test\n", r"line 3 .*'not in test'; choose from train"),
         ("p\0a\0t\0h\0", r"UTF-16 without a byte-order mark"),
         ("path\na.png\ngone.png\nlost.png\n", r"2 of the 3 train images .*line 3: gone\.png; paths are relative to"),
     ],
@@ -336,6 +372,12 @@ def test_comments_in_a_list_are_counted(tmp_path: Path) -> None:
     assert "2 lines that start with # are comments in list.txt, first #1.png" in notes(tmp_path / "list.txt").replace(
         '"', ""
     )
+
+
+def test_empty_cells_at_the_end_of_a_line_are_no_surplus(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "t.csv").write_text("path,label\na.png,x,,\nb.png,y\n")
+    assert find(tmp_path / "t.csv")["train"].labels == ("x", "y")
 
 
 def test_labels_may_be_missing_from_a_whole_split(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Records on disk: each is read back equal, and a damaged file is named."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -92,3 +95,16 @@ def test_damaged_results_are_an_error_that_names_the_file(content, tmp_path):
 def test_options_out_of_range_are_refused(steps, keep):
     with pytest.raises(ValueError, match="at least 1"):
         Options(log_steps=steps, keep=keep)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows tells nothing about another process")
+def test_half_files_of_the_dead_are_removed_and_those_of_the_living_are_not(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as alive:
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        halves = [tmp_path / f".a.json.{process.pid}.part" for process in (alive, dead)]
+        for half in halves:
+            half.write_text("{")
+        run_folder.write_text(tmp_path / "a.json", "{}")
+        assert [half.exists() for half in halves] == [True, False]
+        alive.kill()

@@ -65,7 +65,7 @@ def test_a_checkpoint_restores_the_whole_state(tmp_path, name):
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file"
     run_folder.write_whole(path, lambda temporary: temporary.write_text("good"))
-    path.with_name(f".{path.name}.123.part").write_text("left by a killed process")
+    path.with_name(f".{path.name}.99999999.part").write_text("left by a killed process")
     run_folder.write_whole(path, lambda temporary: temporary.write_text("good"))
     assert list(path.parent.iterdir()) == [path]
 

@@ -202,6 +202,8 @@ def test_an_input_too_small_for_the_network_names_one_that_is_not(tmp_path):
     torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).state_dict(), tmp_path / "a.pth")
     with pytest.raises(ValueError, match="vit_tiny_patch16_224 cannot take images of 20 px: try --size 32"):
         load(tmp_path / "a.pth", architecture="vit_tiny_patch16_224", size=20)
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 cannot take images of 0 px: try --size 16"):
+        load(tmp_path / "a.pth", architecture="vit_tiny_patch16_224", size=0)
 
 
 class Bomb:

@@ -43,6 +43,10 @@ class Evaluate:
             run_folder.read_object(self.out)
         device = inputs.choose_device(self.images.device, gigabytes=self.images.memory)
         ours, *others = inputs.load_several((self.weights, *self.against), self.network, device)
+        if self.out is not None and (self.out.parent / "recipe.json").exists() and self.out.name == "results.json":
+            same_run = ours.run is not None and ours.run.resolve() == self.out.parent.resolve()
+            if not (same_run and inputs.are_own_images(self.data, self.images, ours)):
+                raise ValueError(f"{self.out} holds the scores of a run on its own images: name another file")
         images = inputs.options_of_own_images(self.images, self.data, ours)
         data = inputs.find_data(self.data, images)
         splits = inputs.load_splits(data, ours.recipe, images)

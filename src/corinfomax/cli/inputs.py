@@ -102,7 +102,7 @@ def load_splits(data: Data, recipe: Recipe, options: DataOptions) -> Splits:
     # training images stand in for a test split without labels
     others = [name for name in data.splits() if name != "train"]
     if test is not None and test.pixels is train.pixels and data.holdout is None and others:
-        print(f"no labels in {' or '.join(others)}: scoring on {len(test):,} training images instead")
+        print(f"no labels in {' or '.join(others)}: scoring on {files.some(len(test), 'training image')} instead")
 
     # why there will be no scores
     if train.unlabelled:
@@ -147,24 +147,34 @@ def options_of_run(options: DataOptions, run: Path, facts: Facts) -> DataOptions
 
 
 def options_of_own_images(options: DataOptions, name: str, loaded: LoadedBackbone) -> DataOptions:
-    """The data options of the weights' run, if DATA are its own images; typed ones win.
-
-    DATA are its own if they have the recorded place, or hold every image of its skip list.
-    """
-    if loaded.run is None or loaded.facts is None:
+    """The data options of the weights' run, if DATA are its own images; typed ones win."""
+    if loaded.run is None or loaded.facts is None or not are_own_images(name, options, loaded):
         return options
-    data, facts = find_data(name, options), loaded.facts
-    same = data.place == Data(facts.data, Path(facts.root) if facts.root else None).place
-    if not same and facts.skip is not None:
-        names = {path for source in data.whole_splits.values() for path in source.paths}
-        listed = tables.read_names(loaded.run / facts.skip)
-        same = bool(listed) and listed <= names
-    if not same:
-        return options
-    recorded = options_of_run(options, loaded.run, facts)
+    recorded = options_of_run(options, loaded.run, loaded.facts)
     if changes := fields.difference(recorded, options):
         print(f"as in the run: {shlex.join(changes)}")
     return recorded
+
+
+def are_own_images(name: str, options: DataOptions, loaded: LoadedBackbone) -> bool:
+    """True if DATA have the place that the weights' run recorded, or are its images moved.
+
+    Moved ones have every name of the run's skip list and the same pixels: names alone say little, 000.png is
+    everywhere. Without a skip list nothing depends on them.
+    """
+    run, facts = loaded.run, loaded.facts
+    if run is None or facts is None:
+        return False
+    data = find_data(name, options)
+    if data.place == Data(facts.data, Path(facts.root) if facts.root else None).place:
+        return True
+    listed = tables.read_names(run / facts.skip) if facts.skip is not None else frozenset()
+    if not listed or not listed <= {path for source in data.whole_splits.values() for path in source.paths}:
+        return False
+    untyped = replace(options, holdout=None, test_split=None, skip=None)
+    data, recipe = find_data(name, options_of_run(untyped, run, facts)), loaded.recipe
+    train = cache.load(data, side=recipe.cache_side, from_files=recipe.from_files, progress=False).train
+    return train.fingerprint == facts.fingerprint
 
 
 def print_scores(results: Results, out: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import platform
 import sys
@@ -133,6 +134,7 @@ def _record(run: Path, plan: Plan, recipe: Recipe, splits: Splits) -> Facts:
         holdout=images.holdout,
         test_split=images.test_split,
         skip=None if images.skip is None else SKIP_LIST,
+        scored=_scored(splits),
     )
 
     # one run in all processes, and the same as before
@@ -153,7 +155,19 @@ def _record(run: Path, plan: Plan, recipe: Recipe, splits: Splits) -> Facts:
         if resumed.step and not run_folder.read_metrics(run):
             print(f"{run / 'metrics.jsonl'} is gone: curves and verdict begin at step {resumed.step}")
         print(f"resuming {run} after step {resumed.step}")
+        if resumed.facts.scored not in (None, facts.scored):
+            print("test images or labels changed since the run began: its scores are of the new ones")
     return facts
+
+
+def _scored(splits: Splits) -> str:
+    """A digest of what the scores depend on beside the training images: test images and labels."""
+    digest = hashlib.blake2b(digest_size=16)
+    for images in splits:
+        if images is not None:
+            labels = b"" if images.labels is None else images.labels.numpy().tobytes()
+            digest.update(f"{images.fingerprint} {images.classes}".encode(errors="surrogateescape") + labels)
+    return digest.hexdigest()
 
 
 def conclude(subject: Subject, data: Data, device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import tarfile
 import zipfile
 import zlib
@@ -105,12 +106,28 @@ def _as_shards(root: Path, archives: Sequence[Path], members: Sequence[Member]) 
         notes.append(f"no shard has train in its name: those of {only} are training images too")
         names = [None] * len(names)
 
-    # their images
-    splits: dict[str, list[Member]] = {"train": []}
-    for member in members:
-        named = member._replace(path=f"{archives[member.archive].name}/{member.path}")
-        splits.setdefault(names[member.archive] or "train", []).append(named)
-    return {split: sorted(images) for split, images in splits.items()}, notes
+    # no split in any name: perhaps in the folders inside
+    if not any(names):
+        meant = layout.arrange(sorted({member.path for member in members}), root)
+        if set(meant.folders) != {"train"}:
+            tops = {split: f"{meant.start}{folder}/" for split, folder in meant.folders.items()}
+            inside = {split: [m for m in members if m.path.startswith(top)] for split, top in tops.items()}
+            splits = {s: [m._replace(inner=m.path[len(tops[s]) :]) for m in images] for s, images in inside.items()}
+            return {split: _of_shards(archives, images) for split, images in splits.items()}, meant.notes
+
+    # their images; beside shards of training images those of no split are left out
+    named = {split: [m for m in members if names[m.archive] == split] for split in filter(None, names)}
+    bare = [m for m in members if names[m.archive] is None]
+    if "train" not in named:
+        named["train"] = bare
+    elif bare:
+        shards = files.listed(sorted({archives[member.archive].name for member in bare}), most=6)
+        notes.append(f"not read: {shards} ({files.some(len(bare), 'image')}), without a split in their names")
+    return {split: _of_shards(archives, images) for split, images in named.items()}, notes
+
+
+def _of_shards(archives: Sequence[Path], members: Sequence[Member]) -> list[Member]:
+    return sorted(m._replace(path=f"{archives[m.archive].name}/{m.path}") for m in members)
 
 
 def _read_members(archive: Path, row: int, unread: Unread) -> list[Member]:
@@ -157,8 +174,10 @@ def _read_tar(archive: Path, unread: Unread) -> tuple[dict[str, Position], dict[
         while (info := opened.next()) is not None:
             opened.members = []  # type: ignore[attr-defined]  # else it keeps every header in memory
             name = _clean(info.name)
-            linked = positions.get(_clean(info.linkname)) if info.islnk() else None  # a second name of an image
+            linked = positions.get(_target(name, info)) if info.islnk() or info.issym() else None
             if not linked and (not info.isreg() or info.issparse()):
+                if not info.isdir():
+                    unread.member(name, "sparse file" if info.issparse() else "link" if info.linkname else "device")
                 continue
             position = linked or (info.offset_data, info.size, files.PLAIN)
             if name.endswith(".cls"):
@@ -181,6 +200,13 @@ def _read_tar(archive: Path, unread: Unread) -> tuple[dict[str, Position], dict[
     return positions, labels
 
 
+def _target(name: str, info: tarfile.TarInfo) -> str:
+    """Path of the member that a link is another name of: hard links count from the root, others from their folder."""
+    if info.islnk():
+        return _clean(info.linkname)
+    return posixpath.normpath(posixpath.join(posixpath.dirname(name), info.linkname))
+
+
 def _clean(name: str) -> str:
     """A member's path as it would be unpacked: without a root or `.`."""
     return "/".join(folder for folder in name.split("/") if folder not in ("", "."))
@@ -188,7 +214,10 @@ def _clean(name: str) -> str:
 
 def _is_image(name: str, unread: Unread) -> bool:
     """True for an image; others are counted as they would be in a folder."""
-    folders = [folder for folder in name.split("/") if folder != ".."]
+    folders = name.split("/")
+    if ".." in folders:
+        unread.member(name, "outside path")
+        return False
     if any(folder.startswith((".", "__MACOSX")) for folder in folders):
         return False
     if system := [folder for folder in folders[:-1] if folder.lower() in files.SYSTEM_FOLDERS]:

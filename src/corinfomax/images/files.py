@@ -130,6 +130,7 @@ class Unread:
         self._first: dict[str, str] = {}
         self._system: set[str] = set()  # an archive names a folder with each of its files
         self._refused: list[str] = []
+        self._members: dict[str, list[str]] = {}  # of an archive, by their kind
 
     def file(self, path: str) -> None:
         """Count a file without an image extension."""
@@ -148,6 +149,10 @@ class Unread:
         """Note a folder that this user may not read."""
         self._refused.append(path)
 
+    def member(self, path: str, kind: str) -> None:
+        """Note a member of an archive that is no plain file, such as a link."""
+        self._members.setdefault(kind, []).append(path)
+
     def notes(self) -> list[str]:
         """A sentence for each kind, with an example; none if every file was an image."""
         notes = []
@@ -161,6 +166,8 @@ class Unread:
         if self._refused:
             folders = some(len(self._refused), "folder")
             notes.append(f"not read: {folders} without permission, first {quoted(min(self._refused))}")
+        for kind, paths in self._members.items():
+            notes.append(f"not read: {some(len(paths), kind)}, first {quoted(min(paths))}")
         return notes
 
 

@@ -19,9 +19,11 @@ CONTENT = frozenset("set data dataset split image images imgs img photos picture
 """Words that a split's name may hold beside the split, in one word or in several: trainset, test_images."""
 BESIDE = frozenset(
     "dev eval extra gallery holdout inference mask masks annotation annotations labels pred predict prediction "
-    "predictions query unlabeled unlabelled".split()
+    "predictions query segmentation segmentations segmented thumbnails thumbs truth unlabeled unlabelled".split()
 )
 """Words of folders that lie beside splits, and are neither splits nor classes."""
+
+MOST_COMPARED = 50  # folders that are compared with each other
 
 
 def from_folder(root: Path) -> Located:
@@ -90,7 +92,7 @@ def _is_split_name(name: str) -> bool:
     return name.lower() in SPLIT_NAMES
 
 
-def _rest(name: str) -> tuple[str, ...]:
+def rest_of(name: str) -> tuple[str, ...]:
     """Words of a split's name that say neither split nor content: those of seg_train are `seg`."""
     return tuple(word for word in _words(name) if _split_of_word(word) is None and word not in CONTENT)
 
@@ -123,7 +125,8 @@ def arrange(paths: Sequence[str], place: object) -> Layout:
     others = [name for name in tops if name not in named and name not in aside]
     chosen = _choose_splits(named, others, [path[len(start) :] for path in paths], place)
     if chosen is None:
-        notes = [*_class_notes(named, aside, others), *_nested_split_notes([path[len(start) :] for path in paths])]
+        inside = [path[len(start) :] for path in paths]
+        notes = [*_class_notes(named, aside, others), *_nested_split_notes(inside), *_alike_notes(inside)]
         return Layout(start, {"train": ""}, tuple(notes))
 
     # what is said of them
@@ -165,7 +168,7 @@ def _choose_splits(
             return None  # one folder around everything
         advice = f"name one of them ({place}/{next(iter(named))}), or rename one to train"
         raise DataError(f"{place} has {listed(list(named))} and no training images: {advice}")
-    if len({_rest(name) for name in named}) > 1:
+    if len({rest_of(name) for name in named}) > 1:
         names = listed(list(named))
         raise DataError(
             f"it is not clear which images of {place} to train on: {names}; name one of them, or rename them"
@@ -222,6 +225,10 @@ def class_labels(splits: Mapping[str, Sequence[str]]) -> tuple[dict[str, tuple[s
     for split, paths in splits.items():
         depth = common_folder(splits["train"] if trained else paths).count("/")
         names = training if split == "train" else _folders(paths, depth)
+        if trained and split != "train" and not {*names} <= {*training} - {""}:
+            # its classes may lie at another depth than those of training
+            nested = _folders(paths, common_folder(paths).count("/"))
+            names = nested if {*nested} <= {*training} - {""} else names
         bare, classes = names.count(""), len({*names} - {""})
         several = classes > 1 or (trained and classes == 1 and split != "train")
         labels[split] = tuple(names) if several and not bare else None
@@ -236,6 +243,37 @@ def _folders(paths: Sequence[str], depth: int) -> list[str]:
     """Folder of each path at this depth, empty for a path that ends above it."""
     parted = (path.split("/", depth + 1) for path in paths)
     return [sys.intern(names[depth]) if len(names) > depth + 1 else "" for names in parted]
+
+
+def _alike_notes(paths: Sequence[str]) -> Iterator[str]:
+    """A sentence about folders that are read as classes but look like several views of the same images."""
+    folders: dict[str, set[str]] = {}  # inside each top folder
+    endings: dict[str, dict[str, str]] = {}  # of the files in it, by their names without them
+    for path in paths:
+        top, _, below = path.partition("/")
+        inner, slash, _ = below.partition("/")
+        if slash:
+            folders.setdefault(top, set()).add(inner)
+        elif below:
+            stem, ending = posixpath.splitext(below)
+            endings.setdefault(top, {})[stem] = ending.lower()
+    tops = sorted({*folders, *endings})
+    for a, b in itertools.combinations(tops[:MOST_COMPARED], 2):
+        pair, common = f"{quoted(a)} and {quoted(b)}", folders.get(a, set()) & folders.get(b, set())
+        stems = endings.get(a, {}).keys() & endings.get(b, {}).keys()
+        if len(common) > 1:
+            what = f"hold folders of the same names, such as {listed(sorted(common)[:2])}"
+        elif len(stems) > 1 and all(endings[a][stem] != endings[b][stem] for stem in stems):
+            what = f"hold files of the same names with other endings, such as {quoted(min(stems))}"
+        else:
+            continue
+        yield f"{pair} {what}, but are read as classes: if wrong, name the folder to train on"
+        return
+    for top in sorted(folders):
+        if len(copied := folders[top] & {*tops} - {top}) > 1:
+            what = f"{quoted(top)} holds folders called like those beside it ({listed(sorted(copied)[:2])})"
+            yield f"{what}, but is read as a class: if it is a copy, leave it out"
+            return
 
 
 def _nested_split_notes(paths: Sequence[str]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from corinfomax.images.files import (
     quoted,
     stamp,
 )
-from corinfomax.images.layout import SPLIT_NAMES, split_in
+from corinfomax.images.layout import SPLIT_NAMES, rest_of, split_in
 
 PATH_COLUMNS = ("path", "file", "filename", "image", "filepath", "file_name", "file_path", "image_path", "img_path")
 LABEL_COLUMNS = ("label", "class", "target", "labels", "category", "class_name", "label_name")
@@ -104,11 +104,22 @@ def _read_rows(file: Path, text: str) -> tuple[list[tuple[int, dict[str, str]]],
     }
     delimiter = next((mark for mark, names in parted.items() if not names.isdisjoint(PATH_COLUMNS)), ",")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, restval="")
-    columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
+    names = [name.strip().lower() for name in reader.fieldnames or ()]
+    if twins := [name for name in (*PATH_COLUMNS, *LABEL_COLUMNS, *SPLIT_COLUMNS) if names.count(name) > 1]:
+        raise DataError(f"{file} has {names.count(twins[0])} columns called {twins[0]!r}; rename those not to read")
+    rows = []
     try:
-        return [(reader.line_num, cells) for cells in reader], columns
+        for cells in reader:
+            surplus = cells.pop(None, [])
+            if any(surplus):
+                found = f"line {reader.line_num} of {file} has {len(names) + len(surplus)} cells"
+                raise DataError(
+                    f"{found} and the first line {len(names)}: put text with {delimiter!r} in quotation marks"
+                )
+            rows.append((reader.line_num, cells))
     except csv.Error as error:
         raise DataError(f"line {reader.line_num} of {file}: {error}; is a quotation mark left open?") from error
+    return rows, dict(zip(names, reader.fieldnames or (), strict=True))
 
 
 def _split_column(columns: Mapping[str, str], rows: Sequence[tuple[int, Mapping[str, str]]]) -> str | None:
@@ -121,12 +132,17 @@ def _split_column(columns: Mapping[str, str], rows: Sequence[tuple[int, Mapping[
 
 def _split_of(cell: str) -> str | None:
     name = cell.strip()
-    return SPLIT_NAMES.get(name.lower()) or split_in(name)
+    is_text = " " in name and rest_of(name)  # such as "not in test"
+    return SPLIT_NAMES.get(name.lower()) or (None if is_text else split_in(name))
 
 
 def _from_lines(file: Path, lines: Sequence[Line]) -> dict[str, Source]:
     splits: dict[str, list[Line]] = {}
     for line in lines:
+        if "\n" in line.path + line.label + line.split:
+            raise DataError(
+                f"line {line.number} of {file} ends a cell of several lines; is a quotation mark left open?"
+            )
         if not line.path.strip():
             raise DataError(f"line {line.number} of {file} has no path; fill it in or remove the line")
         if (split := _split_of(line.split)) is None:

@@ -59,6 +59,7 @@ class Facts(NamedTuple):
     holdout: float | None = None
     test_split: str | None = None
     skip: str | None = None  # name of the list of skipped images in the run folder
+    scored: str | None = None  # changes when a test image or a label does
     failure: str | None = None  # why the run broke off, in the file of a failed step
 
     def to_json(self) -> Json:

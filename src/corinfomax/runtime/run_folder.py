@@ -22,8 +22,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-            leftover.unlink(missing_ok=True)
+        for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            if _is_abandoned(part):
+                part.unlink(missing_ok=True)
 
         try:
             write(temporary)
@@ -32,6 +33,20 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             _sync(path.parent)  # the new name is on the disk too
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _is_abandoned(part: Path) -> bool:
+    """True if the process that wrote this part has ended; on Windows, where none can be asked, False."""
+    number = part.name.split(".")[-2]
+    if os.name == "nt" or not number.isdecimal():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is another user's
+        return False
+    return int(number) == os.getpid()
 
 
 @contextlib.contextmanager

@@ -369,7 +369,7 @@ def _timm_config(name: str) -> PretrainedCfg:
 
 def _timm_recipe(backbone: Backbone, foreign: Foreign, config: PretrainedCfg) -> Recipe:
     """A recipe with the typed input of a timm network, or else its own; ValueError for a side that it cannot take."""
-    side = foreign.size or config.input_size[-1]
+    side = config.input_size[-1] if foreign.size is None else foreign.size
     if foreign.size is not None and measure(backbone, side) is None:
         near = smallest_side(backbone, side)
         raise ValueError(f"{backbone.name} cannot take images of {side} px: try --size {near}")
