@@ -66,7 +66,7 @@ def test_the_largest_part_that_fits_is_named(free, monkeypatch, batch, part):
     needs = footprint.HEAP * 1e8
     free(needs * part)
     text = footprint.warning(replace(tiny.RECIPE, batch=batch), CPU)
-    assert text.startswith(f"a step of {batch} images needs about {2 * batch * needs / 1e9:.1f} GB and ")
+    assert text.startswith(f"a step of {batch} images needs about {2 * batch * needs / 1e9:.1f} GB, but ")
     if batch == 65:
         assert "too little for any --micro-batch" in text
     else:
