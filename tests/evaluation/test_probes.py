@@ -317,7 +317,7 @@ def test_logistic_without_rows_to_hold_out_uses_the_default_penalty(digits):
 @given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=12), seed=st.integers(0, 9))
 def test_parts_are_disjoint_even_fifths_of_every_class(counts, seed):
     codes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    parts = probes._held_out_parts(codes, torch.Generator().manual_seed(seed))
+    parts = probes._held_out_folds(codes, torch.Generator().manual_seed(seed))
     held_out = torch.stack(parts).sum(0) if parts else torch.zeros(len(codes), dtype=torch.long)
     assert held_out.tolist() == [
         int(counts[c] > 1) for c in codes.tolist()
@@ -331,13 +331,13 @@ def test_parts_are_disjoint_even_fifths_of_every_class(counts, seed):
 @pytest.mark.parametrize(("n", "parts"), [(50, 5), (5000, 5), (10_000, 3), (25_000, 1), (50_000, 1)])
 def test_more_rows_are_held_out_in_fewer_parts(rng, n, parts):
     codes = torch.randint(7, (n,), generator=rng)
-    held_out = probes._held_out_parts(codes, rng)
+    held_out = probes._held_out_folds(codes, rng)
     assert len(held_out) == parts
     assert all(abs(int(part.sum()) - n / 5) <= 7 for part in held_out)
 
 
 def folds_of(labels: Tensor, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    held_out = probes._held_out_parts(labels, probes.generator(seed, "validation"))
+    held_out = probes._held_out_folds(labels, probes.generator(seed, "validation"))
     return [(np.flatnonzero(~part), np.flatnonzero(part)) for part in held_out]
 
 

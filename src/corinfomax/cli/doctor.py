@@ -65,11 +65,11 @@ class Doctor:
         # Every image, once.
         order = sorted(splits, key=("train", "val", "test").index)
         inspections = [inspect.inspect_split(name, splits[name], recipe.cache_side) for name in order]
-        found = findings.collect_findings(inspections, recipe)
-        found += [findings.Finding("reading", note) for note in data.notes]
-        skipped = data.skip.union(*(finding.skip for finding in found))
+        all_findings = findings.collect_findings(inspections, recipe)
+        all_findings += [findings.Finding("reading", note) for note in data.notes]
+        skipped = data.skip.union(*(finding.skip for finding in all_findings))
 
-        remarks = [f"{'to fix' if finding.must_fix else 'remark'}: {finding.text}" for finding in found]
+        remarks = [f"{'to fix' if finding.must_fix else 'remark'}: {finding.text}" for finding in all_findings]
         print(*map(findings.overview, inspections), *(remarks or ["nothing is wrong with these images"]), sep="\n")
         print(f"recipe {reason}")
         remaining = len(set(inspections[0].paths) - skipped)
@@ -80,8 +80,8 @@ class Doctor:
             print(f"no command to train: {some(remaining, 'training image')} would be left")
             return 1
         colours = findings.colour_statistics(inspections[0]) or {}
-        self._print_next(findings.skip_list(found, self.data, data.skip), len(skipped), colours)
-        return int(any(finding.must_fix for finding in found))
+        self._print_next(findings.skip_list(all_findings, self.data, data.skip), len(skipped), colours)
+        return int(any(finding.must_fix for finding in all_findings))
 
     def _print_next(self, lines: list[str] | None, skipped: int, colours: Mapping[str, list[float]]) -> None:
         """Write the list of images to skip, and print the command that trains without them."""

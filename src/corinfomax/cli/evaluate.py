@@ -42,7 +42,7 @@ class Evaluate:
             run_folder.check_writable(self.out)
             run_folder.read_object(self.out)
         device = inputs.choose_device(self.images.device, gigabytes=self.images.memory)
-        ours, *others = inputs.load_several((self.weights, *self.against), self.network, device)
+        ours, *loaded_rivals = inputs.load_several((self.weights, *self.against), self.network, device)
         if self.out is not None and (self.out.parent / "recipe.json").exists() and self.out.name == "results.json":
             same_run = ours.run is not None and ours.run.resolve() == self.out.parent.resolve()
             if not (same_run and inputs.are_own_images(self.data, self.images, ours)):
@@ -52,11 +52,11 @@ class Evaluate:
         splits = inputs.load_splits(data, ours.recipe, images)
         table.check_labels(splits)
         by_side, rivals = {ours.recipe.cache_side: splits}, []
-        for name, other in zip(table.distinct_names(self.against), others, strict=True):
-            side = other.recipe.cache_side
+        for name, rival in zip(table.distinct_names(self.against), loaded_rivals, strict=True):
+            side = rival.recipe.cache_side
             if side not in by_side:
-                by_side[side] = cache.load(data, side=side, from_files=other.recipe.from_files)
-            rivals.append(table.Contender(name, other.backbone, other.recipe, by_side[side]))
+                by_side[side] = cache.load(data, side=side, from_files=rival.recipe.from_files)
+            rivals.append(table.Contender(name, rival.backbone, rival.recipe, by_side[side]))
 
         extra = {"published_probe": self.published_probe, "fine_tune": self.fine_tune}
         results = table.evaluate(ours.backbone, splits, ours.recipe, device=device, rivals=rivals, **extra)

@@ -191,13 +191,13 @@ def _choose_penalty(
 
     Log-loss changes smoothly with the penalty, while accuracy on few rows jumps. Without rows to hold out it is 1/n.
     """
-    parts = _held_out_parts(codes, rng)
-    if not parts:
+    folds = _held_out_folds(codes, rng)
+    if not folds:
         return 1 / len(z), None
 
     # Weak penalties are slow: go from strong to weak, each from the fits before it, until two in a row are no better.
-    splits = [((~part).nonzero()[:, 0], part.nonzero()[:, 0]) for part in parts]
-    thetas: list[Tensor | None] = [None] * len(parts)
+    splits = [((~fold).nonzero()[:, 0], fold.nonzero()[:, 0]) for fold in folds]
+    thetas: list[Tensor | None] = [None] * len(folds)
     best, start, lowest, behind = max(penalties), None, math.inf, 0
     for penalty in sorted(penalties, reverse=True):
         losses = []
@@ -213,14 +213,14 @@ def _choose_penalty(
     return best, start
 
 
-def _held_out_parts(codes: Labels, rng: torch.Generator) -> list[Bool[Tensor, " n"]]:
+def _held_out_folds(codes: Labels, rng: torch.Generator) -> list[Bool[Tensor, " n"]]:
     """Disjoint fifths of each class, as many as hold HELD_OUT rows; the only row of a class is never held out."""
     count = codes.bincount()
-    # Fifths of a class of few rows begin at different parts, so that all parts have as many rows.
+    # Fifths of a class of few rows begin at different folds, so that all folds have as many rows.
     place = (count.cumsum(0) - count)[codes] + rank_in_class(codes, rng)
-    parts = [(place % FOLDS == i) & (count[codes] > 1) for i in range(FOLDS)]
+    folds = [(place % FOLDS == i) & (count[codes] > 1) for i in range(FOLDS)]
     enough = math.ceil(HELD_OUT * FOLDS / len(codes))
-    return [part for part in parts[:enough] if part.any()]
+    return [fold for fold in folds[:enough] if fold.any()]
 
 
 def _log_loss(z: Train, y: Labels, rows: Int[Tensor, " m"], theta: Float[Tensor, "d+1 c"]) -> Float[Tensor, " m"]:

@@ -68,9 +68,9 @@ def _source(
 ) -> Source:
     classes = tuple(member.label for member in members)
     if any(classes) and not all(classes):
-        some = f"{sum(map(bool, classes)):,} of the {len(members):,} images in {root} have a class in a .cls"
+        count = f"{sum(map(bool, classes)):,} of the {len(members):,} images in {root} have a class in a .cls"
         bare = members[classes.index("")].path
-        raise DataError(f"{some} beside them, and {bare} has none: label all of a split or none")
+        raise DataError(f"{count} beside them, and {bare} has none: label all of a split or none")
     positions = np.array([(member.archive, *member.position) for member in members], np.int64).reshape(-1, 4)
     stored = Stored(tuple(map(str, archives)), positions)
     paths, labels = tuple(member.path for member in members), classes if any(classes) else labels

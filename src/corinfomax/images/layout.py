@@ -262,17 +262,17 @@ def _alike_notes(paths: Sequence[str]) -> Iterator[str]:
         pair, common = f"{quoted(a)} and {quoted(b)}", folders.get(a, set()) & folders.get(b, set())
         stems = endings.get(a, {}).keys() & endings.get(b, {}).keys()
         if len(common) > 1:
-            what = f"hold folders of the same names, such as {listed(sorted(common)[:2])}"
+            likeness = f"hold folders of the same names, such as {listed(sorted(common)[:2])}"
         elif len(stems) > 1 and all(endings[a][stem] != endings[b][stem] for stem in stems):
-            what = f"hold files of the same names with other endings, such as {quoted(min(stems))}"
+            likeness = f"hold files of the same names with other endings, such as {quoted(min(stems))}"
         else:
             continue
-        yield f"{pair} {what}, but are read as classes: if wrong, name the folder to train on"
+        yield f"{pair} {likeness}, but are read as classes: if wrong, name the folder to train on"
         return
     for top in sorted(folders):
         if len(copied := folders[top] & {*tops} - {top}) > 1:
-            what = f"{quoted(top)} holds folders called like those beside it ({listed(sorted(copied)[:2])})"
-            yield f"{what}, but is read as a class: if it is a copy, leave it out"
+            likeness = f"{quoted(top)} holds folders called like those beside it ({listed(sorted(copied)[:2])})"
+            yield f"{likeness}, but is read as a class: if it is a copy, leave it out"
             return
 
 

@@ -112,9 +112,9 @@ def _read_rows(file: Path, text: str) -> tuple[list[tuple[int, dict[str, str]]],
         for cells in reader:
             surplus = cells.pop(None, [])
             if any(surplus):
-                found = f"line {reader.line_num} of {file} has {len(names) + len(surplus)} cells"
+                excess = f"line {reader.line_num} of {file} has {len(names) + len(surplus)} cells"
                 raise DataError(
-                    f"{found} and the first line {len(names)}: put text with {delimiter!r} in quotation marks"
+                    f"{excess} and the first line {len(names)}: put text with {delimiter!r} in quotation marks"
                 )
             rows.append((reader.line_num, cells))
     except csv.Error as error:

@@ -22,9 +22,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-            if _is_abandoned(part):
-                part.unlink(missing_ok=True)
+        for half in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            if _is_abandoned(half):
+                half.unlink(missing_ok=True)
 
         try:
             write(temporary)
@@ -35,9 +35,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _is_abandoned(part: Path) -> bool:
-    """True if the process that wrote this part has ended; on Windows, where none can be asked, False."""
-    number = part.name.split(".")[-2]
+def _is_abandoned(half: Path) -> bool:
+    """True if the process that wrote this half file has ended; on Windows, where none can be asked, False."""
+    number = half.name.split(".")[-2]
     if os.name == "nt" or not number.isdecimal():
         return False
     try:
