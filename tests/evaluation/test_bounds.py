@@ -91,7 +91,7 @@ def test_raw_pixels_of_very_many_images_are_fewer():
     from corinfomax.evaluation.table import RAW_NUMBERS, _raw_side
 
     assert [_raw_side(n) for n in (100, 5_000, 25_000)] == [24] * 3
-    assert _raw_side(50_000) == 16 and _raw_side(100_000) == 12
+    assert _raw_side(50_000) == 16 and _raw_side(100_000) == 12 and _raw_side(10**6) == 8
     assert 100_000 * 3 * _raw_side(100_000) ** 2 <= RAW_NUMBERS
 
 

@@ -166,7 +166,7 @@ def _scored(splits: Splits) -> str:
     for images in splits:
         if images is not None:
             labels = b"" if images.labels is None else images.labels.numpy().tobytes()
-            digest.update(f"{images.fingerprint} {images.classes}".encode(errors="surrogateescape") + labels)
+            digest.update(f"{images.fingerprint} {images.classes}".encode() + labels)
     return digest.hexdigest()
 
 

@@ -226,7 +226,7 @@ def _held_out_folds(codes: Labels, rng: torch.Generator) -> list[Bool[Tensor, " 
 def _log_loss(z: Train, y: Labels, rows: Int[Tensor, " m"], theta: Float[Tensor, "d+1 c"]) -> Float[Tensor, " m"]:
     """Cross-entropy of each of the rows in nats."""
     losses = []
-    for chosen in rows.split(_rows_of(theta)):
+    for chosen in rows.split(_rows(theta, max(theta.shape))):
         logits = z[chosen].to(theta) @ theta[:-1] + theta[-1]
         losses.append(cross_entropy(logits, y[chosen], reduction="none"))
     return torch.cat(losses)
@@ -284,7 +284,7 @@ def _cross_entropy(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "d c"], Float[Tensor, " c"]]:
     """Mean cross-entropy in nats and its gradients, in float64; products in float32 if `rough`."""
     value, to_w, to_b = w.new_zeros(()), torch.zeros_like(w), torch.zeros_like(b)
-    like, size = x if rough else w, _rows_of(w)
+    like, size = x if rough else w, _rows(w, max(w.shape))
     w, b = w.to(like), b.to(like)
     # Chosen rows are gathered a block at a time: a copy of them would be as large as x.
     blocks = x.split(size) if rows is None else (x[chosen] for chosen in rows.split(size))
@@ -361,14 +361,9 @@ def _blocks(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Iterator[Floa
     return (rows.to(mean) - mean for rows in x.split(_rows(x)))
 
 
-def _rows(x: Float[Tensor, "n d"]) -> int:
-    """Rows of a block of x."""
-    return max(1, PROBE_BLOCK.get(x.device.type, 2**20) // x.shape[1])
-
-
-def _rows_of(weight: Float[Tensor, "d c"]) -> int:
-    """Rows of a block of features for this weight, and of their logits."""
-    return max(1, PROBE_BLOCK.get(weight.device.type, 2**20) // max(weight.shape))
+def _rows(x: Float[Tensor, "n d"], width: int | None = None) -> int:
+    """Rows of a block of x, or of another width on its device."""
+    return max(1, PROBE_BLOCK.get(x.device.type, PROBE_BLOCK["cpu"]) // (width or x.shape[1]))
 
 
 def _check_finite(train: Tensor, test: Tensor) -> None:

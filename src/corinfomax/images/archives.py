@@ -108,12 +108,13 @@ def _as_shards(root: Path, archives: Sequence[Path], members: Sequence[Member]) 
 
     # no split in any name: perhaps in the folders inside
     if not any(names):
-        meant = layout.arrange(sorted({member.path for member in members}), root)
+        meant = layout.arrange(sorted(member.path for member in members), root)
         if set(meant.folders) != {"train"}:
             tops = {split: f"{meant.start}{folder}/" for split, folder in meant.folders.items()}
             inside = {split: [m for m in members if m.path.startswith(top)] for split, top in tops.items()}
             splits = {s: [m._replace(inner=m.path[len(tops[s]) :]) for m in images] for s, images in inside.items()}
             return {split: _of_shards(archives, images) for split, images in splits.items()}, meant.notes
+        notes.extend(meant.notes)
 
     # their images; beside shards of training images those of no split are left out
     named = {split: [m for m in members if names[m.archive] == split] for split in filter(None, names)}

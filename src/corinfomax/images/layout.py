@@ -24,6 +24,7 @@ BESIDE = frozenset(
 """Words of folders that lie beside splits, and are neither splits nor classes."""
 
 MOST_COMPARED = 50  # folders that are compared with each other
+MOST_FILES = 1000  # of each, by their names
 
 
 def from_folder(root: Path) -> Located:
@@ -254,9 +255,9 @@ def _alike_notes(paths: Sequence[str]) -> Iterator[str]:
         inner, slash, _ = below.partition("/")
         if slash:
             folders.setdefault(top, set()).add(inner)
-        elif below:
+        elif below and len(files := endings.setdefault(top, {})) < MOST_FILES:
             stem, ending = posixpath.splitext(below)
-            endings.setdefault(top, {})[stem] = ending.lower()
+            files[stem] = ending.lower()
     tops = sorted({*folders, *endings})
     for a, b in itertools.combinations(tops[:MOST_COMPARED], 2):
         pair, common = f"{quoted(a)} and {quoted(b)}", folders.get(a, set()) & folders.get(b, set())
