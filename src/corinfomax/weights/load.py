@@ -23,20 +23,10 @@ from corinfomax.recipes.fields import Backbone, Recipe
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.records import Facts
 from corinfomax.weights import checkpoint
+from corinfomax.weights.match import Tensors, check_values, identify, match_names
 
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 NO_NETWORKS = ("optimizer", "optim", "scheduler", "scaler")  # keys of training scripts that hold other tensors
-FAMILIES = {  # networks that weights are often of, by a part of their tensors' names
-    "layer1.0.": "resnet18 resnet34 resnet50 resnet101 resnet152 wide_resnet50_2 resnext50_32x4d",
-    "blocks.0.attn.": "vit_tiny_patch16_224 vit_small_patch16_224 vit_base_patch16_224 vit_large_patch16_224 "
-    "vit_small_patch14_dinov2 vit_base_patch14_dinov2 vit_large_patch14_dinov2",
-    "stages.0.": "convnext_tiny convnext_small convnext_base convnextv2_tiny convnextv2_base regnety_016",
-    "layers.0.blocks.": "swin_tiny_patch4_window7_224 swin_base_patch4_window7_224",
-    "conv_stem.": "efficientnet_b0 efficientnet_b1 tf_efficientnet_lite0 tf_efficientnet_b0 tf_efficientnetv2_s "
-    "mobilenetv3_large_100 mobilenetv3_small_100",
-    "denseblock1.": "densenet121 densenet169",
-}
-Tensors = dict[str, Tensor]
 Interpolation = Literal["bicubic", "bilinear"]
 Colours = tuple[float, float, float]
 
@@ -136,124 +126,12 @@ def _input(recipe: Recipe) -> str:
     return f"mean {mean}, std {std}, {recipe.interpolation}"
 
 
-def match_names(tensors: Tensors, model: nn.Module, *, source: str, prefix: str | None = None) -> tuple[Tensors, str]:
-    """Tensors under the model's names, and a summary of the ones ignored or added ("" for none).
-
-    The tensors must be the model's, in name and shape, with three exceptions. All names may have a prefix, such as
-    `module.` or `backbone.`; tensors without it, such as a projector's, are then ignored. So is the classifier of a
-    timm network. BatchNorm's batch counts, missing in old files, are set to 0. Raises ValueError for others, and for
-    several networks unless `prefix` begins the names of one alone.
-    """
-    # The classifier's names; our models have none.
-    classifier = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr,operator]
-    modules = (classifier,) if isinstance(classifier, str) else classifier
-    heads = {f"{module}.{tensor}" for module in modules for tensor in ("weight", "bias")}
-
-    # Every prefix of the model's first name is a candidate.
-    wanted = model.state_dict()
-    anchor = next(iter(wanted))
-    starts = sorted({"", *(name[: -len(anchor)] for name in tensors if f".{name}".endswith(f".{anchor}"))})
-    prefixes = [name for name in starts if prefix is None or f"{name}.".startswith(f"{prefix.rstrip('.')}.")]
-    if not prefixes:
-        # a network's inner layers may start like the network
-        outer = [
-            name for name in starts[1:] if not any(name != other and name.startswith(other) for other in starts[1:])
-        ]
-        raise ValueError(f"{source} has no network under the prefix {prefix!r}; it has {', '.join(outer) or 'none'}")
-    mismatches = {name: _mismatch(tensors, wanted, name, heads) for name in prefixes}
-
-    # Exactly one must hold the whole model and nothing else.
-    complete = [name for name, bad in mismatches.items() if not bad["missing"] and not bad["of another shape"]]
-    if len(complete) > 1:
-        under = ", ".join(name or "no prefix" for name in complete)
-        choice = complete[-1].rstrip(".")
-        raise ValueError(f"{source} holds several matching networks, under {under}: choose one, as --prefix {choice}")
-    if not complete or mismatches[complete[0]]["unexpected"]:
-        raise ValueError(_misfit(tensors, wanted, mismatches, model, source))
-
-    # Rename, and note each exception.
-    (start,) = complete
-    matched = {name: tensors[start + name] for name in wanted if start + name in tensors}
-    notes = [f"prefix {start} removed"] if start else []
-    if ignored := [name for name in tensors if name in {start + head for head in heads}]:
-        notes.append(f"classifier {' and '.join(ignored)} ignored")
-    if outside := [name for name in tensors if not name.startswith(start)]:
-        notes.append(f"{len(outside)} tensors outside the backbone ignored, such as {outside[0]}")
-    if counts := [name for name in wanted if name not in matched]:
-        notes.append(f"{len(counts)} batch counts set to 0")
-        matched |= {name: torch.zeros_like(wanted[name]) for name in counts}
-    return matched, "; ".join(notes)
-
-
-def _misfit(
-    tensors: Tensors, wanted: Tensors, mismatches: Mapping[str, Mapping[str, list[str]]], model: nn.Module, source: str
-) -> str:
-    """The sentence about weights that do not fit: the network that they are of, if it is known, and what differs."""
-    name = model.pretrained_cfg.get("architecture") or "network of this kind"  # type: ignore[union-attr,operator]
-    likely = identify(tensors)
-    if likely is not None and likely != name:
-        return f"{source} is no {name}, so nothing was loaded: its tensors are those of {likely}"
-
-    # the prefix under which most tensors fit
-    def fitting(prefix: str) -> int:
-        names = (name for name in wanted if prefix + name in tensors)
-        return sum(tensors[prefix + name].shape == wanted[name].shape for name in names)
-
-    closest = max(mismatches, key=lambda prefix: (fitting(prefix), -len(prefix)))
-    problems = [
-        f"{len(names)} {problem} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for problem, names in mismatches[closest].items()
-        if names
-    ]
-    if any(problem.startswith("conv1.weight: ") for problem in mismatches[closest]["of another shape"]):
-        problems.append("--small-stem is for a first convolution of 3×3")
-    under = f" under {closest}" if closest else ""
-    return f"{source} is no {name}, so nothing was loaded; tensors{under}: {', '.join(problems)}"
-
-
-def identify(tensors: Tensors) -> str | None:
-    """The network of FAMILIES that the tensors fit, under any prefix; None if none does."""
-    names = next((names for key, names in FAMILIES.items() if any(key in name for name in tensors)), "")
-    for network in names.split():
-        with torch.device("meta"):
-            wanted = build_backbone(Backbone(name=network)).state_dict()
-        shapes = {name: tensor.shape for name, tensor in wanted.items() if not name.endswith("num_batches_tracked")}
-        anchor = next(iter(shapes))
-        for prefix in {name[: -len(anchor)] for name in tensors if f".{name}".endswith(f".{anchor}")}:
-            same = {name: tensors.get(prefix + name) for name in shapes}
-            if all(tensor is not None and tensor.shape == shapes[name] for name, tensor in same.items()):
-                # a smaller network of the family may lie within a larger one
-                rest = [name for name in tensors if name.startswith(prefix) and name.removeprefix(prefix) not in wanted]
-                if len(rest) <= max(8, len(shapes) // 10):  # classifier, or a projector in its place
-                    return network
-    return None
-
-
-def _mismatch(tensors: Tensors, wanted: Tensors, prefix: str, heads: set[str]) -> dict[str, list[str]]:
-    """Names under `prefix` that do not fit the model's, by problem; those in `heads` are optional."""
-    present = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    reshaped = [name for name in wanted if name in present and present[name].shape != wanted[name].shape]
-    return {
-        "missing": [name for name in wanted if name not in present and not name.endswith(".num_batches_tracked")],
-        "unexpected": [name for name in present if name not in wanted and name not in heads],
-        "of another shape": [f"{name}: {_shape(present[name])} for {_shape(wanted[name])}" for name in reshaped],
-    }
-
-
-def _shape(tensor: Tensor) -> str:
-    return "×".join(map(str, tensor.shape)) or "scalar"
-
-
 def _load_tensors(
     model: nn.Module, tensors: Tensors, recipe: Recipe, source: str, prefix: str | None = None
 ) -> LoadedBackbone:
-    """The model with these tensors in eval mode; ValueError unless they fit and are finite floats."""
+    """The model with these tensors in eval mode; ValueError unless they fit and are trained weights."""
     matched, notes = match_names(tensors, model, source=source, prefix=prefix)
-    for name, wanted in model.state_dict().items():
-        if wanted.is_floating_point() and not matched[name].is_floating_point():
-            raise ValueError(f"{source} holds integers ({matched[name].dtype}) instead of weights, first in {name}")
-    if bad := [name for name, tensor in matched.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{source} holds nan or inf in {len(bad)} tensors, first {bad[0]}: its training diverged")
+    check_values(matched, model, source=source)
     model.load_state_dict(matched)
     summary = f"all {len(matched)} tensors of {source}, a {recipe.backbone.name} {recipe.resolution}"
     return LoadedBackbone(model.eval(), recipe, f"{summary} ({notes})" if notes else summary)
