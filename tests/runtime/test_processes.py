@@ -80,7 +80,7 @@ def test_loss_gradients_moments_and_statistics_equal_those_of_one_process(result
 @pytest.mark.parametrize("count", [2, 4, "nodes"])
 def test_a_run_of_the_training_loop_equals_that_of_one_process(results, count):
     # Rounding grows up to tenfold with each step and starts at 1e-7 in float32: compare only its first steps.
-    compared = (("float64", 10, 10, 1e-9), ("float32", 4, 3, 1e-5), ("kernel", 6, 6, 1e-9))
+    compared = (("float64", 10, 10, 1e-9), ("float32", 4, 3, 1e-5), ("kernel", 6, 6, 1e-9), ("tuned", 6, 6, 1e-9))
     for run, done, steps, tolerance in compared:
         alone, several = (run_folder.read_metrics(results / f"{run}-{n}") for n in (1, count))
         assert [row.step for row in several] == list(range(1, done + 1))
@@ -89,7 +89,7 @@ def test_a_run_of_the_training_loop_equals_that_of_one_process(results, count):
             assert got == pytest.approx(want, rel=tolerance if name == "loss" else 100 * tolerance)
 
     # the last checkpoints
-    for run in ("float64", "kernel"):
+    for run in ("float64", "kernel", "tuned"):
         alone, several = (checkpoint.load_last(results / f"{run}-{n}")[1] for n in (1, count))
         for part in ("network", "criterion", "optimizer", "loop"):
             for name, want in getattr(alone, part).items():

@@ -82,13 +82,16 @@ def run(
     *,
     resume: Checkpoint | None = None,
     criterion: nn.Module | None = None,
+    start: dict[str, torch.Tensor] | None = None,
     **options: float,
 ) -> Network:
     """Train into `folder` with a row of metrics per step; no scores and no looks by default."""
     folder.mkdir(exist_ok=True)
     chosen = Options(**{"log_steps": 1, "scores": 0, "diagnoses": 0, **options})  # type: ignore[arg-type]
     device = torch.device("cpu")
-    return loop.pretrain(recipe, splits, folder, device=device, options=chosen, resume=resume, criterion=criterion)
+    return loop.pretrain(
+        recipe, splits, folder, device=device, options=chosen, resume=resume, criterion=criterion, start=start
+    )
 
 
 def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

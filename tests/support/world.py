@@ -21,7 +21,7 @@ from corinfomax.images import cache
 from corinfomax.images.sources import Data
 from corinfomax.objective.covariance import CorInfoMaxLoss, Moments, corinfomax_loss
 from corinfomax.objective.kernel import KernelLoss
-from corinfomax.recipes.fields import Loss
+from corinfomax.recipes.fields import Backbone, Loss, Tuning
 from corinfomax.runtime import processes, run_folder
 from corinfomax.runtime.records import Options
 from corinfomax.training import loop
@@ -29,6 +29,7 @@ from corinfomax.training import step as learner
 
 CPU = torch.device("cpu")
 BATCH, DIM, STEPS = 24, 6, 4
+BATCH_NORM_ACT = Backbone(name="test_efficientnet")
 
 
 def loss_and_gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -103,7 +104,15 @@ def run(out: Path, precision: str, **knobs: Any) -> None:
     recipe = replace(recipe, **knobs)
     splits = cache.load(Data(out.parent / "data", holdout=0.0, cache=out.parent / "cache"), side=16, progress=False)
     out.mkdir(exist_ok=True)
-    loop.pretrain(recipe, splits, out, device=CPU, options=Options(log_steps=1, scores=0, diagnoses=0))
+    options = Options(log_steps=1, scores=0, diagnoses=0)
+    start = tensors_to_keep() if recipe.tuning.batch_norm == "keep" else None
+    loop.pretrain(recipe, splits, out, device=CPU, options=options, start=start)
+
+
+def tensors_to_keep() -> dict[str, torch.Tensor]:
+    """Tensors of a network whose BatchNorm no process on a CPU can share, so that its statistics must stay."""
+    torch.manual_seed(3)
+    return networks.start_tensors(networks.build_backbone(BATCH_NORM_ACT))
 
 
 def fail(out: Path) -> None:
@@ -188,6 +197,8 @@ def work(job: str, out: Path) -> None:
         run(out.with_name(f"float32-{out.stem}"), "float32", epochs=2)
         run(out.with_name(f"float64-{out.stem}"), "float64", epochs=5)
         run(out.with_name(f"kernel-{out.stem}"), "float64", epochs=3, loss=Loss(name="kernel"))
+        tuning = Tuning(blocks=2, projector_epochs=1, lr_scale=0.5, layer_decay=0.5, batch_norm="keep")
+        run(out.with_name(f"tuned-{out.stem}"), "float64", epochs=3, tuning=tuning, backbone=BATCH_NORM_ACT)
         if processes.rank() == 0:
             run_folder.write_whole(out, lambda path: torch.save(results, path))
 

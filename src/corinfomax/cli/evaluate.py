@@ -52,6 +52,8 @@ class Evaluate:
         splits = inputs.load_splits(data, ours.recipe, images)
         table.check_labels(splits)
         by_side, rivals = {ours.recipe.cache_side: splits}, []
+        if ours.run is not None and ours.facts is not None and ours.facts.start is not None:
+            rivals += inputs.before(ours.run, splits, ours.recipe, device)
         for name, rival in zip(table.distinct_names(self.against), loaded_rivals, strict=True):
             side = rival.recipe.cache_side
             if side not in by_side:

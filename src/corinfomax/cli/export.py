@@ -15,7 +15,8 @@ from corinfomax.cli.arguments import PATH
 class Export:
     """Write the trained backbone for use without this package.
 
-    A fresh process loads it and compares the features. timm is a folder with a model card, for
+    A run that continued from weights and did not better them gives those; name a checkpoint for the others. A fresh
+    process loads what is written and compares the features. timm is a folder with a model card, for
     timm.create_model("local-dir:…", pretrained=True), or for its own load.py when timm has no such network. state-dict
     is one .safetensors file with timm's names, which are torchvision's for its ResNets. onnx needs the onnx extra.
     """
@@ -30,7 +31,7 @@ class Export:
     def run(self, typed: frozenset[str]) -> int:
         from corinfomax.runtime import run_folder
         from corinfomax.runtime.records import Results
-        from corinfomax.weights import checkpoint, export
+        from corinfomax.weights import checkpoint, export, load
 
         network, saved = checkpoint.load_network(self.weights)
 
@@ -39,11 +40,16 @@ class Export:
         run = path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else None
         is_last = run is not None and [run_folder.step_of(p) for p in run_folder.checkpoints(run)[-1:]] == [saved.step]
         results = run_folder.read_results(run) if run is not None and is_last else Results()
+        backbone = network.backbone
+        if path.is_dir() and results.keep_start:
+            last = run_folder.checkpoints(path)[-1]
+            print(f"continuing did not help: exporting the weights of the start; the others are in {last}")
+            backbone, saved = load.load_start(path).backbone, saved._replace(step=0)
 
         name = path.stem if run is None else run.name if is_last else f"{run.name}-step-{saved.step}"
         out = self.out or Path(name + {"timm": "-timm", "onnx": ".onnx", "state-dict": ".safetensors"}[self.format])
         run_folder.check_writable(out.with_name(f"{out.name}.json") if self.format == "timm" else out)
-        done = export.export_backbone(network.backbone, saved, out, self.format, results=results)
+        done = export.export_backbone(backbone, saved, out, self.format, results=results)
         verified = f"loaded {done.loader} in a fresh process, features differ by at most {done.difference:.1e}"
         print(f"{done.path}: {done.tensors} tensors; {verified}")
         return 0

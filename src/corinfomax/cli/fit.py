@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import timm
 import torch
@@ -14,6 +15,7 @@ from corinfomax.images.sources import Data
 from corinfomax.recipes import fields, published
 from corinfomax.recipes.fields import Backbone, Recipe
 from corinfomax.recipes.published import RECIPES
+from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone
 
 
 def choose_recipe(
@@ -38,6 +40,56 @@ def choose_recipe(
         changes = fields.difference(recipe, base)
         print(f"recipe {reason}{f', with {shlex.join(changes)}' if changes else ''}; --recipe names another")
     return name, recipe
+
+
+def load_init(name: str, prefix: str | None, typed: Recipe, flags: Collection[str]) -> LoadedBackbone:
+    """The weights of --init, printed; typed settings tell what weights of others do not record."""
+    options: dict[str, Any] = {"prefix": prefix}
+    inputs = ("size", "mean", "std", "interpolation")
+    options |= {option: getattr(typed, option) for option in inputs if option in flags}
+    if "backbone.name" in flags:
+        options["architecture"] = typed.backbone.name
+    if "backbone.small-stem" in flags:
+        options["small_stem"] = typed.backbone.small_stem
+    try:
+        loaded = load_backbone(name, **options)
+    except RecordedError:  # typed settings are then about this run
+        if prefix is not None or "architecture" in options:
+            raise
+        loaded = load_backbone(name)
+    except ValueError as error:
+        message = str(error).replace("--architecture", "--backbone.name").replace("--small", "--backbone.small")
+        raise ValueError(message) from error
+    print(f"starting from {loaded.summary}")
+    return loaded
+
+
+def adapt_recipe(
+    name: str | None, start: LoadedBackbone, data: Data, typed: Recipe, flags: Collection[str], device: torch.device
+) -> tuple[str, Recipe]:
+    """Name and recipe of a run that continues from weights: their network and input; the rest as named, or `adapt`."""
+    survey, weights = data.survey(), start.recipe
+    if name is None:
+        one_size, cuda = network.has_fixed_size(weights.backbone), device.type == "cuda"
+        name, base = published.adapt(one_size, weights.size, survey.images, survey.short_side, cuda=cuda)
+    else:
+        base = published.find_recipe(name)
+    shaped = replace(base, test_scale=1.0, backbone=weights.backbone, mean=weights.mean, std=weights.std)
+    shaped = replace(shaped, interpolation=weights.interpolation)
+    recipe = fields.override(shaped, typed, flags & fields.flags(base).keys())
+    if recipe.backbone != weights.backbone:
+        raise ValueError(f"the weights are a {weights.backbone.name}: leave out --backbone")
+    images = f"{survey.images:,} images of {survey.short_side} px"
+    print(f"recipe {name} at {recipe.size} px, {recipe.epochs:g} epochs, for {images}; --recipe names another")
+    return name, recipe
+
+
+def fit_start(start: LoadedBackbone, recipe: Recipe) -> LoadedBackbone:
+    """The weights for images of the recipe's size: timm resizes the position embeddings of a ViT."""
+    if network.has_fixed_size(recipe.backbone) and recipe.size != start.recipe.size:
+        print(f"position embeddings resized from {start.recipe.size} to {recipe.size} px")
+        start.backbone.set_input_size(img_size=recipe.size)  # type: ignore[operator]
+    return start
 
 
 def fit_batch(recipe: Recipe, count: int) -> Recipe:

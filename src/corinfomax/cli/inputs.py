@@ -21,7 +21,7 @@ from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import memory, processes, run_folder
 from corinfomax.runtime.records import Facts, Results
-from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone
+from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone, load_start
 
 
 def choose_device(name: str, *, gigabytes: float | None = None) -> torch.device:
@@ -44,27 +44,30 @@ def choose_device(name: str, *, gigabytes: float | None = None) -> torch.device:
     return device
 
 
-def load_weights(name: str, options: WeightsOptions, device: torch.device) -> LoadedBackbone:
-    """The backbone of a run, a file or timm, on the device; prints what was loaded."""
-    loaded = load_backbone(name, **vars(options))
+def load_weights(name: str, options: WeightsOptions, device: torch.device, *, last: bool = False) -> LoadedBackbone:
+    """The backbone of a run, a file or timm, on the device; prints what was loaded. `last` as in `load_backbone`."""
+    loaded = load_backbone(name, last=last, **vars(options))
     print(f"loaded {loaded.summary}")
     return loaded._replace(backbone=loaded.backbone.to(device).to(memory_format=torch.channels_last))
 
 
 def load_several(names: Sequence[str], options: WeightsOptions, device: torch.device) -> list[LoadedBackbone]:
-    """Several weights, each with the options of what it does not record; RecordedError if all record one of them."""
+    """Several weights, each with the options of what it does not record; RecordedError if all record one of them.
+
+    Runs that continued from weights give their own, bettered or not.
+    """
     loaded: list[LoadedBackbone] = []
     refused: list[RecordedError] = []
     of_input = replace(options, architecture=None, small_stem=False, prefix=None)
     for name in names:
         try:
-            loaded.append(load_weights(name, options, device))
+            loaded.append(load_weights(name, options, device, last=True))
         except RecordedError as error:
             refused.append(error)
             try:
-                loaded.append(load_weights(name, of_input, device))
+                loaded.append(load_weights(name, of_input, device, last=True))
             except RecordedError:
-                loaded.append(load_weights(name, WeightsOptions(), device))
+                loaded.append(load_weights(name, WeightsOptions(), device, last=True))
     if len(refused) == len(names):
         raise refused[0]
     return loaded
@@ -175,6 +178,16 @@ def are_own_images(name: str, options: DataOptions, loaded: LoadedBackbone) -> b
     data, recipe = find_data(name, options_of_run(untyped, run, facts)), loaded.recipe
     train = cache.load(data, side=recipe.cache_side, from_files=recipe.from_files, progress=False).train
     return train.fingerprint == facts.fingerprint
+
+
+def before(run: Path, splits: Splits, recipe: Recipe, device: torch.device) -> list[table.Contender]:
+    """The weights that a run started from, to score beside its own; none if they are gone."""
+    try:
+        backbone = load_start(run).backbone.to(device).to(memory_format=torch.channels_last)
+    except FileNotFoundError as error:
+        print(f"no scores of the start: {error}")
+        return []
+    return [table.Contender(table.BEFORE, backbone, recipe, splits)]
 
 
 def print_scores(results: Results, out: Path | None) -> None:

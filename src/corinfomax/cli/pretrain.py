@@ -32,11 +32,17 @@ class Pretrain:
 
     Without --recipe one is chosen for the images and the device. Any of its settings can be changed, such as
     --epochs 20 --optim.lr 0.1; rarely used ones are listed by corinfomax recipes NAME.
+
+    --init continues from weights instead of random ones, and the scores say whether that was worth it.
     """
 
     data: OPTIONAL_DATA = None
     recipe: str | None = None
     """A named recipe; `corinfomax recipes` lists them."""
+    init: str | None = None
+    """Weights to start from: a run, a file, a folder, or timm:NETWORK."""
+    prefix: str | None = None
+    """Start of their tensors' names in a file of several networks."""
     out: PATH = None
     """Run folder; default is a new one in ./runs."""
     resume: PATH = None
@@ -91,12 +97,22 @@ def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Pla
     """The run as typed, or as recorded when it is resumed; ValueError for a flag that would make it another run."""
     from corinfomax.cli import fit, inputs, train
     from corinfomax.training import loop, trackers
-    from corinfomax.weights import checkpoint
+    from corinfomax.weights import checkpoint, load
 
     # what a resumed run has recorded
     name, options, images, resumed = command.data, command.options, command.images, None
     if command.resume is not None:
-        fixed = {*fields.flags(Recipe()), "recipe", "out", "holdout", "test-split", "skip", "download"}
+        fixed = {
+            *fields.flags(Recipe()),
+            "recipe",
+            "init",
+            "prefix",
+            "out",
+            "holdout",
+            "test-split",
+            "skip",
+            "download",
+        }
         if changing := sorted(typed & fixed):
             rule = f"a resumed run keeps its recipe and its splits: --{changing[0]} cannot go with --resume"
             raise ValueError(f"{rule}. It takes DATA, --root, --cache, --device, --memory and how to log and save")
@@ -110,18 +126,32 @@ def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Pla
         typed_again = [field.name for field in dataclasses.fields(Options) if field.name.replace("_", "-") in typed]
         options = replace(resumed.facts.options, **{option: getattr(options, option) for option in typed_again})
 
-    # images and recipe
+    # images, weights and recipe
     if name is None:
         raise ValueError("name the images: corinfomax pretrain DATA, or resume a run: --resume RUN")
+    if command.prefix is not None and command.init is None:
+        raise ValueError("--prefix chooses a network of --init, which is missing")
     if options.track is not None:
         trackers.check(options.track)
     data = inputs.find_data(name, images)
+    start = None
     if resumed is not None:
         recipe_name, recipe = resumed.facts.recipe_name, resumed.recipe
+        if command.resume is not None and resumed.facts.start is not None:
+            start = load.load_start(command.resume)
+    elif command.init is not None:
+        start = fit.load_init(command.init, command.prefix, command.settings, typed)
+        recipe_name, recipe = fit.adapt_recipe(command.recipe, start, data, command.settings, typed, device)
     else:
         recipe_name, recipe = fit.choose_recipe(command.recipe, data, command.settings, typed, device)
+    if resumed is None:
         if lost := data.survey().lost:
             print(f"the images have {lost}")
         recipe = fit.fit_cache(fit.fit_views(recipe, typed), data)
     loop.check_parts(recipe)
-    return train.Plan(data, images, recipe, recipe_name, options, resumed)
+    if start is not None:
+        start = fit.fit_start(start, recipe)
+    record = None if resumed is None else resumed.facts.start
+    if start is not None and command.init is not None:
+        record = start.start(command.init)
+    return train.Plan(data, images, recipe, recipe_name, options, resumed, start, record)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import timm
 import torch
 
-from corinfomax import __version__
+from corinfomax import __version__, network
 from corinfomax.cli import fit, inputs, messages
 from corinfomax.cli.arguments import SKIP_LIST, DataOptions
 from corinfomax.diagnosis import verdict
@@ -27,10 +27,11 @@ from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
 from corinfomax.report.content import Subject
 from corinfomax.runtime import processes, run_folder
-from corinfomax.runtime.records import Facts, Options, Results
+from corinfomax.runtime.records import Facts, Options, Results, Start
 from corinfomax.training import footprint, loop, trackers
-from corinfomax.weights import checkpoint
+from corinfomax.weights import checkpoint, export
 from corinfomax.weights.checkpoint import Checkpoint
+from corinfomax.weights.load import LoadedBackbone
 
 
 class Plan(NamedTuple):
@@ -42,6 +43,8 @@ class Plan(NamedTuple):
     recipe_name: str
     options: Options
     resumed: Checkpoint | None  # the state to continue from
+    start: LoadedBackbone | None = None  # the weights to start from
+    start_record: Start | None = None
 
 
 def print_footprint(plan: Plan, device: torch.device) -> None:
@@ -63,6 +66,7 @@ def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:
         splits = inputs.load_splits(plan.data, plan.recipe, plan.images)
     recipe = _fit(plan, splits, device)
     facts = _record(run, plan, recipe, splits)
+    start = None if plan.start is None else network.start_tensors(plan.start.backbone)
 
     with contextlib.ExitStack() as stack:
         on_row: trackers.OnRow = lambda row: None  # noqa: E731
@@ -70,8 +74,16 @@ def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:
             config = {flag: str(value) for flag, value in fields.flags(recipe).items()}
             on_row = stack.enter_context(trackers.tracking(options.track, run, config))
         try:
-            network = loop.pretrain(
-                recipe, splits, run, device=device, options=options, facts=facts, resume=plan.resumed, on_row=on_row
+            trained = loop.pretrain(
+                recipe,
+                splits,
+                run,
+                device=device,
+                options=options,
+                facts=facts,
+                resume=plan.resumed,
+                on_row=on_row,
+                start=start,
             )
         except loop.Interrupted as stop:
             print(f"stopped; the work so far is in {stop.checkpoint}\nto resume: {resume}")
@@ -81,8 +93,8 @@ def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:
             if first:
                 _judge(run, recipe, facts, error=str(error))
                 if options.report and run_folder.checkpoints(run):  # the page up to the last checkpoint
-                    network, saved = checkpoint.load_network(run)
-                    _report(Subject(run, network, recipe, saved.step, facts, splits, same_images=True), device)
+                    trained, saved = checkpoint.load_network(run)
+                    _report(Subject(run, trained, recipe, saved.step, facts, splits, same_images=True), device)
             processes.wait()
             raise
         except OSError as error:
@@ -92,7 +104,7 @@ def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:
         rows = run_folder.read_metrics(run)  # they include the time before a stop
         minutes = f"{rows[-1].seconds / 60:.1f} min" if rows else "no time"
         print(f"trained in {minutes}: {run_folder.checkpoints(run)[-1]}")
-    return Subject(run, network, recipe, recipe.steps(facts.images), facts, splits, same_images=True)
+    return Subject(run, trained, recipe, recipe.steps(facts.images), facts, splits, same_images=True)
 
 
 def _fit(plan: Plan, splits: Splits, device: torch.device) -> Recipe:
@@ -135,10 +147,12 @@ def _record(run: Path, plan: Plan, recipe: Recipe, splits: Splits) -> Facts:
         test_split=images.test_split,
         skip=None if images.skip is None else SKIP_LIST,
         scored=_scored(splits),
+        start=plan.start_record,
     )
 
     # one run in all processes, and the same as before
     same = {"their images": facts.fingerprint, "their recipe": json.dumps(fields.to_json(recipe))}
+    same["their weights to start from"] = str(facts.start and facts.start.digest)
     processes.require_same({**same, "the step they resume from": str(resumed and resumed.step)})
     if resumed is not None and resumed.facts.fingerprint != facts.fingerprint:
         wrong = f"the images of {facts.data} are not the ones that {run} was trained on: put those back"
@@ -149,6 +163,8 @@ def _record(run: Path, plan: Plan, recipe: Recipe, splits: Splits) -> Facts:
     if processes.rank() == 0 and resumed is None:
         if facts.skip is not None:  # a copy, since the user may change the list
             run_folder.write_text(run / SKIP_LIST, tables.names_as_text(sorted(data.skip)))
+        if plan.start is not None:
+            export.write_tensors(run_folder.start_path(run), plan.start.backbone, recipe)
         run_folder.write_json(run / "recipe.json", {"recipe": fields.to_json(recipe), "facts": facts.to_json()})
     elif processes.rank() == 0 and resumed is not None:
         run_folder.forget_after(run, resumed.step)
@@ -176,7 +192,9 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
     try:
         _judge(run, recipe, facts)
         if facts.options.evaluate and splits.labelled:
-            inputs.print_scores(table.evaluate(network.backbone, splits, recipe, device=device), run / "results.json")
+            before = inputs.before(run, splits, recipe, device) if facts.start is not None else ()
+            results = table.evaluate(network.backbone, splits, recipe, device=device, rivals=before)
+            inputs.print_scores(results, run / "results.json")
         if facts.options.report:
             _report(subject, device)
     except KeyboardInterrupt:

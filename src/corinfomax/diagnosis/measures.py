@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from corinfomax.images.cache import Images, Splits
-from corinfomax.network import Network, autocast, images_at_once, match_dtype
+from corinfomax.network import Network, autocast, evaluating, images_at_once, match_dtype
 from corinfomax.objective.covariance import ldmi
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime.records import DataMeasures, Look, Measures
@@ -75,9 +75,7 @@ def look(network: Network, sample: Sample, recipe: Recipe, *, device: torch.devi
     """
     batches = torch.arange(len(sample.images)).split(recipe.micro_batch or max(recipe.batch, LEAST_IMAGES))
     features, projections = [], []
-    training = network.training
-    network.eval()
-    try:
+    with evaluating(network):
         whole = nn.Sequential(network.backbone, network.projector).eval()  # as written, if the network is compiled
         at_once = images_at_once(whole, recipe, device, side=recipe.size, most=len(batches[0]))
         for view, rows in itertools.product(range(VIEWS), batches):
@@ -87,8 +85,6 @@ def look(network: Network, sample: Sample, recipe: Recipe, *, device: torch.devi
                     z = network.projector(h)
                 features.append(_float64(h))
                 projections.append(_float64(z))
-    finally:
-        network.train(training)
 
     # One chunk per view, side by side.
     h, z = (torch.stack(torch.cat(outputs).chunk(VIEWS), 1) for outputs in (features, projections))

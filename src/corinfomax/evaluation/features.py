@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from corinfomax.evaluation import maps
 from corinfomax.images.cache import Images
-from corinfomax.network import autocast, images_at_once, match_dtype
+from corinfomax.network import autocast, evaluating, images_at_once, match_dtype
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import memory, run_folder
 from corinfomax.views import operations
@@ -58,16 +58,11 @@ def features_of_pixels(
     model: nn.Module, pixels: UInt8[Tensor, "n 3 h w"], sizes: Int[Tensor, "n 2"], recipe: Recipe, device: torch.device
 ) -> Float[Tensor, "n f"]:
     """The rows of `extract_features` for padded images of these heights and widths."""
-    was_training = model.training
     pixels = pixels.to(device)
-    model.eval()
-    try:
-        with torch.inference_mode(), autocast(recipe, device):
-            filtered = partial(operations.centre_view, interpolation=recipe.interpolation)
-            x = filtered(pixels, sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
-            return model(match_dtype(x, model)).float().cpu()
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode(), autocast(recipe, device):
+        filtered = partial(operations.centre_view, interpolation=recipe.interpolation)
+        x = filtered(pixels, sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
+        return model(match_dtype(x, model)).float().cpu()
 
 
 def as_utf8(name: str) -> str:

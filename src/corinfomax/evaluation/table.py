@@ -23,6 +23,7 @@ from corinfomax.runtime.seeds import generator, key
 from corinfomax.views import operations
 
 BASELINES = ("untrained", "raw pixels")
+BEFORE = "before"  # the weights that a run started from
 CPU = torch.device("cpu")
 FEWEST_TEST = 20  # test images of a score; with fewer, one image is more than five points
 RAW_SIDE = 24  # px, of raw pixels to score: 32 px cost three times as much and score no better
@@ -57,8 +58,9 @@ def evaluate(
 ) -> Results:
     """Score `backbone`, the `rivals`, the same network untrained, and raw pixels, with every probe.
 
-    A rival needs the same images in the same order. `published_probe` adds the paper's augmented linear probe, hours
-    without a GPU; `fine_tune` adds training on 1 % and 10 % of the labels. ValueError unless both splits have labels.
+    A rival needs the same images in the same order; one called BEFORE is what `backbone` started from.
+    `published_probe` adds the paper's augmented linear probe, hours without a GPU; `fine_tune` adds training on 1 % and
+    10 % of the labels. ValueError unless both splits have labels.
     """
     check_labels(splits)
     assert splits.test is not None
@@ -78,6 +80,7 @@ def evaluate(
     assert splits.train.labels is not None and splits.test.labels is not None
     return Results(
         table=tabulate(outcomes, seed=recipe.seed),
+        keep_start=BEFORE in outcomes and comparisons[0].verdict != "better",
         comparisons=comparisons,
         sentences=sentences,
         remarks=remarks_on(splits.train.labels, splits.test.labels, splits.train.classes),
@@ -172,17 +175,19 @@ def tabulate(outcomes: dict[str, Outcomes], *, seed: int) -> Table:
 
 
 def compare_all(outcomes: dict[str, Outcomes], *, seed: int) -> tuple[tuple[Comparison, ...], tuple[str, ...]]:
-    """Pretrained features against the better baseline and each rival: comparisons, then a sentence for each."""
+    """Pretrained features against their start, or the better baseline, and each rival; then a sentence for each."""
 
     def against(probe: str, *others: str) -> Comparison:
         rows = {name: outcomes[name][probe][0] for name in others}
         return intervals.compare(outcomes["pretrained"][probe][0], rows, seed=seed)
 
-    # The linear probe decides whether pretraining helped; kNN speaks up when it disagrees.
-    helped, nearest = against("linear", *BASELINES), against("kNN", *BASELINES)
-    rivals = [against("linear", name) for name in outcomes if name not in ("pretrained", *BASELINES)]
-    sentences = (intervals.pretraining_sentence(helped, nearest), *map(intervals.rival_sentence, rivals))
-    return (helped, *rivals), sentences
+    # The linear probe decides; kNN speaks up when it disagrees. A run that continued is compared with its start.
+    rivals = [name for name in outcomes if name not in ("pretrained", *BASELINES)]
+    bases = (BEFORE,) if BEFORE in outcomes else BASELINES
+    helped, nearest = against("linear", *bases), against("kNN", *bases)
+    sentence = intervals.continuing_sentence if BEFORE in outcomes else intervals.pretraining_sentence
+    others = [against("linear", name) for name in rivals if name != BEFORE]
+    return (helped, *others), (sentence(helped, nearest), *map(intervals.rival_sentence, others))
 
 
 @torch.no_grad()
@@ -271,7 +276,7 @@ def distinct_names(names: Sequence[str]) -> list[str]:
     for name in names:
         short = name if name.startswith("timm:") else PurePath(name).stem or name
         candidates = (short, name, *(f"{name} ({i})" for i in range(2, 99)))
-        taken = {"pretrained", *BASELINES, *short_names}
+        taken = {"pretrained", BEFORE, *BASELINES, *short_names}
         short_names.append(next(candidate for candidate in candidates if candidate not in taken))
     return short_names
 

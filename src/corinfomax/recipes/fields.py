@@ -146,6 +146,32 @@ class Optim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How much of the backbone is trained; for runs that start from weights (--init)."""
+
+    blocks: int | None = None
+    """Last blocks of the backbone to train; None is all of it."""
+    lr_scale: float = 1.0
+    """Learning rate of the backbone ÷ that of the projector."""
+    layer_decay: float = 1.0
+    """Learning rate of each block ÷ that of the block after it."""
+    projector_epochs: float = 0.0
+    """Epochs at the start that train the projector alone."""
+    batch_norm: Literal["adapt", "keep"] = "adapt"
+    """Statistics of BatchNorm: of the new images, or as they were."""
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None and self.blocks < 0:
+            raise ValueError(f"blocks is {self.blocks}; it must be at least 0, or None for all")
+        if not 0 < self.lr_scale < inf:
+            raise ValueError(f"lr_scale is {self.lr_scale}; it must be above 0")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
+        if not 0 <= self.projector_epochs < inf:
+            raise ValueError(f"projector_epochs is {self.projector_epochs}; it must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Probe:
     """The published linear probe: one linear layer on frozen features, SGD with momentum 0.9 and no decay."""
 
@@ -192,6 +218,7 @@ class Recipe:
     projector: Projector = field(default_factory=Projector)
     loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)
+    tuning: Tuning = field(default_factory=Tuning)
     probe: Rare[Probe] = field(default_factory=Probe)
 
     def __post_init__(self) -> None:
@@ -283,7 +310,7 @@ def help_lines(recipe: Recipe) -> list[str]:
 
     # Groups that are left out: rare ones, and the second view, which has the first one's settings.
     kinds = {"": "Recipe", "views.0": "View"}
-    kinds |= {"backbone": "Backbone", "projector": "Projector", "loss": "Loss", "optim": "Optim"}
+    kinds |= {"backbone": "Backbone", "projector": "Projector", "loss": "Loss", "optim": "Optim", "tuning": "Tuning"}
     lines = []
     for flag, value in flags(recipe).items():
         group, _, name = flag.rpartition(".")
@@ -313,7 +340,8 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 def from_json(content: Any) -> Recipe:
     """The recipe that `to_json` wrote; ValueError that names a missing, unknown or ill-typed field."""
     if isinstance(content, dict):
-        content = {"interpolation": "bicubic", **content}  # not recorded before version 0.2
+        # not recorded before version 0.2
+        content = {"interpolation": "bicubic", "tuning": dataclasses.asdict(Tuning()), **content}
     return _from_json(Recipe, content, "recipe")
 
 

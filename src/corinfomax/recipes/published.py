@@ -6,7 +6,7 @@ import difflib
 from dataclasses import replace
 from typing import NamedTuple
 
-from corinfomax.recipes.fields import Backbone, Loss, Optim, Probe, Projector, Recipe, View
+from corinfomax.recipes.fields import Backbone, Loss, Optim, Probe, Projector, Recipe, Tuning, View
 
 
 class Measured(NamedTuple):
@@ -158,6 +158,19 @@ RECIPES: dict[str, Entry] = {
     ),
 }
 
+# Recipes that continue from weights (--init), which give the network and the statistics of its input.
+_ADAPT = Recipe(
+    size=96,
+    views=(_MILD, _MILD),
+    projector=_SHALLOW,
+    optim=Optim(name="adamw", lr=1e-3, start_lr=1e-4, warmup_epochs=1, schedule="step", decay_norms=False),
+    tuning=Tuning(blocks=8, lr_scale=0.1, projector_epochs=1, batch_norm="keep"),
+    epochs=10,
+    batch=256,
+)
+RECIPES["adapt"] = Entry(_ADAPT, "continue from the weights of a convolutional network", data="any, with --init")
+RECIPES["adapt-vit"] = Entry(_ADAPT, "continue from the weights of a ViT", data="any, with --init")
+
 
 def find_recipe(name: str) -> Recipe:
     """The recipe of that name; ValueError with the names there are."""
@@ -166,6 +179,23 @@ def find_recipe(name: str) -> Recipe:
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"unknown recipe {name!r}{hint}; choose from {', '.join(RECIPES)}")
     return RECIPES[name].recipe
+
+
+def adapt(one_size: bool, side: int, count: int, short_side: int, *, cuda: bool) -> tuple[str, Recipe]:
+    """Name and recipe to continue from weights made for images of `side` px, `one_size` for a ViT.
+
+    Views have the side that the weights are made for, or less where images or processors are small.
+    """
+    name = "adapt-vit" if one_size else "adapt"
+    base = RECIPES[name].recipe
+    size = side if cuda else min(side, 96, max(64, short_side // 16 * 16))
+    epochs = min(max((10_000_000 if cuda else 60_000) / max(count, 1), 1), 100)
+    epochs = round(epochs)
+    warmup = min(base.optim.warmup_epochs, epochs / 10)
+    tuning = replace(base.tuning, projector_epochs=min(base.tuning.projector_epochs, epochs / 5))
+    optim = replace(base.optim, warmup_epochs=warmup)
+    cache_side = min(short_side, 2 * size)
+    return name, replace(base, size=size, cache_side=cache_side, epochs=epochs, optim=optim, tuning=tuning)
 
 
 def choose(data: str, count: int, short_side: int, *, cuda: bool) -> tuple[str, Recipe, str]:

@@ -130,6 +130,7 @@ def repeat_command(run: Path, facts: Facts, recipe: Recipe) -> str:
     """The command for the same run in a new folder: images, options, named recipe, and changes to that recipe."""
     # images
     command = ["corinfomax", "pretrain", facts.data]
+    command += ["--init", facts.start.name] if facts.start is not None else []
     places = {"root": facts.root, "cache": facts.cache, "holdout": facts.holdout, "test-split": facts.test_split}
     for flag, value in places.items():
         if value is not None:

@@ -171,7 +171,7 @@ def scale_gradient(x: Tensor) -> Tensor:
 
 
 def share_batch_norm(module: nn.Module) -> None:
-    """Let every BatchNorm inside take its statistics over all processes; ValueError if one cannot."""
+    """Let every BatchNorm in training mode take its statistics over all processes; ValueError if one cannot."""
     if size() == 1:
         return
     if any(p.device.type == "cuda" for p in module.parameters()):
@@ -182,6 +182,8 @@ def share_batch_norm(module: nn.Module) -> None:
         return
 
     for name, child in module.named_modules():
+        if not child.training:
+            continue
         if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             child.__class__ = SharedBatchNorm  # parameters, buffers and their names stay
         elif isinstance(child, nn.modules.batchnorm._BatchNorm):

@@ -45,6 +45,16 @@ class Options:
             raise ValueError(f"--checkpoint-minutes is {self.checkpoint_minutes:g}; it must be at least 0, and finite")
 
 
+class Start(NamedTuple):
+    """The weights that a run continues from; the run folder holds a copy of them."""
+
+    name: str  # as typed, a path made absolute
+    digest: str  # of the tensors
+    license: str | None = None  # where timm or the file records it
+    source: str | None = None  # address of their makers
+    paper: str | None = None
+
+
 class Facts(NamedTuple):
     """Facts that resume a run from any folder, and tell it apart from other runs."""
 
@@ -60,10 +70,12 @@ class Facts(NamedTuple):
     test_split: str | None = None
     skip: str | None = None  # name of the list of skipped images in the run folder
     scored: str | None = None  # changes when a test image or a label does
+    start: Start | None = None  # None for random weights
     failure: str | None = None  # why the run broke off, in the file of a failed step
 
     def to_json(self) -> Json:
-        return {**self._asdict(), "options": asdict(self.options)}
+        start = None if self.start is None else self.start._asdict()
+        return {**self._asdict(), "options": asdict(self.options), "start": start}
 
     @classmethod
     def from_json(cls, content: Json) -> Facts:
@@ -72,7 +84,8 @@ class Facts(NamedTuple):
             if name not in content:
                 raise ValueError(f"the facts of the run lack {name!r}: it was not started by corinfomax, or is damaged")
         fields = {name: content[name] for name in cls._fields if name in content}
-        return cls(**{**fields, "options": Options(**content["options"])})
+        start = None if fields.get("start") is None else Start(**fields["start"])
+        return cls(**{**fields, "options": Options(**content["options"]), "start": start})
 
 
 class DataMeasures(NamedTuple):
@@ -215,6 +228,7 @@ class Results(NamedTuple):
 
     verdict: Verdict | None = None
     best_checkpoint: str | None = None  # path in the run folder
+    keep_start: bool = False  # True if continuing did not help: export and load give the weights of the start
     table: Table = {}  # noqa: RUF012 (never written to)
     comparisons: tuple[Comparison, ...] = ()  # first pretrained against the better baseline, then against each rival
     sentences: tuple[str, ...] = ()  # the comparisons in words
@@ -234,7 +248,7 @@ class Results(NamedTuple):
                 {"probe": "linear", **comparison._asdict(), "sentence": sentence}
                 for comparison, sentence in zip(self.comparisons, self.sentences, strict=True)
             ]
-            content |= {"remarks": self.remarks, "train": self.train, "test": self.test}
+            content |= {"remarks": self.remarks, "train": self.train, "test": self.test, "keep_start": self.keep_start}
         return content
 
     @classmethod
@@ -243,6 +257,7 @@ class Results(NamedTuple):
         return cls(
             verdict=Verdict(**content["verdict"]) if "verdict" in content else None,
             best_checkpoint=content.get("best_checkpoint"),
+            keep_start=content.get("keep_start", False),
             table={name: {probe: Score(**x) for probe, x in scores.items()} for name, scores in table.items()},
             comparisons=tuple(Comparison(*(row[name] for name in Comparison._fields)) for row in rows),
             sentences=tuple(row["sentence"] for row in rows),

@@ -170,6 +170,11 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}.safetensors"
 
 
+def start_path(run: Path) -> Path:
+    """The copy of the weights that a run started from."""
+    return run / "start.safetensors"
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
     paths = (run / "checkpoints").glob("step-*.safetensors")

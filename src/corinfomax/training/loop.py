@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -60,17 +60,19 @@ def pretrain(
     resume: Checkpoint | None = None,
     on_row: Callable[[Row], object] = lambda row: None,
     criterion: nn.Module | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Network:
     """Train a network on `splits.train` without labels; metrics and checkpoints go into the folder `run`.
 
     Every random number is keyed on (recipe.seed, step), so a resumed run continues as if it had never stopped. Inside
-    `processes.join` every process calls this and the first one writes. `criterion` replaces the recipe's loss.
+    `processes.join` every process calls this and the first one writes. `criterion` replaces the recipe's loss, and
+    `start`, tensors by their names in the network, the random weights.
 
     Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint of the last step; NotFiniteError when a loss, gradient
     or weight is not finite, with the batch in a file; DataError when an image file is lost, after a checkpoint.
     """
     part, steps = check_parts(recipe), recipe.steps(len(splits.train))
-    learner = build(recipe, device, compiled=options.compile, criterion=criterion)
+    learner = build(recipe, device, compiled=options.compile, criterion=criterion, start=start)
     recorder = Recorder(run, recipe, learner, options, facts, resume, device)
     due = Due(splits, recipe, options, steps, device)
     with (
@@ -107,8 +109,9 @@ def take_step(
     """One step on its batch at its learning rate; gives its NUMBERS."""
     views = batches.apply_views(recipe, ahead.take(step), device)
     lr = optimizer.learning_rate(recipe.optim, step, steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
-    optimizer.set_learning_rate(learner.optimizer, lr)
-    return update(recipe, learner, views, step, device)
+    share = optimizer.backbone_share(recipe, step, steps_per_epoch=steps_per_epoch)
+    optimizer.set_learning_rate(learner.optimizer, lr, share)
+    return update(recipe, learner, views, step, device, projector_alone=share == 0)
 
 
 class Due:

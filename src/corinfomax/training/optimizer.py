@@ -4,33 +4,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from math import inf
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from corinfomax.recipes.fields import Optim
+from corinfomax import network
+from corinfomax.recipes.fields import Optim, Recipe, Tuning
 from corinfomax.training.muon import Muon
 
 
-def build(model: nn.Module, optim: Optim, arithmetic: torch.dtype | None = None) -> torch.optim.Optimizer:
+def build(
+    model: nn.Module, optim: Optim, arithmetic: torch.dtype | None = None, *, tuning: Tuning | None = None
+) -> torch.optim.Optimizer:
     """The optimiser of a model's trainable parameters: matrices in one group, norms and biases in another.
 
-    Muon orthogonalises the step of each matrix, in `arithmetic` or the parameter's own dtype; vectors get AdamW.
+    With a `tuning`, `model` is a Network: its projector's groups come first, then those of each learning rate in the
+    backbone. Muon orthogonalises the step of each matrix, in `arithmetic` or the parameter's own dtype; vectors get
+    AdamW.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
-        {
-            "params": [p for p in parameters if p.ndim <= 1],
-            "weight_decay": optim.weight_decay if optim.decay_norms else 0.0,
-        },
-    ]
+    scales = {} if tuning in (None, Tuning()) else _lr_scales(model, tuning)
+    by_group: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            by_group.setdefault((scales.get(name), parameter.ndim <= 1), []).append(parameter)
+
+    groups = []
+    for (scale, vectors), parameters in sorted(
+        by_group.items(), key=lambda item: (item[0][0] or inf, not item[0][1]), reverse=True
+    ):
+        decay = optim.weight_decay if optim.decay_norms or not vectors else 0.0
+        groups.append({"params": parameters, "weight_decay": decay, "lr_scale": scale})
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.momentum, 0.999))
     if optim.name == "muon":
         return Muon(groups, lr=optim.lr, momentum=optim.momentum, arithmetic=arithmetic)
     return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+
+
+def _lr_scales(model: nn.Module, tuning: Tuning) -> dict[str, float]:
+    """Learning rate of each of the backbone's parameters ÷ the projector's, by name."""
+    blocks = network.blocks_of(model.get_submodule("backbone"))
+    return {
+        f"backbone.{name}": tuning.lr_scale * tuning.layer_decay**depth
+        for depth, names in enumerate(reversed(blocks))
+        for name in names
+    }
 
 
 def learning_rate(optim: Optim, step: int, *, steps_per_epoch: int, epochs: float) -> float:
@@ -50,10 +70,23 @@ def learning_rate(optim: Optim, step: int, *, steps_per_epoch: int, epochs: floa
     return optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * fall)) / 2
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group."""
+def backbone_share(recipe: Recipe, step: int, *, steps_per_epoch: int) -> float:
+    """Share of its learning rate that the backbone has in a step.
+
+    It is 0 while the projector is trained alone, then rises to 1 within the length of the warm-up.
+    """
+    alone = round(recipe.tuning.projector_epochs * steps_per_epoch)
+    if step < alone:
+        return 0.0
+    rise = recipe.optim.warmup_epochs * steps_per_epoch
+    return 1.0 if alone == 0 else min(1.0, (step - alone + 1) / max(rise, 1))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, backbone_share: float = 1.0) -> None:
+    """Set the learning rate of every group; groups of a backbone that is tuned have a part of it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        scale = group.get("lr_scale")
+        group["lr"] = lr if scale is None else lr * scale * backbone_share
 
 
 def clip(parameters: Iterable[nn.Parameter], most: float | None) -> Float[Tensor, ""]:

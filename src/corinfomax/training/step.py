@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from corinfomax.network import Network, autocast, choose_precision, has_fixed_size, match_dtype
+from corinfomax.network import Network, autocast, choose_precision, freeze, has_fixed_size, match_dtype
 from corinfomax.objective.covariance import CorInfoMaxLoss, NotFiniteInputError, Terms
 from corinfomax.objective.kernel import KernelLoss
 from corinfomax.recipes.fields import Recipe
@@ -45,9 +45,14 @@ class Learner(NamedTuple):
 
 
 def build(
-    recipe: Recipe, device: torch.device, *, compiled: bool = False, criterion: nn.Module | None = None
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    criterion: nn.Module | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Learner:
-    """The learner before the first step; its weights follow from the recipe's seed.
+    """The learner before the first step; its weights follow from the recipe's seed, those in `start` replace them.
 
     `compiled` sends the network through torch.compile, once for each shape of its input. A `criterion` replaces the
     recipe's own. ValueError for float16 without CUDA, and for a test size of its own on a backbone of fixed input size.
@@ -61,9 +66,13 @@ def build(
     # The network: weights first, then device, memory format and shared BatchNorm.
     torch.manual_seed(key(recipe.seed, "weights"))
     network = Network(recipe.backbone, recipe.projector, size=recipe.size)
+    if start is not None:
+        network.load_state_dict({**network.state_dict(), **start})
     network = network.to(device, torch.float64 if recipe.precision == "float64" else None)
     network = network.to(memory_format=torch.channels_last)
+    freeze(network.backbone, recipe.tuning)
     processes.share_batch_norm(network)
+    freeze(network.backbone, recipe.tuning)  # sharing replaces modules on a GPU
     if compiled:
         network.compile(dynamic=False)
 
@@ -71,7 +80,7 @@ def build(
     criterion = (build_criterion(recipe) if criterion is None else criterion).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     lower = torch.bfloat16 if choose_precision(recipe, device) == "bfloat16" else None
-    return Learner(network, criterion, optimizer.build(network, recipe.optim, lower), scaler)
+    return Learner(network, criterion, optimizer.build(network, recipe.optim, lower, tuning=recipe.tuning), scaler)
 
 
 def build_criterion(recipe: Recipe) -> CorInfoMaxLoss | KernelLoss:
@@ -98,6 +107,8 @@ def update(
     step: int,
     device: torch.device,
     lap: Callable[[str], object] = lambda part: None,
+    *,
+    projector_alone: bool = False,
 ) -> Float[Tensor, " 4"]:
     """One update from the views of a batch: forward, loss, backward, clip, optimiser. Returns NUMBERS on the device.
 
@@ -111,7 +122,7 @@ def update(
         # Dropout and stochastic depth get random numbers of their own in each process and part.
         torch.manual_seed(key(recipe.seed, f"network {processes.rank()} {part}", step))
         with autocast(recipe, device):
-            return network(match_dtype(x, network))
+            return network(match_dtype(x, network), projector_alone=projector_alone)
 
     # Forward, loss and backward, all at once or in micro-batches.
     optim.zero_grad(set_to_none=True)

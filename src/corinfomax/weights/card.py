@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import PurePath
 
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
-from corinfomax.runtime.records import Results, Score
+from corinfomax.runtime.records import Facts, Results, Score
 from corinfomax.weights.checkpoint import Checkpoint
 
 OBJECTIVES = {
@@ -30,19 +31,19 @@ def markdown(saved: Checkpoint, results: Results, *, plain: bool) -> str:
     verdict = "" if results.verdict is None else f"\n## Verdict\n\n{results.verdict.text}\n"
     return f"""---
 library_name: timm
-tags:
+{_license(facts)}tags:
 - image-feature-extraction
 - self-supervised
 - timm
 ---
 
-# {recipe.backbone.name}, pretrained without labels
+{_title(saved, data)}
 
 - **Method**: {OBJECTIVES[recipe.loss.name]}: self-supervised, without labels
 - **Network**: {_network(recipe)}
 - **Images**: {facts.images:,} from `{data}`, fingerprint {facts.fingerprint}
 - **Training**: recipe {facts.recipe_name}, {length}; weights after step {saved.step:,}
-- **Versions**: {versions}
+{_start(facts)}- **Versions**: {versions}
 
 ## Use
 
@@ -58,6 +59,34 @@ tags:
 {json.dumps(fields.to_json(recipe), indent=2)}
 ```
 """
+
+
+def _title(saved: Checkpoint, data: str) -> str:
+    name = saved.recipe.backbone.name
+    if saved.facts.start is None:
+        return f"# {name}, pretrained without labels"
+    if saved.step:
+        return f"# {name}, continued without labels"
+    unchanged = f"Continuing on the images of `{data}` did not help, so these are the weights of the start, unchanged."
+    return f"# {name}, as it was before training\n\n{unchanged}"
+
+
+def _license(facts: Facts) -> str:
+    """The licence of the weights that the run started from, as the hub reads it."""
+    known = facts.start is not None and facts.start.license is not None
+    return f"license: {facts.start.license}\n" if known and facts.start is not None else ""
+
+
+def _start(facts: Facts) -> str:
+    """A line on the weights that the run started from: their name, licence, source and paper."""
+    if facts.start is None:
+        return ""
+    name, checksum, licence, source, paper = facts.start
+    name = name if name.startswith("timm:") else PurePath(name.replace("\\", "/")).name
+    about = [f"licence {licence}"] if licence else ["licence not recorded: see where you found them"]
+    about += [source] if source else []
+    about += [f"paper {paper}"] if paper else []
+    return f"- **Start**: `{name}`, checksum {checksum[:16]}; {', '.join(about)}\n"
 
 
 def _network(recipe: Recipe) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def save_checkpoint(
     # The rest as JSON, and a checksum of everything.
     rest = {"format": CHECKPOINT_FORMAT, "step": step, "recipe": fields.to_json(recipe), "facts": facts.to_json()}
     about = json.dumps(rest)
-    metadata = {"corinfomax": about, "digest": _checksum(about, tensors)}
+    metadata = {"corinfomax": about, "digest": digest(tensors, about)}
 
     try:
         run_folder.write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
@@ -78,7 +79,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     # Refuse any file that is not ours, not intact or of another format.
     if "corinfomax" not in metadata:
         raise ValueError(f"{path} holds weights, but is not a checkpoint of this package")
-    if metadata.get("digest") != _checksum(metadata["corinfomax"], tensors):
+    if metadata.get("digest") != digest(tensors, metadata["corinfomax"]):
         raise DamagedError(f"{path} is damaged: its checksum does not match its content")
     about = json.loads(metadata["corinfomax"])
     if about["format"] != CHECKPOINT_FORMAT:
@@ -147,12 +148,13 @@ def load_last(run: Path) -> tuple[Path, Checkpoint]:
     raise DamagedError(f"{damage}; none of the {len(saved)} checkpoints in {saved[0].parent} is whole: {remedy}")
 
 
-def _checksum(about: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.blake2b(about.encode(), digest_size=16)
+def digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
+    """A checksum of tensors, by name, type, shape and every byte, and of `about`."""
+    checksum = hashlib.blake2b(about.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        checksum.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        checksum.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return checksum.hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ def export_backbone(
             loader = _write_folder(path, backbone, saved, results)
         elif form == "state-dict":
             loader = "by torchvision alone" if recipe.backbone in TORCHVISION else "by timm alone"
-            _write_tensors(path, backbone, recipe)
+            write_tensors(path, backbone, recipe)
         else:
             loader = "by onnxruntime alone"
             _write_onnx(path, backbone, recipe)
@@ -90,7 +90,7 @@ def _write_folder(path: Path, backbone: nn.Module, saved: Checkpoint, results: R
 
     # The files.
     path.mkdir()
-    _write_tensors(path / "model.safetensors", backbone, recipe)
+    write_tensors(path / "model.safetensors", backbone, recipe)
     run_folder.write_json(path / "config.json", config)
     plain = not recipe.backbone.small_stem
     if not plain:
@@ -110,10 +110,11 @@ def _write_onnx(path: Path, backbone: nn.Module, recipe: Recipe) -> None:
     program.save(str(path), external_data=False)
 
 
-def _write_tensors(path: Path, backbone: nn.Module, recipe: Recipe) -> None:
-    """Write the backbone's tensors, readable for everyone: save_file would allow its owner only."""
+def write_tensors(path: Path, backbone: nn.Module, recipe: Recipe) -> None:
+    """Write the backbone's tensors, whole and readable for everyone: save_file would allow its owner only."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in backbone.state_dict().items()}
-    path.write_bytes(save(tensors, {"format": "pt", "recipe": json.dumps(fields.to_json(recipe))}))
+    content = save(tensors, {"format": "pt", "recipe": json.dumps(fields.to_json(recipe))})
+    run_folder.write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
 def _timm_arguments(backbone: Backbone, size: int) -> dict[str, int | list[int]]:

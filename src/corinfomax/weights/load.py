@@ -21,7 +21,7 @@ from corinfomax.network import build_backbone, check_name, measure, smallest_sid
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Backbone, Recipe
 from corinfomax.runtime import run_folder
-from corinfomax.runtime.records import Facts
+from corinfomax.runtime.records import Facts, Start
 from corinfomax.weights import checkpoint
 from corinfomax.weights.match import Tensors, check_values, identify, match_names
 
@@ -39,6 +39,21 @@ class LoadedBackbone(NamedTuple):
     summary: str  # source and number of the tensors, any that were ignored, and what was assumed of the input
     run: Path | None = None  # folder of the run that the weights lie in
     facts: Facts | None = None  # of a run of ours
+    config: PretrainedCfg = PretrainedCfg()  # timm's record of the weights: licence, source, paper
+
+    def start(self, name: str) -> Start:
+        """The record of these weights, loaded from `name`, in a run that continues from them."""
+        path = Path(name).expanduser()
+        before = Start("", "") if self.facts is None or self.facts.start is None else self.facts.start
+        return Start(
+            name=str(path.absolute()) if path.exists() else name,
+            digest=checkpoint.digest(self.backbone.state_dict()),
+            license=self.config.license or before.license,
+            source=self.config.origin_url or before.source,
+            paper=papers
+            if isinstance(papers := self.config.paper_ids, str)
+            else ", ".join(papers or ()) or before.paper,
+        )
 
 
 class Foreign(NamedTuple):
@@ -56,6 +71,7 @@ class Foreign(NamedTuple):
 def load_backbone(
     name: str,
     *,
+    last: bool = False,
     architecture: str | None = None,
     small_stem: bool = False,
     prefix: str | None = None,
@@ -70,8 +86,9 @@ def load_backbone(
     .safetensors or a pickle, from which only tensors and plain values are read. `architecture` is the timm network of
     a state dict that does not record one, `small_stem` its 3×3 first convolution without max-pool, `prefix` the start
     of its tensors' names when a file holds several networks. `size` (side in pixels), `mean`, `std` and
-    `interpolation` are the input of weights that do not record it; timm's by default. Only `timm:` may connect to the
-    internet. Raises ValueError or OSError; ValueError too for options that weights of ours do not take.
+    `interpolation` are the input of weights that do not record it; timm's by default. A run that started from other
+    weights and did not better them gives those, unless `last` asks for its last checkpoint. Only `timm:` may connect
+    to the internet. Raises ValueError or OSError; ValueError too for options that weights of ours do not take.
     """
     path = Path(name).expanduser()
     foreign = Foreign(architecture, small_stem, prefix, size, mean, std, interpolation)
@@ -85,6 +102,8 @@ def load_backbone(
     is_tensors = suffix == ".safetensors" and path.is_file()
     if path.is_dir() or (is_tensors and "corinfomax" in checkpoint.read_safetensors(path)[1]):
         _refuse_options(foreign, path)
+        if not last and path.is_dir() and run_folder.read_results(path).keep_start:
+            return load_start(path)
         network, saved = checkpoint.load_network(path)
         summary = f"all {len(network.backbone.state_dict())} tensors of the backbone, step {saved.step} of {path}"
         run = path if path.is_dir() else path.absolute().parent.parent
@@ -107,6 +126,19 @@ def load_backbone(
     flags = listed([f"--{name}" for name in assumed])
     note = f"; assumed as for timm's {architecture}; {flags} if it was trained with others" if assumed else ""
     return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}{note}")
+
+
+def load_start(run: Path) -> LoadedBackbone:
+    """The weights that a run started from; FileNotFoundError if it started from random ones."""
+    saved, path = checkpoint.load_resumable(run), run_folder.start_path(run)
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} has no {path.name}: it started from random weights, or the file was removed")
+    tensors, _ = checkpoint.read_safetensors(path)
+    recipe, start = saved.recipe, saved.facts.start
+    loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
+    origin = "" if start is None else f", which continued from {start.name}"
+    summary = f"{loaded.summary}: the weights before {run}{origin}"
+    return loaded._replace(summary=summary, run=run, facts=saved.facts)
 
 
 class RecordedError(ValueError):
@@ -197,11 +229,14 @@ def _load_timm_folder(folder: Path, foreign: Foreign) -> LoadedBackbone:
     if not timm.is_model(name):
         raise ValueError(f"{folder / 'config.json'} names the architecture {name!r}, unknown to timm")
     spec = {**config, **config.get("pretrained_cfg", {})}
-    spec = {name: spec[name] for name in ("input_size", "mean", "std", "interpolation") if spec.get(name)}
+    stated = {name: spec[name] for name in ("input_size", "mean", "std", "interpolation") if spec.get(name)}
     model = timm.create_model(name, **{**config.get("model_args", {}), "num_classes": 0})
-    recipe = _timm_recipe(Backbone(name=name), foreign, PretrainedCfg(**spec))
+    recipe = _timm_recipe(Backbone(name=name), foreign, PretrainedCfg(**stated))
     loaded = _load_tensors(model, tensors, recipe, str(folder), foreign.prefix)
-    return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}")
+    made = PretrainedCfg(
+        license=spec.get("license"), origin_url=spec.get("origin_url"), paper_ids=spec.get("paper_ids")
+    )
+    return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}", config=made)
 
 
 def _load_timm(name: str, foreign: Foreign) -> LoadedBackbone:
@@ -215,9 +250,8 @@ def _load_timm(name: str, foreign: Foreign) -> LoadedBackbone:
     options: dict[str, Any] = {"img_size": recipe.size} if config.fixed_input_size else {}
     model = timm.create_model(name, pretrained=True, num_classes=0, **options)
     count = len(model.state_dict())
-    return LoadedBackbone(
-        model.eval(), recipe, f"all {count} tensors of timm's {name} at {recipe.size} px, {_input(recipe)}"
-    )
+    summary = f"all {count} tensors of timm's {name} at {recipe.size} px, {_input(recipe)}"
+    return LoadedBackbone(model.eval(), recipe, summary, config=config)
 
 
 def _check_reachable(name: str, config: PretrainedCfg) -> None:
