@@ -222,11 +222,22 @@ def build_projector(features: int, projector: Projector) -> nn.Sequential:
 # bfloat16 or float16; in float64 the weights themselves are float64, and views are cast to match.
 
 
-def choose_precision(recipe: Recipe, device: torch.device) -> Literal["float32", "bfloat16", "float16", "float64"]:
+def choose_precision(
+    recipe: Recipe, device: torch.device, *, training: bool = False
+) -> Literal["float32", "bfloat16", "float16", "float64"]:
     """The recipe's precision; "auto" is bfloat16 on devices that are faster in it, else float32."""
     if recipe.precision != "auto":
         return recipe.precision
-    return "bfloat16" if faster_in_bfloat16(device) else "float32"
+    # On a CPU the backward pass of a depthwise convolution takes twice the time in bfloat16 (dev/LOG.md).
+    slower = training and device.type == "cpu" and _has_grouped_convolutions(recipe.backbone)
+    return "bfloat16" if faster_in_bfloat16(device) and not slower else "float32"
+
+
+@functools.cache
+def _has_grouped_convolutions(backbone: Backbone) -> bool:
+    with torch.device("meta"):
+        model = build_backbone(backbone)
+    return any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules())
 
 
 def faster_in_bfloat16(device: torch.device) -> bool:

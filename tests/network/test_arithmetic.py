@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from corinfomax import network
+from corinfomax.recipes.fields import Backbone, Recipe
 
 CPU = torch.device("cpu")
 KEYS = {"cpu_name", "avx512_bf16", "amx_bf16"}
@@ -26,6 +27,17 @@ KEYS = {"cpu_name", "avx512_bf16", "amx_bf16"}
 def test_cpus_by_their_capabilities(monkeypatch, capabilities, faster):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert network.faster_in_bfloat16(CPU) is faster
+
+
+@pytest.mark.parametrize(("name", "trained_in"), [("test_resnet", "bfloat16"), ("test_efficientnet", "float32")])
+def test_depthwise_convolutions_train_in_float32_on_a_cpu(monkeypatch, name, trained_in):
+    monkeypatch.setattr(network, "faster_in_bfloat16", lambda device: True)
+    recipe = Recipe(backbone=Backbone(name=name))
+    assert network.choose_precision(recipe, CPU, training=True) == trained_in
+    assert network.choose_precision(recipe, CPU) == "bfloat16"
+    assert network.choose_precision(recipe, torch.device("cuda"), training=True) == "bfloat16"
+    typed = Recipe(backbone=Backbone(name=name), precision="bfloat16")
+    assert network.choose_precision(typed, CPU, training=True) == "bfloat16"
 
 
 @pytest.mark.parametrize(("capability", "faster"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])

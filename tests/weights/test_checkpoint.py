@@ -156,7 +156,7 @@ def test_a_network_that_does_not_fit_its_recipe_is_refused(tmp_path, damage):
         tensors["network/extra.weight"] = torch.zeros(1)
     else:
         tensors[name] = tensors[name][:4].clone()
-    about["digest"] = checkpoint._checksum(about["corinfomax"], tensors)
+    about["digest"] = checkpoint.digest(tensors, about["corinfomax"])
     save_file(tensors, path, metadata=about)
     with pytest.raises(ValueError, match=r"a\.safetensors does not fit its own recipe"):
         checkpoint.load_network(path)

@@ -56,7 +56,7 @@ class Bench:
             recipe = fit.fit_batch(recipe, len(images))
 
         # the timings
-        recipe = replace(recipe, precision=network.choose_precision(recipe, device))
+        recipe = replace(recipe, precision=network.choose_precision(recipe, device, training=True))
         setting = timing.describe(recipe, device, decode=decode)
         about = f"{recipe.backbone.name} at {recipe.size} px, batch {recipe.batch}, {recipe.precision}"
         threads = f"{setting.threads} threads on {setting.cores} cores"

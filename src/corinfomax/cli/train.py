@@ -22,7 +22,6 @@ from corinfomax.evaluation import table
 from corinfomax.images import files, tables
 from corinfomax.images.cache import Splits
 from corinfomax.images.sources import Data
-from corinfomax.network import choose_precision
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
 from corinfomax.report.content import Subject
@@ -122,7 +121,7 @@ def _fit(plan: Plan, splits: Splits, device: torch.device) -> Recipe:
         print(f"{epochs}: try --optim.warmup-epochs 1")
 
     # precision, one for all processes and for every resume on other hardware
-    precision = choose_precision(recipe, device)
+    precision = network.choose_precision(recipe, device, training=True)
     (mixed,) = processes.largest(float(precision != "bfloat16"))
     return replace(recipe, precision="float32" if mixed and recipe.precision == "auto" else precision)
 
