@@ -1,6 +1,7 @@
 """Continuing from weights: what is frozen stays, the rest moves at its own rate, and runs resume as from scratch."""
 
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 import tiny
 from corinfomax import network as networks
+from corinfomax.diagnosis import measures, verdict
+from corinfomax.evaluation import table
 from corinfomax.recipes.fields import Backbone, Tuning
 from corinfomax.runtime import run_folder
 from corinfomax.training import optimizer
@@ -163,3 +166,36 @@ def test_every_parameter_is_in_one_block(name):
 def test_impossible_settings_are_named(tuning, message):
     with pytest.raises(ValueError, match=message):
         Tuning(**tuning)
+
+
+def test_the_start_is_measured_before_the_first_step(splits, start, tmp_path):
+    recipe = tuned(batch_norm="keep")
+    network = tiny.run(splits, tmp_path / "run", recipe, start=start, diagnoses=2, scores=2)
+    rows = run_folder.read_metrics(tmp_path / "run")
+    first = rows[0]
+    assert [row.step for row in rows] == list(range(11))
+    assert math.isnan(first.loss) and first.seconds == 0 and "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+    assert verdict.best_step(rows, range(11)) != 0 and verdict.judge(rows[:1], recipe, steps=10) is None
+
+    # of the weights as they were
+    untrained = learner.build(recipe, CPU, start=start).network
+    assert first.knn == table.quick_knn(untrained.backbone, splits, recipe, device=CPU)
+    sample = measures.choose_sample(splits, recipe, device=CPU)
+    assert (
+        first.look
+        == measures.look(untrained, sample, recipe, device=CPU)
+        != measures.look(network, sample, recipe, device=CPU)
+    )
+
+    # a run from random weights has no such row
+    tiny.run(splits, tmp_path / "random", recipe, diagnoses=2, scores=2)
+    assert run_folder.read_metrics(tmp_path / "random")[0].step == 1
+
+
+def test_a_run_that_begins_again_has_one_row_of_the_start(splits, start, tmp_path):
+    run = tmp_path / "run"
+    tiny.run(splits, run, RECIPE, start=start, scores=2)
+    run_folder.forget_after(run, 5)
+    assert [row.step for row in run_folder.read_metrics(run)] == [0, 1, 2, 3, 4, 5]
+    run_folder.forget_after(run, 0)
+    assert run_folder.read_metrics(run) == []

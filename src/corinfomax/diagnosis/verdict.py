@@ -59,7 +59,7 @@ def judge(
     `ended` marks a run that has made all its steps, `error` is the message of one that broke off. The first problem
     wins: bad data, impossible numbers, a collapse, odd views, a rising loss. Without one it tells how far the run is.
     """
-    looks = [row for row in rows if row.look is not None]
+    looks = [row for row in rows if row.look is not None and row.step > 0]  # before, the projector is random
     look = looks[-1].look if looks else None
     problem = None if look is None else _data_problem(look.data)
     if error is not None:
@@ -95,6 +95,8 @@ def best_step(rows: Iterable[Row], steps: Iterable[int]) -> int | None:
 
 
 def _best(row: Row) -> float | None:
+    if row.step == 0:  # the projector is random
+        return None
     return None if row.look is None or row.look.measures is None else row.look.measures.ldmi
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import inf
+from math import inf, nan
 from typing import Any, Literal, NamedTuple
 
 Json = dict[str, Any]  # a JSON object
@@ -138,7 +138,7 @@ class Look(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of metrics.jsonl: means over the steps since the row before."""
+    """One row of metrics.jsonl: means over the steps since the row before, nan in the row of step 0."""
 
     step: int  # steps done
     loss: float
@@ -158,12 +158,16 @@ class Row(NamedTuple):
 
     def to_json(self) -> Json:
         flat = {name: value for name, value in self._asdict().items() if name != "look" and value is not None}
+        if self.step == 0:
+            del flat["loss"], flat["attraction"]
         flat["gradient_norm"] = self.gradient_norm
         return flat if self.look is None else flat | self.look.to_json()
 
     @classmethod
     def from_json(cls, content: Json) -> Row:
         """The row that `to_json` wrote; ValueError when a field is missing or is not a number."""
+        if content.get("step") == 0:
+            content = {"loss": nan, "attraction": nan, **content}
         for name in ("step", "loss", "attraction", "lr", "seconds"):
             if not _is_number(content.get(name)):
                 raise ValueError(f"a row of metrics needs the number {name!r}, got {content.get(name)!r}")

@@ -161,7 +161,7 @@ def forget_after(run: Path, step: int) -> None:
     late = [path for path in checkpoints(run) if step_of(path) > step]
     for path in (*run.glob(".*.part"), *(run / "checkpoints").glob(".*.part"), *late):
         path.unlink(missing_ok=True)
-    rows = [row for row in read_metrics(run) if row.step <= step]
+    rows = [row for row in read_metrics(run) if row.step <= step] if step else []  # step 0 has a row of its own
     write_text(run / "metrics.jsonl", "".join(json.dumps(row.to_json()) + "\n" for row in rows))
 
 

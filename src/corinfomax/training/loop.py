@@ -6,6 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from math import nan
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ def pretrain(
     part, steps = check_parts(recipe), recipe.steps(len(splits.train))
     learner = build(recipe, device, compiled=options.compile, criterion=criterion, start=start)
     recorder = Recorder(run, recipe, learner, options, facts, resume, device)
-    due = Due(splits, recipe, options, steps, device)
+    due = Due(splits, recipe, options, steps, device, started=start is not None)
     with (
         prefetch(recipe, splits.train, steps, device, part) as ahead,
         Progress(recipe, recorder.done, steps, recorder.rows) as progress,
@@ -82,6 +83,12 @@ def pretrain(
     ):
         train_step = functools.partial(take_step, learner, ahead, len(splits.train) // recipe.batch, device)
         with recorder.failures(train_step, splits.train):
+            # the weights that the run starts from
+            if start is not None and recorder.done == 0:
+                row = due.measure(Row(0, nan, nan, None, lr=0.0, seconds=0.0), learner.network)
+                recorder.write(row)
+                on_row(row)
+
             for step in range(recorder.done, steps):
                 recorder.add(train_step(step, recipe))
                 done, stopping = step + 1, stop.agreed(step + 1)
@@ -117,11 +124,16 @@ def take_step(
 class Due:
     """The steps after which something is due, counted before the run, so that a resumed run does the same."""
 
-    def __init__(self, splits: Splits, recipe: Recipe, options: Options, steps: int, device: torch.device) -> None:
+    def __init__(
+        self, splits: Splits, recipe: Recipe, options: Options, steps: int, device: torch.device, *, started: bool
+    ) -> None:
         self._splits, self._recipe, self._device = splits, recipe, device
         self._sample = measures.choose_sample(splits, recipe, device=device)
         self.looks = measures.look_steps(steps, recipe.batch, options.diagnoses, self._sample)
         self._scores = {round(steps * (i + 1) / options.scores) for i in range(options.scores)}
+        if started:  # the weights of the start are measured too
+            self.looks |= {0} if options.diagnoses else set()
+            self._scores |= {0} if options.scores else set()
         self._rows = {steps, *range(options.log_steps, steps, options.log_steps)} | self._scores | self.looks
 
     def row(self, done: int) -> bool:
