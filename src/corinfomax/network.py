@@ -45,12 +45,12 @@ def start_tensors(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 def freeze(backbone: nn.Module, tuning: Tuning) -> None:
-    """Leave only the last `tuning.blocks` to train, and BatchNorm's statistics as they are where `tuning` keeps them.
+    """Leave the last share of the blocks to train, and BatchNorm's statistics as they are where `tuning` keeps them.
 
     Frozen blocks get no gradient, and their BatchNorm stays in eval mode.
     """
     blocks = blocks_of(backbone)
-    frozen = [] if tuning.blocks is None else blocks[: max(len(blocks) - tuning.blocks, 0)]
+    frozen = blocks[: len(blocks) - round(tuning.blocks * len(blocks))]
     names = {name for block in frozen for name in block}
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name not in names)

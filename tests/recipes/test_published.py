@@ -215,3 +215,23 @@ def test_test_views_are_whole_fours_unless_they_are_trainings(size, scale, side)
 def test_impossible_recipes_are_errors(knobs):
     with pytest.raises(ValueError, match=next(iter(knobs))):
         Recipe(**knobs)
+
+
+@pytest.mark.parametrize(
+    ("side", "count", "short_side", "cuda", "size", "epochs"),
+    [
+        (224, 3_000, 128, False, 128, 11),
+        (224, 50_000, 32, False, 96, 1.2),
+        (64, 4_000, 28, False, 64, 34),
+        (224, 1_000_000, 500, False, 128, 1.0),
+        (224, 30, 500, False, 128, 100),
+        (224, 50_000, 256, True, 224, 100),
+    ],
+)
+@pytest.mark.parametrize("vit", [False, True])
+def test_continuing_takes_minutes_on_a_cpu(vit, side, count, short_side, cuda, size, epochs):
+    name, recipe = published.adapt(vit, side, count, short_side, cuda=cuda)
+    assert name == ("adapt-vit" if vit else "adapt")
+    assert (recipe.size, recipe.epochs) == (size, epochs)
+    assert recipe.optim.warmup_epochs == epochs / 10 and recipe.tuning.projector_epochs == epochs / 6
+    assert recipe.tuning.batch_norm == "keep" and recipe.test_scale == 1

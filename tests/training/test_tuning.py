@@ -59,12 +59,12 @@ def test_a_run_begins_with_the_weights_it_is_given(start):
     assert moved(learner.build(RECIPE, CPU).network, start)
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 3, 5, 9, None])
-def test_only_the_last_blocks_move(splits, start, tmp_path, blocks):
+@pytest.mark.parametrize(("blocks", "count"), [(0.0, 0), (0.2, 1), (0.5, 2), (0.7, 4), (1.0, 5)])
+def test_only_the_last_blocks_move(splits, start, tmp_path, blocks, count):
     network = tiny.run(splits, tmp_path / "run", tuned(blocks=blocks), start=start)
     groups = networks.blocks_of(network.backbone)
     assert len(groups) == 5 and groups[0][0].startswith("conv1")
-    frozen = [] if blocks is None else groups[: max(5 - blocks, 0)]
+    frozen = groups[: 5 - count]
     still = {f"backbone.{name}" for block in frozen for name in block}
     trained = {f"backbone.{name}" for block in groups for name in block} - still
     assert moved(network, start) - statistics(start) == trained
@@ -102,7 +102,7 @@ def test_the_backbones_rate_rises_after_the_projector():
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_each_block_has_its_own_learning_rate(name):
-    recipe = tuned(lr_scale=0.1, layer_decay=0.5, blocks=4)
+    recipe = tuned(lr_scale=0.1, layer_decay=0.5, blocks=0.8)
     network = learner.build(recipe, CPU).network
     built = optimizer.build(network, replace(recipe.optim, name=name, decay_norms=False), tuning=recipe.tuning)
     optimizer.set_learning_rate(built, 2.0, 0.5)
@@ -126,7 +126,7 @@ def test_without_a_tuning_the_optimiser_has_two_groups():
 @pytest.mark.parametrize("step", [3, 5, 7])
 @pytest.mark.parametrize("micro_batch", [None, 4])
 def test_a_stopped_run_ends_as_if_it_had_never_stopped(splits, start, tmp_path, step, micro_batch):
-    recipe = tuned(blocks=3, projector_epochs=1, lr_scale=0.3, layer_decay=0.7, batch_norm="keep")
+    recipe = tuned(blocks=0.6, projector_epochs=1, lr_scale=0.3, layer_decay=0.7, batch_norm="keep")
     recipe = replace(recipe, micro_batch=micro_batch)
     train = functools.partial(tiny.run, splits, recipe=recipe, checkpoint_minutes=0.0, keep=20)
     train(tmp_path / "whole", start=start)
@@ -157,7 +157,8 @@ def test_every_parameter_is_in_one_block(name):
 @pytest.mark.parametrize(
     ("tuning", "message"),
     [
-        ({"blocks": -1}, "blocks is -1; it must be at least 0"),
+        ({"blocks": -0.5}, "blocks is -0.5; it is a share from 0 to 1"),
+        ({"blocks": 8.0}, "blocks is 8.0; it is a share from 0 to 1"),
         ({"lr_scale": 0.0}, "lr_scale is 0.0; it must be above 0"),
         ({"layer_decay": 1.2}, "layer_decay is 1.2; it must be above 0 and at most 1"),
         ({"projector_epochs": -1.0}, "projector_epochs is -1.0; it must be at least 0"),

@@ -70,8 +70,8 @@ def adapt_recipe(
     """Name and recipe of a run that continues from weights: their network and input; the rest as named, or `adapt`."""
     survey, weights = data.survey(), start.recipe
     if name is None:
-        one_size, cuda = network.has_fixed_size(weights.backbone), device.type == "cuda"
-        name, base = published.adapt(one_size, weights.size, survey.images, survey.short_side, cuda=cuda)
+        vit, cuda = network.has_fixed_size(weights.backbone), device.type == "cuda"
+        name, base = published.adapt(vit, weights.size, survey.images, survey.short_side, cuda=cuda)
     else:
         base = published.find_recipe(name)
     shaped = replace(base, test_scale=1.0, backbone=weights.backbone, mean=weights.mean, std=weights.std)

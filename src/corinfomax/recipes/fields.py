@@ -149,8 +149,8 @@ class Optim:
 class Tuning:
     """How much of the backbone is trained; for runs that start from weights (--init)."""
 
-    blocks: int | None = None
-    """Last blocks of the backbone to train; None is all of it."""
+    blocks: float = 1.0
+    """Share of the backbone's blocks to train, the last ones; 1 is all."""
     lr_scale: float = 1.0
     """Learning rate of the backbone ÷ that of the projector."""
     layer_decay: float = 1.0
@@ -161,8 +161,8 @@ class Tuning:
     """Statistics of BatchNorm: of the new images, or as they were."""
 
     def __post_init__(self) -> None:
-        if self.blocks is not None and self.blocks < 0:
-            raise ValueError(f"blocks is {self.blocks}; it must be at least 0, or None for all")
+        if not 0 <= self.blocks <= 1:
+            raise ValueError(f"blocks is {self.blocks}; it is a share from 0 to 1")
         if not 0 < self.lr_scale < inf:
             raise ValueError(f"lr_scale is {self.lr_scale}; it must be above 0")
         if not 0 < self.layer_decay <= 1:
