@@ -207,8 +207,9 @@ def test_a_mistake_with_the_start_is_one_sentence(place, capsys, monkeypatch, wo
     assert not Path("runs").exists()
 
 
-def test_without_labels_the_run_keeps_its_own_weights(place):
+def test_without_labels_the_run_keeps_its_own_weights(place, capsys):
     tiny.folder(place / "flat", {"": 40}, labelled=False)
     assert pretrain("flat", "weights.safetensors", out="unlabelled") == 0
+    assert "no labels tell whether continuing helped: the weights before it are " in capsys.readouterr().out
     results = run_folder.read_results(Path("unlabelled"))
     assert results.table == {} and not results.keep_start

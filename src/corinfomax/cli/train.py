@@ -194,6 +194,8 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
             before = inputs.before(run, splits, recipe, device) if facts.start is not None else ()
             results = table.evaluate(network.backbone, splits, recipe, device=device, rivals=before)
             inputs.print_scores(results, run / "results.json")
+        elif facts.start is not None:
+            print(f"no labels tell whether continuing helped: the weights before it are {run_folder.start_path(run)}")
         if facts.options.report:
             _report(subject, device)
     except KeyboardInterrupt:

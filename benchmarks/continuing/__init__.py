@@ -1,0 +1,1 @@
+"""Whether continuing from weights betters them, on several sets of images."""
