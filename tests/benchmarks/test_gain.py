@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.continuing import gain
+from benchmarks.continuing import gain, steps
+from benchmarks.speed.clock import Effort
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.records import Comparison, Results, Row, Score
 
@@ -40,3 +41,9 @@ def test_runs_that_are_there_are_only_read(tmp_path, monkeypatch, there):
     gain.pretrain(tmp_path / "run", "data", "--seed", "3")
     assert len(asked) == (not there)
     assert all("--out" in command and "--seed" in command for command in asked)
+
+
+def test_every_kind_of_step_is_timed_against_the_whole_network():
+    found = steps.ratios("test_resnet", 32, 4, Effort(2, "cpu", quick=True))
+    assert list(found) == list(steps.KINDS)
+    assert all(len(each) == 2 and min(each) > 0 for each in found.values())
