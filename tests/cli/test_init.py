@@ -194,6 +194,8 @@ def test_a_vit_continues_at_another_size(place, capsys):
         (["--init", "timm:resnet19"], "timm knows no network 'resnet19'"),
         (["--init", "timm:resnet18"], "are not on this machine and http"),
         (["--init", "timm:resnet18", "--backbone.name", "resnet18"], "timm:resnet18 records its network"),
+        (["--recipe", "adapt"], "recipe adapt continues from weights: name them with --init"),
+        (["--tuning.blocks", "0.5"], "continues from weights: name them with --init"),
         (["--prefix", "a"], "--prefix chooses a network of --init"),
         (["--resume", "run", "--init", "weights.safetensors"], "--init cannot go with --resume"),
     ],

@@ -159,6 +159,7 @@ def test_every_parameter_is_in_one_block(name):
     [
         ({"blocks": -0.5}, "blocks is -0.5; it is a share from 0 to 1"),
         ({"blocks": 8.0}, "blocks is 8.0; it is a share from 0 to 1"),
+        ({"average": 1.5}, "average is 1.5; it is a share from 0 to 1"),
         ({"lr_scale": 0.0}, "lr_scale is 0.0; it must be above 0"),
         ({"layer_decay": 1.2}, "layer_decay is 1.2; it must be above 0 and at most 1"),
         ({"projector_epochs": -1.0}, "projector_epochs is -1.0; it must be at least 0"),
@@ -200,3 +201,23 @@ def test_a_run_that_begins_again_has_one_row_of_the_start(splits, start, tmp_pat
     assert [row.step for row in run_folder.read_metrics(run)] == [0, 1, 2, 3, 4, 5]
     run_folder.forget_after(run, 0)
     assert run_folder.read_metrics(run) == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_final_weights_lie_between_start_and_end(splits, start, tmp_path, share):
+    end = tiny.run(splits, tmp_path / "end", tuned(blocks=0.6), start=start).state_dict()
+    options = {"checkpoint_minutes": 0.0, "keep": 20}
+    tiny.run(splits, tmp_path / "run", tuned(blocks=0.6, average=share), start=start, **options)
+    saved = checkpoint.load_last(tmp_path / "run")[1].network
+    for name, tensor in end.items():
+        if name in start and tensor.is_floating_point():
+            torch.testing.assert_close(saved[name], start[name] + share * (tensor - start[name]), rtol=0, atol=1e-6)
+        else:
+            assert saved[name].equal(tensor)  # the projector, and counts
+    if share == 0:
+        assert all(saved[name].equal(start[name]) for name in start if start[name].is_floating_point())
+
+    # stopped before the last step, it ends the same
+    before = checkpoint.load_checkpoint(run_folder.checkpoint_path(tmp_path / "run", 9))
+    tiny.run(splits, tmp_path / "resumed", tuned(blocks=0.6, average=share), start=start, resume=before)
+    assert tiny.equal_states(checkpoint.load_last(tmp_path / "resumed")[1].network, saved)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from corinfomax.cli import messages
 from corinfomax.cli.arguments import GROUP, IMAGES, OPTIONAL_DATA, PATH, SETTINGS, DataOptions
 from corinfomax.recipes import fields
-from corinfomax.recipes.fields import Recipe
+from corinfomax.recipes.fields import Recipe, Tuning
 from corinfomax.recipes.published import RECIPES
 from corinfomax.runtime.records import Options
 
@@ -149,6 +149,8 @@ def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Pla
             print(f"the images have {lost}")
         recipe = fit.fit_cache(fit.fit_views(recipe, typed), data)
     loop.check_parts(recipe)
+    if start is None and recipe.tuning != Tuning():
+        raise ValueError(f"recipe {recipe_name} continues from weights: name them with --init, or another --recipe")
     if start is not None:
         start = fit.fit_start(start, recipe)
     record = None if resumed is None else resumed.facts.start

@@ -159,10 +159,13 @@ class Tuning:
     """Epochs at the start that train the projector alone."""
     batch_norm: Literal["adapt", "keep"] = "adapt"
     """Statistics of BatchNorm: of the new images, or as they were."""
+    average: float = 1.0
+    """Final weights: start + average · (end − start); 1 is the end."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.blocks <= 1:
-            raise ValueError(f"blocks is {self.blocks}; it is a share from 0 to 1")
+        for name in ("blocks", "average"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a share from 0 to 1")
         if not 0 < self.lr_scale < inf:
             raise ValueError(f"lr_scale is {self.lr_scale}; it must be above 0")
         if not 0 < self.layer_decay <= 1:

@@ -30,6 +30,7 @@ from corinfomax.training.step import (
     NUMBERS,
     Learner,
     NotFiniteError,
+    average,
     build,
     build_criterion,
     capture,
@@ -103,6 +104,8 @@ def pretrain(
                 # a checkpoint: at the end, on a signal, after some minutes, at the best look so far
                 if stopping:
                     recorder.check()
+                if done == steps and start is not None:
+                    average(learner.network, start, recipe.tuning.average)
                 if done == steps or stopping or recorder.save_due(best=done in due.looks):
                     recorder.save()
                 if stopping:

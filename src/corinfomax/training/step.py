@@ -153,6 +153,14 @@ def update(
     return torch.stack([*(term.detach() for term in terms), norm.to(terms.loss.dtype)])
 
 
+@torch.no_grad()
+def average(network: nn.Module, start: Mapping[str, Tensor], share: float) -> None:
+    """Replace weights by start + share · (weights − start), where there is a start (WiSE-FT, arXiv 2109.01903)."""
+    for name, tensor in network.state_dict().items():
+        if name in start and tensor.is_floating_point():
+            tensor.lerp_(start[name].to(tensor), 1 - share)
+
+
 def find_fault(learner: Learner, numbers: Float[Tensor, "k 4"], done: int) -> NotFiniteError | None:
     """The first value that is not finite in the NUMBERS of the last k of `done` steps, or in the weights.
 
