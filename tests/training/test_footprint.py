@@ -8,7 +8,7 @@ import torch
 import tiny
 from corinfomax.cli.main import main
 from corinfomax.network import Network
-from corinfomax.recipes.fields import Backbone
+from corinfomax.recipes.fields import Backbone, Tuning
 from corinfomax.runtime import memory
 from corinfomax.training import footprint
 from corinfomax.training.footprint import Footprint
@@ -100,3 +100,10 @@ def test_pretrain_and_doctor_say_it_before_they_decode(tmp_path, capsys, monkeyp
 def test_a_network_without_batch_norm_has_a_footprint():
     recipe = replace(tiny.RECIPE, backbone=Backbone(name="convnext_atto"), size=32)
     assert footprint.measure_footprint(recipe, CPU).saved > 0
+
+
+def test_frozen_blocks_need_no_gradient_and_no_activations():
+    recipe = replace(tiny.RECIPE, size=32)
+    whole = footprint.measure_footprint(recipe, CPU)
+    half = footprint.measure_footprint(replace(recipe, tuning=Tuning(blocks=0.5, batch_norm="keep")), CPU)
+    assert half.fixed < whole.fixed and half.saved < 0.6 * whole.saved

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from corinfomax.network import Network, autocast, match_dtype
+from corinfomax.network import Network, autocast, freeze, match_dtype
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import memory, processes
 from corinfomax.runtime.memory import Tally
@@ -42,6 +42,7 @@ def measure_footprint(recipe: Recipe, device: torch.device) -> Footprint:
     dtype = torch.float64 if recipe.precision == "float64" else None
     network = Network(recipe.backbone, recipe.projector, size=recipe.size).to(device, dtype)
     network = network.to(memory_format=torch.channels_last)
+    freeze(network.backbone, recipe.tuning)
     saved, peaks = list[int](), list[int]()
     for images in TRIALS:
         with Tally() as tally:
@@ -53,11 +54,12 @@ def measure_footprint(recipe: Recipe, device: torch.device) -> Footprint:
     saved_each, peak_each = ((b - a) / (TRIALS[1] - TRIALS[0]) for a, b in (saved, peaks))
 
     # Muon and SGD keep one number for each weight, AdamW two.
-    state, parameters = _bytes(network.state_dict().values()), _bytes(network.parameters())
-    kept = state + parameters * (2 if recipe.optim.name == "adamw" else 1)
+    state = _bytes(network.state_dict().values())
+    trained = _bytes(parameter for parameter in network.parameters() if parameter.requires_grad)
+    kept = state + trained * (2 if recipe.optim.name == "adamw" else 1)
     view = 4 * (3 * recipe.size**2 + 4 * recipe.projector.widths[-1])
     pixels = 3 * recipe.cache_side**2 * (1 + AHEAD) if device.type == "cpu" else 3 * recipe.cache_side**2
-    fixed = parameters + 2 * kept + (COMPILED / HEAP if device.type == "cpu" else 0)
+    fixed = trained + 2 * kept + (COMPILED / HEAP if device.type == "cpu" else 0)
     return Footprint(fixed, pixels + recipe.n_views * view, saved_each, max(0.0, peak_each - saved_each))
 
 
