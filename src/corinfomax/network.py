@@ -39,6 +39,14 @@ class Network(nn.Module):
         return self.projector(features)
 
 
+def is_described(backbone: nn.Module, recipe: Recipe) -> bool:
+    """Whether the recipe builds a backbone of these tensors; a folder of timm may have any arguments of its own."""
+    with torch.device("meta"):
+        built = build_backbone(recipe.backbone, size=recipe.size).state_dict()
+    given = backbone.state_dict()
+    return built.keys() == given.keys() and all(built[name].shape == tensor.shape for name, tensor in given.items())
+
+
 def start_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     """A backbone's tensors under their names in a Network."""
     return {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}

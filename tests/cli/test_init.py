@@ -181,6 +181,13 @@ def test_a_vit_continues_at_another_size(place, capsys):
     assert load_file("larger/start.safetensors")["pos_embed"].shape[1] == 1 + (48 // 16) ** 2
 
 
+def test_a_network_that_no_recipe_describes_is_refused(place, capsys):
+    wide = timm.create_model("resnet18", num_classes=0, channels=(8, 8, 8, 8))
+    timm.models.save_for_hf(wide, "hub", safe_serialization=True, model_args={"channels": (8, 8, 8, 8)})
+    assert main(["pretrain", "data", "--init", "hub"]) == 2
+    assert "hub is a resnet18 of another shape, which no recipe can describe" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

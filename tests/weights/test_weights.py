@@ -251,6 +251,7 @@ def test_a_torn_file_is_named(state, tmp_path, ending, message, content):
         (["timm:resnet19"], "timm knows no network 'resnet19'"),
         (["timm:resnet18.nope"], "timm has no weights 'resnet18.nope'; it has resnet18.a1_in1k"),
         (["timm:resnet18"], "are not on this machine and http"),
+        (["timm:hf-hub:me/net"], "timm's weights me/net are not on this machine and http"),
         (["odd"], "names the architecture 'resnet19', unknown to timm"),
         (["bare"], "no model.safetensors beside it"),
     ],
@@ -293,6 +294,33 @@ def test_timms_weights_have_timms_input_size(monkeypatch):
     recipe = weights.load_backbone("timm:vit_tiny_patch16_384").recipe
     assert arguments == {"pretrained": True, "num_classes": 0, "img_size": 384}
     assert (recipe.size, recipe.cache_side, recipe.mean) == (384, 438, (0.5, 0.5, 0.5))
+
+
+def test_a_repository_of_the_hub_has_its_own_input(monkeypatch):
+    described = {"input_size": (3, 96, 96), "mean": (0.1, 0.2, 0.3), "license": "mit", "hf_hub_id": "me/net", "odd": 1}
+    monkeypatch.setattr(weights, "_check_reachable", lambda *_: None)
+    monkeypatch.setattr(weights, "load_model_config_from_hf", lambda name: (described, "resnet18", {}))
+    create, asked = timm.create_model, []
+
+    def create_untrained(name, pretrained, **options):
+        asked.append((name, pretrained))
+        return create("resnet18", **options)
+
+    monkeypatch.setattr(timm, "create_model", create_untrained)
+    loaded = weights.load_backbone("timm:hf-hub:me/net")
+    assert asked == [("hf-hub:me/net", True)]
+    assert (loaded.recipe.size, loaded.recipe.mean, loaded.recipe.backbone.name) == (96, (0.1, 0.2, 0.3), "resnet18")
+    assert loaded.start("timm:hf-hub:me/net").license == "mit"
+
+
+def test_a_repository_that_is_no_network_is_named(monkeypatch):
+    def refuse(name):
+        raise FileNotFoundError("404\nmore")
+
+    monkeypatch.setattr(weights, "_check_reachable", lambda *_: None)
+    monkeypatch.setattr(weights, "load_model_config_from_hf", refuse)
+    with pytest.raises(ValueError, match=r"me/net is no network of timm on the hub: 404$"):
+        weights.load_backbone("timm:hf-hub:me/net")
 
 
 def test_a_small_stem_loads_on_request(tmp_path):

@@ -61,6 +61,8 @@ def load_init(name: str, prefix: str | None, typed: Recipe, flags: Collection[st
         message = str(error).replace("--architecture", "--backbone.name").replace("--small", "--backbone.small")
         raise ValueError(message) from error
     print(f"starting from {loaded.summary}")
+    if not network.is_described(loaded.backbone, loaded.recipe):
+        raise ValueError(f"{name} is a {loaded.recipe.backbone.name} of another shape, which no recipe can describe")
     return loaded
 
 

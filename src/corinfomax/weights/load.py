@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import Tensor, nn
 
 from corinfomax.images.files import listed
@@ -240,13 +240,24 @@ def _load_timm_folder(folder: Path, foreign: Foreign) -> LoadedBackbone:
 
 
 def _load_timm(name: str, foreign: Foreign) -> LoadedBackbone:
-    """A network with timm's pretrained weights, downloaded or from timm's cache."""
+    """A network with timm's pretrained weights, or those of a hub's repository, downloaded or from timm's cache."""
     _refuse_options(Foreign(foreign.architecture, foreign.small_stem, foreign.prefix), f"timm:{name}", "network")
-    config = _timm_config(name)
-    recipe = _timm_recipe(Backbone(name=name), foreign, config)
-    if not config.hf_hub_id and not config.url:
-        raise ValueError(f"timm has no pretrained weights for {name}; see timm.list_pretrained()")
-    _check_reachable(name, config)
+    source, _, repository = name.partition(":")
+    if source in ("hf-hub", "hf_hub"):
+        _check_reachable(repository, PretrainedCfg(hf_hub_id=repository))
+        try:
+            described, architecture, _ = load_model_config_from_hf(repository)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{repository} is no network of timm on the hub: {reason}") from error
+        known = PretrainedCfg.__dataclass_fields__
+        config = PretrainedCfg(**{key: value for key, value in described.items() if key in known})
+    else:
+        config, architecture = _timm_config(name), name
+        if not config.hf_hub_id and not config.url:
+            raise ValueError(f"timm has no pretrained weights for {name}; see timm.list_pretrained()")
+        _check_reachable(name, config)
+    recipe = _timm_recipe(Backbone(name=architecture), foreign, config)
     options: dict[str, Any] = {"img_size": recipe.size} if config.fixed_input_size else {}
     model = timm.create_model(name, pretrained=True, num_classes=0, **options)
     count = len(model.state_dict())
