@@ -168,7 +168,7 @@ _ADAPT = Recipe(
         blocks=0.5, projector_epochs=1, batch_norm="keep"
     ),  # new statistics cost Lite0 12 points (dev/LOG.md)
     epochs=10,
-    batch=256,
+    batch=128,
 )
 RECIPES["adapt"] = Entry(_ADAPT, "continue from the weights of a convolutional network", data="any images, with --init")
 RECIPES["adapt-vit"] = Entry(
