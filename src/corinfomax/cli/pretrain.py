@@ -33,7 +33,7 @@ class Pretrain:
     Without --recipe one is chosen for the images and the device. Any of its settings can be changed, such as
     --epochs 20 --optim.lr 0.1; rarely used ones are listed by corinfomax recipes NAME.
 
-    --init continues from weights instead of random ones, and the scores say whether that was worth it.
+    A run begins with random weights, or continues from others with --init; the scores then say whether that helped.
     """
 
     data: OPTIONAL_DATA = None
