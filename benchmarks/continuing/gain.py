@@ -45,7 +45,6 @@ def measure(data: str, options: argparse.Namespace) -> None:
                 for flag, value in (
                     ("epochs", usual.epochs),
                     ("optim.warmup-epochs", usual.optim.warmup_epochs),
-                    ("tuning.projector-epochs", usual.tuning.projector_epochs),
                 ):
                     words += [f"--{flag}", f"{length * value:g}"]
             pretrain(place / f"{length}-{seed}", *words)

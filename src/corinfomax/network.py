@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from corinfomax.recipes.fields import Backbone, Projector, Recipe, Tuning
 from corinfomax.runtime import memory
+from corinfomax.runtime.seeds import generator
 
 SIDES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)  # that networks are made for, in pixels
 
@@ -40,11 +41,15 @@ class Network(nn.Module):
 
 
 def is_described(backbone: nn.Module, recipe: Recipe) -> bool:
-    """Whether the recipe builds a backbone of these tensors; a folder of timm may have any arguments of its own."""
-    with torch.device("meta"):
-        built = build_backbone(recipe.backbone, size=recipe.size).state_dict()
-    given = backbone.state_dict()
-    return built.keys() == given.keys() and all(built[name].shape == tensor.shape for name, tensor in given.items())
+    """Whether the recipe builds this very backbone, in eval mode: a folder of timm may have arguments of its own."""
+    built, given = build_backbone(recipe.backbone, size=recipe.size).eval(), backbone.state_dict()
+    shapes = {name: tensor.shape for name, tensor in built.state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in given.items()}:
+        return False
+    built.load_state_dict(given)
+    x = torch.randn(2, 3, recipe.size, recipe.size, generator=generator(0, "same network"))
+    with torch.inference_mode():
+        return torch.allclose(built(x), backbone(x), rtol=1e-3, atol=1e-5)
 
 
 def start_tensors(backbone: nn.Module) -> dict[str, Tensor]:
@@ -58,7 +63,7 @@ def freeze(backbone: nn.Module, tuning: Tuning) -> None:
     Frozen blocks get no gradient, and their BatchNorm stays in eval mode.
     """
     blocks = blocks_of(backbone)
-    frozen = blocks[: len(blocks) - round(tuning.blocks * len(blocks))]
+    frozen = blocks[: len(blocks) - max(1, round(tuning.blocks * len(blocks)))]
     names = {name for block in frozen for name in block}
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name not in names)

@@ -20,7 +20,7 @@ from corinfomax.weights import checkpoint, load
 
 NAME = "test_resnet"
 SHORT = ["--size", "32", "--batch", "8", "--epochs", "2", "--projector.widths", "32", "8", "--no-report"]
-SHORT += ["--tuning.projector-epochs", "0.4", "--diagnoses", "2", "--scores", "1"]
+SHORT += ["--tuning.projector-share", "0.2", "--diagnoses", "2", "--scores", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_network_that_no_recipe_describes_is_refused(place, capsys):
     wide = timm.create_model("resnet18", num_classes=0, channels=(8, 8, 8, 8))
     timm.models.save_for_hf(wide, "hub", safe_serialization=True, model_args={"channels": (8, 8, 8, 8)})
     assert main(["pretrain", "data", "--init", "hub"]) == 2
-    assert "hub is a resnet18 of another shape, which no recipe can describe" in capsys.readouterr().err
+    assert "hub is a changed resnet18 (model_args in its config.json): only timm's own form" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -196,18 +196,22 @@ def test_a_network_that_no_recipe_describes_is_refused(place, capsys):
         (["--init", "weights.safetensors", "--backbone.name", "resnet18"], "is no resnet18, so nothing was loaded"),
         (
             ["--init", "weights.safetensors", "--backbone.name", NAME, "--prefix", "a"],
-            "no network under the prefix 'a'",
+            "weights.safetensors has no prefix: leave out --prefix",
         ),
         (["--init", "timm:resnet19"], "timm knows no network 'resnet19'"),
         (["--init", "timm:resnet18"], "are not on this machine and http"),
-        (["--init", "timm:resnet18", "--backbone.name", "resnet18"], "timm:resnet18 records its network"),
+        (
+            ["--init", "hub", "--backbone.name", "resnet18"],
+            f"the weights fix the network ({NAME}): leave out --backbone.name",
+        ),
         (["--recipe", "adapt"], "recipe adapt continues from weights: name them with --init"),
         (["--tuning.blocks", "0.5"], "continues from weights: name them with --init"),
-        (["--prefix", "a"], "--prefix chooses a network of --init"),
+        (["--prefix", "a"], "--prefix needs --init: it chooses one of several networks"),
         (["--resume", "run", "--init", "weights.safetensors"], "--init cannot go with --resume"),
     ],
 )
-def test_a_mistake_with_the_start_is_one_sentence(place, capsys, monkeypatch, words, message):
+def test_a_mistake_with_the_start_is_one_sentence(place, model, capsys, monkeypatch, words, message):
+    timm.models.save_for_hf(model, "hub", safe_serialization=True)
     monkeypatch.setattr(load.constants, "ENDPOINT", "http://127.0.0.1:9")  # a port without a server
     monkeypatch.setattr(load, "try_to_load_from_cache", lambda *_: None)
     assert main(["pretrain", "data", *words]) == 2
@@ -219,6 +223,9 @@ def test_a_mistake_with_the_start_is_one_sentence(place, capsys, monkeypatch, wo
 def test_without_labels_the_run_keeps_its_own_weights(place, capsys):
     tiny.folder(place / "flat", {"": 40}, labelled=False)
     assert pretrain("flat", "weights.safetensors", out="unlabelled") == 0
-    assert "no labels tell whether continuing helped: the weights before it are " in capsys.readouterr().out
+    assert (
+        "There are no labels, so it is unknown whether continuing helped. The weights before it are kept in "
+        in capsys.readouterr().out
+    )
     results = run_folder.read_results(Path("unlabelled"))
     assert results.table == {} and not results.keep_start

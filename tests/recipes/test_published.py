@@ -233,5 +233,5 @@ def test_continuing_takes_minutes_on_a_cpu(vit, side, count, short_side, cuda, s
     name, recipe = published.adapt(vit, side, count, short_side, cuda=cuda)
     assert name == ("adapt-vit" if vit else "adapt")
     assert (recipe.size, recipe.epochs) == (size, epochs)
-    assert recipe.optim.warmup_epochs == epochs / 10 and recipe.tuning.projector_epochs == epochs / 6
+    assert recipe.optim.warmup_epochs == epochs / 10 and recipe.tuning.projector_share == 1 / 6
     assert recipe.tuning.batch_norm == "keep" and recipe.test_scale == 1

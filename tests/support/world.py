@@ -197,7 +197,7 @@ def work(job: str, out: Path) -> None:
         run(out.with_name(f"float32-{out.stem}"), "float32", epochs=2)
         run(out.with_name(f"float64-{out.stem}"), "float64", epochs=5)
         run(out.with_name(f"kernel-{out.stem}"), "float64", epochs=3, loss=Loss(name="kernel"))
-        tuning = Tuning(blocks=0.4, projector_epochs=1, lr_scale=0.5, layer_decay=0.5, batch_norm="keep")
+        tuning = Tuning(blocks=0.4, projector_share=1 / 3, lr_scale=0.5, layer_decay=0.5, batch_norm="keep")
         run(out.with_name(f"tuned-{out.stem}"), "float64", epochs=3, tuning=tuning, backbone=BATCH_NORM_ACT)
         if processes.rank() == 0:
             run_folder.write_whole(out, lambda path: torch.save(results, path))

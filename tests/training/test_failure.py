@@ -45,11 +45,11 @@ def around_step(monkeypatch, step, *, before=lambda learner: None, after=lambda 
     """Change the learner before one step, and its numbers after it, whenever that step is trained."""
     real = loop.update
 
-    def update(recipe, learner, views, at, device):
+    def update(recipe, learner, views, at, device, **options):
         if at != step:
-            return real(recipe, learner, views, at, device)
+            return real(recipe, learner, views, at, device, **options)
         before(learner)
-        return after(learner, real(recipe, learner, views, at, device))
+        return after(learner, real(recipe, learner, views, at, device, **options))
 
     monkeypatch.setattr(loop, "update", update)
 

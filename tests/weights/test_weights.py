@@ -92,11 +92,11 @@ def test_the_summary_names_ignored_tensors(model, state, tmp_path):
         (lambda s: s.pop("layer1.0.bn1.bias"), r"tensors.*: 1 missing \(layer1.0.bn1.bias\)"),
         (lambda s: s.update(extra=torch.zeros(2)), r"tensors.*: 1 unexpected \(extra\)"),
         (lambda s: s.update({"conv1.0.weight": torch.zeros(3, 3)}), r"1 of another shape \(conv1.0.weight: 3×3 for "),
-        (lambda s: s["bn1.weight"].fill_(torch.nan), "nan or inf in 1 tensors, first bn1.weight"),
+        (lambda s: s["bn1.weight"].fill_(torch.nan), "nan or inf in one tensor, bn1.weight"),
         (lambda s: s.clear(), "missing|no state dict"),
         (
             lambda s: s.update({f"b.{k}": v.clone() for k, v in s.items()}),
-            r"several matching networks, under (no prefix|backbone\.), .*: choose one, as --prefix",
+            r"holds 2 networks that fit, under (no prefix|backbone\.) and .*: choose one, for example --prefix",
         ),
     ],
 )
@@ -139,7 +139,7 @@ def byol(first, second):
 def test_one_network_of_several_is_chosen_by_its_prefix(model, state, tmp_path, make, first, second):
     other = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     torch.save(make(other, state), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"several matching networks, under .*choose one, as --prefix ") as error:
+    with pytest.raises(ValueError, match=r"2 networks that fit, under .*: choose one, for example --prefix ") as error:
         load(tmp_path / "a.pth")
     assert first.rstrip(".") in str(error.value) and second in str(error.value)
     assert same_features(model, load(tmp_path / "a.pth", prefix=second).backbone)
@@ -170,13 +170,13 @@ def test_a_misfit_is_told_under_the_prefix_where_most_fits(tmp_path):
 def test_the_input_of_foreign_weights_can_be_typed_and_is_said(state, tmp_path):
     save_file(state, tmp_path / "a.safetensors")
     assumed = load(tmp_path / "a.safetensors", size=32)
-    assert f"mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bilinear; assumed as for timm's {NAME}" in assumed.summary
-    assert "--mean, --std and --interpolation if it was trained with others" in assumed.summary
+    assert f"mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bilinear; these are timm's values for {NAME}" in assumed.summary
+    assert "change them with --mean, --std and --interpolation" in assumed.summary
     mean, std = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
     typed = load(tmp_path / "a.safetensors", size=32, mean=mean, std=std, interpolation="bicubic")
     assert (typed.recipe.mean, typed.recipe.std, typed.recipe.interpolation) == (mean, std, "bicubic")
     assert "mean 0.4914 0.4822 0.4465, std 0.247 0.2435 0.2616, bicubic" in typed.summary
-    assert "trained with others" not in typed.summary
+    assert "change them" not in typed.summary
 
     images = cache.load(tiny.folder(tmp_path / "data", {"": 4}, side=48), side=48, progress=False).train
     one, other = (features.extract_features(nn.Flatten(), images, each.recipe) for each in (assumed, typed))
@@ -253,7 +253,7 @@ def test_a_torn_file_is_named(state, tmp_path, ending, message, content):
         (["timm:resnet18"], "are not on this machine and http"),
         (["timm:hf-hub:me/net"], "timm's weights me/net are not on this machine and http"),
         (["odd"], "names the architecture 'resnet19', unknown to timm"),
-        (["bare"], "no model.safetensors beside it"),
+        (["bare"], "no model.safetensors or pytorch_model.bin beside it"),
     ],
 )
 def test_a_mistake_with_weights_is_one_sentence(state, tmp_path, words, message, capsys, monkeypatch):

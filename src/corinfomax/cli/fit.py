@@ -54,7 +54,7 @@ def load_init(name: str, prefix: str | None, typed: Recipe, flags: Collection[st
     try:
         loaded = load_backbone(name, **options)
     except RecordedError:  # typed settings are then about this run
-        if prefix is not None or "architecture" in options:
+        if prefix is not None:
             raise
         loaded = load_backbone(name)
     except ValueError as error:
@@ -62,7 +62,8 @@ def load_init(name: str, prefix: str | None, typed: Recipe, flags: Collection[st
         raise ValueError(message) from error
     print(f"starting from {loaded.summary}")
     if not network.is_described(loaded.backbone, loaded.recipe):
-        raise ValueError(f"{name} is a {loaded.recipe.backbone.name} of another shape, which no recipe can describe")
+        changed = f"{name} is a changed {loaded.recipe.backbone.name} (model_args in its config.json)"
+        raise ValueError(f"{changed}: only timm's own form of it can be continued")
     return loaded
 
 
@@ -80,7 +81,11 @@ def adapt_recipe(
     shaped = replace(shaped, interpolation=weights.interpolation)
     recipe = fields.override(shaped, typed, flags & fields.flags(base).keys())
     if recipe.backbone != weights.backbone:
-        raise ValueError(f"the weights are a {weights.backbone.name}: leave out --backbone")
+        words = " ".join(sorted(f"--{flag}" for flag in flags if flag.startswith("backbone.")))
+        raise ValueError(f"the weights fix the network ({weights.backbone.name}): leave out {words}")
+    if "optim.warmup-epochs" not in flags and "epochs" in flags:  # the same share of a run of another length
+        warmup = shaped.optim.warmup_epochs * recipe.epochs / shaped.epochs
+        recipe = replace(recipe, optim=replace(recipe.optim, warmup_epochs=warmup))
     images = f"{survey.images:,} images of {survey.short_side} px"
     print(f"recipe {name} at {recipe.size} px, {recipe.epochs:g} epochs, for {images}; --recipe names another")
     return name, recipe

@@ -184,8 +184,8 @@ def before(run: Path, splits: Splits, recipe: Recipe, device: torch.device) -> l
     """The weights that a run started from, to score beside its own; none if they are gone."""
     try:
         backbone = load_start(run).backbone.to(device).to(memory_format=torch.channels_last)
-    except FileNotFoundError as error:
-        print(f"no scores of the start: {error}")
+    except (OSError, ValueError) as error:
+        print(f"no scores of the weights before: {error}")
         return []
     return [table.Contender(table.BEFORE, backbone, recipe, splits)]
 

@@ -130,7 +130,7 @@ def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Pla
     if name is None:
         raise ValueError("name the images: corinfomax pretrain DATA, or resume a run: --resume RUN")
     if command.prefix is not None and command.init is None:
-        raise ValueError("--prefix chooses a network of --init, which is missing")
+        raise ValueError("--prefix needs --init: it chooses one of several networks in that file")
     if options.track is not None:
         trackers.check(options.track)
     data = inputs.find_data(name, images)
@@ -155,5 +155,10 @@ def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Pla
         start = fit.fit_start(start, recipe)
     record = None if resumed is None else resumed.facts.start
     if start is not None and command.init is not None:
-        record = start.start(command.init)
+        named = {
+            "backbone.name": ["--backbone.name", recipe.backbone.name],
+            "prefix": ["--prefix", command.prefix or ""],
+        }
+        named["backbone.small-stem"] = ["--backbone.small-stem"] if recipe.backbone.small_stem else []
+        record = start.start(command.init, *(word for flag in named if flag in typed for word in named[flag]))
     return train.Plan(data, images, recipe, recipe_name, options, resumed, start, record)

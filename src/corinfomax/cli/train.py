@@ -32,6 +32,8 @@ from corinfomax.weights import checkpoint, export
 from corinfomax.weights.checkpoint import Checkpoint
 from corinfomax.weights.load import LoadedBackbone
 
+NO_LABELS = "There are no labels, so it is unknown whether continuing helped."
+
 
 class Plan(NamedTuple):
     """A run before any image is decoded."""
@@ -195,7 +197,9 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
             results = table.evaluate(network.backbone, splits, recipe, device=device, rivals=before)
             inputs.print_scores(results, run / "results.json")
         elif facts.start is not None:
-            print(f"no labels tell whether continuing helped: the weights before it are {run_folder.start_path(run)}")
+            kept = f"The weights before it are kept in {run_folder.start_path(run)}."
+            compare = messages.command("evaluate", str(run), facts.data, "--out", str(run / "results.json"))
+            print(f"To see whether continuing helped: {compare}" if splits.labelled else f"{NO_LABELS} {kept}")
         if facts.options.report:
             _report(subject, device)
     except KeyboardInterrupt:

@@ -132,7 +132,7 @@ def continuing_sentence(c: Comparison, nearest: Comparison) -> str:
     if c.verdict == "better":
         return f"Continuing helped: {scores}."
     harm = "did harm" if c.verdict == "worse" else "did not clearly help"
-    return f"Continuing {harm}: {scores}. Keep the weights you started from: export and load give those."
+    return f"Continuing {harm}: {scores}. Keep the weights you started from: export, embed and neighbors use them."
 
 
 def rival_sentence(c: Comparison) -> str:

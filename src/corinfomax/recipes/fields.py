@@ -155,8 +155,8 @@ class Tuning:
     """Learning rate of the backbone ÷ that of the projector."""
     layer_decay: float = 1.0
     """Learning rate of each block ÷ that of the block after it."""
-    projector_epochs: float = 0.0
-    """Epochs at the start that train the projector alone."""
+    projector_share: float = 0.0
+    """Share of the steps, the first ones, that train the projector alone."""
     batch_norm: Literal["adapt", "keep"] = "adapt"
     """Statistics of BatchNorm: of the new images, or as they were."""
     average: float = 1.0
@@ -164,14 +164,14 @@ class Tuning:
 
     def __post_init__(self) -> None:
         for name in ("blocks", "average"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is a share from 0 to 1")
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a share, above 0 and at most 1")
         if not 0 < self.lr_scale < inf:
             raise ValueError(f"lr_scale is {self.lr_scale}; it must be above 0")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
-        if not 0 <= self.projector_epochs < inf:
-            raise ValueError(f"projector_epochs is {self.projector_epochs}; it must be at least 0")
+        if not 0 <= self.projector_share < 1:
+            raise ValueError(f"projector_share is {self.projector_share}; it must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,7 +165,7 @@ _ADAPT = Recipe(
     projector=_SHALLOW,
     optim=Optim(name="adamw", lr=1e-3, start_lr=1e-4, warmup_epochs=1, schedule="step", decay_norms=False),
     tuning=Tuning(
-        blocks=0.5, projector_epochs=1, batch_norm="keep"
+        blocks=0.5, projector_share=1 / 6, batch_norm="keep"
     ),  # new statistics cost Lite0 12 points (dev/LOG.md)
     epochs=10,
     batch=128,
@@ -204,7 +204,6 @@ def adapt(vit: bool, side: int, count: int, short_side: int, *, cuda: bool) -> t
         cache_side=min(short_side, 2 * size),
         epochs=epochs,
         optim=replace(base.optim, warmup_epochs=epochs / 10),
-        tuning=replace(base.tuning, projector_epochs=epochs / 6),
     )
 
 

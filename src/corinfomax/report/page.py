@@ -9,6 +9,7 @@ import math
 import shlex
 from base64 import b64encode
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
@@ -130,7 +131,7 @@ def repeat_command(run: Path, facts: Facts, recipe: Recipe) -> str:
     """The command for the same run in a new folder: images, options, named recipe, and changes to that recipe."""
     # images
     command = ["corinfomax", "pretrain", facts.data]
-    command += ["--init", facts.start.name] if facts.start is not None else []
+    command += ["--init", facts.start.name, *facts.start.words] if facts.start is not None else []
     places = {"root": facts.root, "cache": facts.cache, "holdout": facts.holdout, "test-split": facts.test_split}
     for flag, value in places.items():
         if value is not None:
@@ -144,6 +145,8 @@ def repeat_command(run: Path, facts: Facts, recipe: Recipe) -> str:
     if facts.recipe_name in RECIPES:
         base = RECIPES[facts.recipe_name].recipe
         command += ["--recipe", facts.recipe_name]
+    if facts.start is not None:  # its weights fix the network
+        base = replace(base, backbone=recipe.backbone)
     return shlex.join([*command, *fields.difference(recipe, base)])
 
 

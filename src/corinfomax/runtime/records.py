@@ -53,6 +53,7 @@ class Start(NamedTuple):
     license: str | None = None  # where timm or the file records it
     source: str | None = None  # address of their makers
     paper: str | None = None
+    words: tuple[str, ...] = ()  # typed to load them, beside the name
 
 
 class Facts(NamedTuple):
@@ -84,7 +85,11 @@ class Facts(NamedTuple):
             if name not in content:
                 raise ValueError(f"the facts of the run lack {name!r}: it was not started by corinfomax, or is damaged")
         fields = {name: content[name] for name in cls._fields if name in content}
-        start = None if fields.get("start") is None else Start(**fields["start"])
+        start = (
+            None
+            if fields.get("start") is None
+            else Start(**{**fields["start"], "words": tuple(fields["start"].get("words", ()))})
+        )
         return cls(**{**fields, "options": Options(**content["options"]), "start": start})
 
 

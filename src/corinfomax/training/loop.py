@@ -85,7 +85,7 @@ def pretrain(
         train_step = functools.partial(take_step, learner, ahead, len(splits.train) // recipe.batch, device)
         with recorder.failures(train_step, splits.train):
             # the weights that the run starts from
-            if start is not None and recorder.done == 0:
+            if start is not None and recorder.done == 0 and due.row(0):
                 row = due.measure(Row(0, nan, nan, None, lr=0.0, seconds=0.0), learner.network)
                 recorder.write(row)
                 on_row(row)

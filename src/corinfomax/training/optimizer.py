@@ -75,7 +75,8 @@ def backbone_share(recipe: Recipe, step: int, *, steps_per_epoch: int) -> float:
 
     It is 0 while the projector is trained alone, then rises to 1 within the length of the warm-up.
     """
-    alone = round(recipe.tuning.projector_epochs * steps_per_epoch)
+    steps = round(recipe.epochs * steps_per_epoch)
+    alone = min(round(recipe.tuning.projector_share * steps), steps - 1)
     if step < alone:
         return 0.0
     rise = recipe.optim.warmup_epochs * steps_per_epoch

@@ -25,6 +25,8 @@ with timm alone. `timm.create_model` on this folder stops with an error instead 
 def markdown(saved: Checkpoint, results: Results, *, plain: bool) -> str:
     """The card of a checkpoint as README.md; `plain` means that timm alone can load the folder."""
     recipe, facts = saved.recipe, saved.facts
+    if facts.start is not None and saved.step == 0:
+        results = _of_start(results)
     data = facts.data.replace("\\", "/").rstrip("/").rpartition("/")[2].replace("`", "'")  # without its folders
     length = f"{recipe.epochs:g} epochs in batches of {recipe.batch}, {recipe.resolution}"
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
@@ -61,6 +63,13 @@ library_name: timm
 """
 
 
+def _of_start(results: Results) -> Results:
+    """The results of a run in the card of the weights that it started from."""
+    names = {"pretrained": "continued (not in this folder)", "before": "**these weights**"}
+    table = {names.get(name, name): scores for name, scores in results.table.items()}
+    return results._replace(verdict=None, sentences=(), comparisons=(), table=table)
+
+
 def _title(saved: Checkpoint, data: str) -> str:
     name = saved.recipe.backbone.name
     if saved.facts.start is None:
@@ -81,7 +90,7 @@ def _start(facts: Facts) -> str:
     """A line on the weights that the run started from: their name, licence, source and paper."""
     if facts.start is None:
         return ""
-    name, checksum, licence, source, paper = facts.start
+    name, checksum, licence, source, paper, _ = facts.start
     name = name if name.startswith("timm:") else PurePath(name.replace("\\", "/")).name
     about = [f"licence {licence}"] if licence else ["licence not recorded: see where you found them"]
     about += [source] if source else []
@@ -109,7 +118,7 @@ def _usage(recipe: Recipe, *, plain: bool) -> str:
 {PLAIN_LOADER if plain else SMALL_STEM_LOADER}
 transform = timm.data.create_transform(
     input_size=(3, {recipe.test_side}, {recipe.test_side}),
-    interpolation="bicubic",
+    interpolation="{recipe.interpolation}",
     crop_pct=0.875,
     mean={recipe.mean},
     std={recipe.std},

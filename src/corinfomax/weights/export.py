@@ -81,11 +81,18 @@ def _write_folder(path: Path, backbone: nn.Module, saved: Checkpoint, results: R
     recipe, timms = saved.recipe, timm.get_pretrained_cfg(saved.recipe.backbone.name)
     assert timms is not None
     inputs = {"input_size": [3, recipe.test_side, recipe.test_side], "fixed_input_size": timms.fixed_input_size}
-    inputs |= {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}  # timm resizes to ⌊size · 8/7⌋
+    inputs |= {
+        "interpolation": recipe.interpolation,
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+    }  # timm resizes to ⌊size · 8/7⌋
     inputs |= {"mean": recipe.mean, "std": recipe.std}
     layers = {"num_classes": 0, "first_conv": timms.first_conv, "classifier": timms.classifier}
     network = {"architecture": recipe.backbone.name.partition(".")[0], "num_classes": 0}
     network |= {"num_features": backbone.num_features, "model_args": _timm_arguments(recipe.backbone, recipe.size)}
+    start = saved.facts.start
+    if start is not None:  # what is known of the weights before, under timm's names
+        inputs |= {"license": start.license, "origin_url": start.source, "paper_ids": start.paper}
     config = {**network, "pretrained_cfg": {"tag": "corinfomax", "custom_load": False, **inputs, **layers}}
 
     # The files.

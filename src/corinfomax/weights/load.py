@@ -17,7 +17,7 @@ from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import Tensor, nn
 
 from corinfomax.images.files import listed
-from corinfomax.network import build_backbone, check_name, measure, smallest_side
+from corinfomax.network import build_backbone, check_name, has_fixed_size, measure, smallest_side
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Backbone, Recipe
 from corinfomax.runtime import run_folder
@@ -25,6 +25,7 @@ from corinfomax.runtime.records import Facts, Start
 from corinfomax.weights import checkpoint
 from corinfomax.weights.match import Tensors, check_values, identify, match_names
 
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder in timm's layout
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 NO_NETWORKS = ("optimizer", "optim", "scheduler", "scaler")  # keys of training scripts that hold other tensors
 Interpolation = Literal["bicubic", "bilinear"]
@@ -41,8 +42,8 @@ class LoadedBackbone(NamedTuple):
     facts: Facts | None = None  # of a run of ours
     config: PretrainedCfg = PretrainedCfg()  # timm's record of the weights: licence, source, paper
 
-    def start(self, name: str) -> Start:
-        """The record of these weights, loaded from `name`, in a run that continues from them."""
+    def start(self, name: str, *words: str) -> Start:
+        """The record of these weights, loaded from `name` with these words, in a run that continues from them."""
         path = Path(name).expanduser()
         before = Start("", "") if self.facts is None or self.facts.start is None else self.facts.start
         return Start(
@@ -53,6 +54,7 @@ class LoadedBackbone(NamedTuple):
             paper=papers
             if isinstance(papers := self.config.paper_ids, str)
             else ", ".join(papers or ()) or before.paper,
+            words=words,
         )
 
 
@@ -124,7 +126,7 @@ def load_backbone(
     loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path), prefix)
     assumed = [name for name in ("mean", "std", "interpolation") if getattr(foreign, name) is None]
     flags = listed([f"--{name}" for name in assumed])
-    note = f"; assumed as for timm's {architecture}; {flags} if it was trained with others" if assumed else ""
+    note = f"; these are timm's values for {architecture}: change them with {flags}" if assumed else ""
     return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}{note}")
 
 
@@ -132,10 +134,13 @@ def load_start(run: Path) -> LoadedBackbone:
     """The weights that a run started from; FileNotFoundError if it started from random ones."""
     saved, path = checkpoint.load_resumable(run), run_folder.start_path(run)
     if not path.is_file():
-        raise FileNotFoundError(f"{run} has no {path.name}: it started from random weights, or the file was removed")
+        lost = f"{path}, the weights that the run started from, is missing"
+        raise FileNotFoundError(f"{lost}: put it back, or name a checkpoint in {run / 'checkpoints'}")
     tensors, _ = checkpoint.read_safetensors(path)
     recipe, start = saved.recipe, saved.facts.start
     loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
+    if start is not None and checkpoint.digest(loaded.backbone.state_dict()) != start.digest:
+        raise checkpoint.DamagedError(f"{path} was changed: it is not what the run started from")
     origin = "" if start is None else f", which continued from {start.name}"
     summary = f"{loaded.summary}: the weights before {run}{origin}"
     return loaded._replace(summary=summary, run=run, facts=saved.facts)
@@ -215,27 +220,36 @@ def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str
 
 def _load_timm_folder(folder: Path, foreign: Foreign) -> LoadedBackbone:
     """A backbone from config.json and model.safetensors, as on timm's hub and in an exported folder."""
-    if not (file := folder / "model.safetensors").is_file():
-        raise FileNotFoundError(f"{folder} has a config.json but no model.safetensors beside it")
+    file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{folder} has a config.json but no {' or '.join(WEIGHT_FILES)} beside it")
     tensors, recipe, _ = read_state_dict(file)
-    if recipe is not None:  # an export of ours
-        _refuse_options(foreign, folder)
-        return _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(folder))
-
-    # Any other network of timm.
-    _refuse_options(Foreign(foreign.architecture, foreign.small_stem), folder, "network")
     config = run_folder.read_json(folder / "config.json")
-    name = config.get("architecture", "")
-    if not timm.is_model(name):
-        raise ValueError(f"{folder / 'config.json'} names the architecture {name!r}, unknown to timm")
     spec = {**config, **config.get("pretrained_cfg", {})}
-    stated = {name: spec[name] for name in ("input_size", "mean", "std", "interpolation") if spec.get(name)}
-    model = timm.create_model(name, **{**config.get("model_args", {}), "num_classes": 0})
-    recipe = _timm_recipe(Backbone(name=name), foreign, PretrainedCfg(**stated))
-    loaded = _load_tensors(model, tensors, recipe, str(folder), foreign.prefix)
     made = PretrainedCfg(
         license=spec.get("license"), origin_url=spec.get("origin_url"), paper_ids=spec.get("paper_ids")
     )
+    if recipe is not None:  # an export of ours
+        _refuse_options(foreign, folder)
+        loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(folder))
+        return loaded._replace(config=made)
+
+    # Any other network of timm.
+    _refuse_options(Foreign(foreign.architecture, foreign.small_stem), folder, "network")
+    name = config.get("architecture", "")
+    if not timm.is_model(name):
+        raise ValueError(f"{folder / 'config.json'} names the architecture {name!r}, unknown to timm")
+    arguments = {**config.get("model_args", {}), "num_classes": 0}
+    if "img_size" in arguments:
+        spec["input_size"] = [3, arguments["img_size"], arguments["img_size"]]
+    if (channels := arguments.get("in_chans", spec.get("input_size", (3,))[0])) != 3:
+        raise ValueError(f"{folder} takes images of {channels} channels, not 3: name its file of weights instead")
+    stated = {name: spec[name] for name in ("input_size", "mean", "std", "interpolation") if spec.get(name)}
+    model = timm.create_model(name, **arguments)
+    recipe = _timm_recipe(Backbone(name=name), foreign, PretrainedCfg(**stated))
+    loaded = _load_tensors(model, tensors, recipe, str(folder), foreign.prefix)
+    if has_fixed_size(recipe.backbone) and foreign.size is not None:
+        loaded.backbone.set_input_size(img_size=recipe.size)  # type: ignore[operator]
     return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}", config=made)
 
 

@@ -49,14 +49,17 @@ def match_names(tensors: Tensors, model: nn.Module, *, source: str, prefix: str 
 
     # Exactly one must hold the whole model and nothing else.
     if prefix is not None and not chosen:
+        if any(fit.complete and not fit.prefix for fit in fits):
+            raise ValueError(f"the network in {source} has no prefix: leave out --prefix")
         starts = [fit.prefix for fit in fits if fit.prefix]
         # a network's inner layers may start like the network
         outer = [start for start in starts if not any(start != other and start.startswith(other) for other in starts)]
         raise ValueError(f"{source} has no network under the prefix {prefix!r}; it has {', '.join(outer) or 'none'}")
     if len(complete) > 1:
-        under = ", ".join(fit.prefix or "no prefix" for fit in complete)
+        under = " and ".join(fit.prefix or "no prefix" for fit in complete)
         choice = complete[-1].prefix.rstrip(".")
-        raise ValueError(f"{source} holds several matching networks, under {under}: choose one, as --prefix {choice}")
+        problem = f"{source} holds {len(complete)} networks that fit, under {under}"
+        raise ValueError(f"{problem}: choose one, for example --prefix {choice}")
     if not complete or complete[0].unexpected:
         raise ValueError(_misfit(tensors, chosen, model, source))
 
@@ -67,7 +70,8 @@ def match_names(tensors: Tensors, model: nn.Module, *, source: str, prefix: str 
     if fit.ignored:
         notes.append(f"classifier {' and '.join(fit.prefix + name for name in fit.ignored)} ignored")
     if outside := [name for name in tensors if not name.startswith(fit.prefix)]:
-        notes.append(f"{len(outside)} tensors outside the backbone ignored, such as {outside[0]}")
+        some = f"{len(outside)} tensors" if len(outside) > 1 else "1 tensor"
+        notes.append(f"{some} outside the backbone ignored, such as {outside[0]}")
     wanted = model.state_dict()
     if counts := [name for name in wanted if name not in fit.tensors]:
         notes.append(f"{len(counts)} batch counts set to 0")
@@ -224,7 +228,8 @@ def check_values(tensors: Mapping[str, Tensor], model: nn.Module, *, source: str
         if wanted.is_floating_point() and not tensors[name].is_floating_point():
             raise ValueError(f"{source} holds integers ({tensors[name].dtype}) instead of weights, first in {name}")
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{source} holds nan or inf in {len(bad)} tensors, first {bad[0]}: its training diverged")
+        some = f"{len(bad)} tensors, first" if len(bad) > 1 else "one tensor,"
+        raise ValueError(f"{source} holds nan or inf in {some} {bad[0]}: its training diverged")
     matrices = {name: tensor for name, tensor in tensors.items() if tensor.ndim > 1}
     flat = [name for name, tensor in matrices.items() if tensor.min() == tensor.max()]
     if len(flat) > len(matrices) / 2:
