@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from safetensors.torch import load_file, save_file
 import tiny
 from corinfomax.cli.main import main
 from corinfomax.evaluation import table
+from corinfomax.recipes import fields
+from corinfomax.report import page
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.records import Comparison
-from corinfomax.weights import checkpoint, load
+from corinfomax.weights import card, checkpoint, load
 
 NAME = "test_resnet"
 SHORT = ["--size", "32", "--batch", "8", "--epochs", "2", "--projector.widths", "32", "8", "--no-report"]
@@ -181,9 +184,10 @@ def test_a_vit_continues_at_another_size(place, capsys):
     assert load_file("larger/start.safetensors")["pos_embed"].shape[1] == 1 + (48 // 16) ** 2
 
 
-def test_a_network_that_no_recipe_describes_is_refused(place, capsys):
-    wide = timm.create_model("resnet18", num_classes=0, channels=(8, 8, 8, 8))
-    timm.models.save_for_hf(wide, "hub", safe_serialization=True, model_args={"channels": (8, 8, 8, 8)})
+@pytest.mark.parametrize("arguments", [{"channels": (8, 8, 8, 8)}, {"act_layer": "gelu"}, {"global_pool": "max"}])
+def test_a_network_that_no_recipe_describes_is_refused(place, capsys, arguments):
+    changed = timm.create_model("resnet18", num_classes=0, **arguments)
+    timm.models.save_for_hf(changed, "hub", safe_serialization=True, model_args=arguments)
     assert main(["pretrain", "data", "--init", "hub"]) == 2
     assert "hub is a changed resnet18 (model_args in its config.json): only timm's own form" in capsys.readouterr().err
 
@@ -229,3 +233,87 @@ def test_without_labels_the_run_keeps_its_own_weights(place, capsys):
     )
     results = run_folder.read_results(Path("unlabelled"))
     assert results.table == {} and not results.keep_start
+
+
+def test_a_shorter_run_trains_the_backbone_too(place):
+    """The projector's share and the warm-up follow --epochs."""
+    words = ["--size", "32", "--batch", "8", "--epochs", "2", "--projector.widths", "32", "8", "--no-report"]
+    words += ["--backbone.name", NAME, "--no-evaluate", "--diagnoses", "0", "--scores", "0"]
+    assert main(["pretrain", "data", "--init", "weights.safetensors", "--out", "short", *words]) == 0
+    recipe = checkpoint.load_resumable(Path("short")).recipe
+    assert recipe.optim.warmup_epochs == pytest.approx(0.2) and recipe.tuning.projector_share == pytest.approx(1 / 6)
+    network, _ = checkpoint.load_network(Path("short"))
+    assert not tiny.equal_states(network.backbone.state_dict(), load_file("short/start.safetensors"))
+
+
+def test_the_page_repeats_the_command(place):
+    saved = checkpoint.load_resumable(Path("run"))
+    command = page.repeat_command(Path("run"), saved.facts, saved.recipe)
+    assert f"--init {saved.facts.start.name} --backbone.name {NAME} " in command
+    assert main([*shlex.split(command)[1:], "--out", "again", "--no-evaluate", "--no-report"]) == 0
+    ours, theirs = (checkpoint.load_last(Path(name))[1] for name in ("run", "again"))
+    assert ours.recipe == theirs.recipe and tiny.equal_states(ours.network, theirs.network)
+
+    # weights that record their network are not told it again
+    run_folder.add_json(Path("run/results.json"), {"keep_start": False})
+    assert pretrain("data", "run", "--no-evaluate", "--epochs", "0.4", out="next", name=False) == 0
+    saved = checkpoint.load_resumable(Path("next"))
+    assert "--backbone" not in page.repeat_command(Path("next"), saved.facts, saved.recipe)
+
+
+def test_a_start_that_was_changed_or_lost_is_named(place, capsys):
+    run_folder.add_json(Path("run/results.json"), {"keep_start": True})
+    state = load_file("run/start.safetensors")
+    about = json.dumps(fields.to_json(checkpoint.load_resumable(Path("run")).recipe))
+    state["conv1.0.weight"] += 1
+    save_file(state, "run/start.safetensors", metadata={"recipe": about})
+    assert main(["export", "run", "--out", "kept"]) == 2
+    assert "start.safetensors was changed: it is not what the run started from" in capsys.readouterr().err
+    assert main(["evaluate", "run", "data"]) == 0
+    out = capsys.readouterr().out
+    assert "no scores of the weights before: " in out and "\nbefore" not in out
+
+    Path("run/start.safetensors").unlink()
+    assert main(["export", "run", "--out", "kept"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        "start.safetensors, the weights that the run started from, is missing: put it back, or name a checkpoint" in err
+    )
+
+
+def test_a_card_of_the_start_is_about_the_start(place):
+    saved, results = checkpoint.load_last(Path("run"))[1], run_folder.read_results(Path("run"))
+    text = card.markdown(saved._replace(step=0), results, plain=True)
+    assert "| **these weights** |" in text and "| continued (not in this folder) |" in text
+    assert "## Verdict" not in text and "Keep the weights" not in text
+    assert f'interpolation="{saved.recipe.interpolation}"' in text and saved.recipe.interpolation == "bilinear"
+
+
+def test_what_is_known_of_the_source_survives_exports(place, model):
+    timm.models.save_for_hf(model, "hub", safe_serialization=True)
+    about = json.loads(read("hub/config.json"))
+    about["pretrained_cfg"] |= {"license": "apache-2.0", "paper_ids": "arXiv:1"}
+    Path("hub/config.json").write_text(json.dumps(about))
+    source = "hub"
+    for name in ("first", "second"):
+        assert pretrain("data", source, "--no-evaluate", "--epochs", "0.4", out=name, name=False) == 0
+        start = checkpoint.load_resumable(Path(name)).facts.start
+        assert (start.license, start.paper) == ("apache-2.0", "arXiv:1")
+        source = f"{name}-exported"
+        assert main(["export", name, "--out", source]) == 0
+    assert json.loads(read("second-exported/config.json"))["pretrained_cfg"]["interpolation"] == "bilinear"
+
+
+def test_a_vit_in_a_folder_of_timm_is_resized(place):
+    torch.manual_seed(2)
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=0), "hub")  # pytorch_model.bin, of 160 px
+    assert pretrain("data", "hub", "--no-evaluate", name=False, out="vit") == 0
+    assert load_file("vit/start.safetensors")["pos_embed"].shape[1] == 1 + (32 // 16) ** 2
+
+
+def test_labels_without_scores_name_the_command(place, capsys):
+    assert pretrain("data", "weights.safetensors", "--no-evaluate", "--epochs", "0.4", out="later") == 0
+    out = capsys.readouterr().out
+    command = next(line for line in out.splitlines() if line.startswith("To see whether continuing helped: "))
+    assert main(shlex.split(command.partition(": ")[2])[1:]) == 0
+    assert run_folder.read_results(Path("later")).comparisons[0].other == "before"

@@ -115,11 +115,11 @@ def test_images_that_vanish_while_running_are_not_missed(data, tmp_path, monkeyp
     shutil.copytree(data, mine)
     real = loop.update
 
-    def lose(recipe, learner, pair, step, device):
+    def lose(recipe, learner, pair, step, device, **options):
         if step == 3:
             shutil.rmtree(mine)
             shutil.rmtree(cache)
-        return real(recipe, learner, pair, step, device)
+        return real(recipe, learner, pair, step, device, **options)
 
     monkeypatch.setattr(loop, "update", lose)
     run, kept = tmp_path / "run", tmp_path / "kept"
