@@ -19,7 +19,7 @@ from corinfomax.recipes import fields
 from corinfomax.report import page
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.records import Comparison
-from corinfomax.weights import card, checkpoint, load
+from corinfomax.weights import card, checkpoint, export, load
 
 NAME = "test_resnet"
 SHORT = ["--size", "32", "--batch", "8", "--epochs", "2", "--projector.widths", "32", "8", "--no-report"]
@@ -55,6 +55,12 @@ def place(made, tmp_path, monkeypatch):
     shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def unverified(monkeypatch):
+    """Exports without the fresh process that loads them, which takes seconds and has tests of its own."""
+    monkeypatch.setattr(export, "_feature_difference", lambda *_: 0.0)
 
 
 def read(path):
@@ -104,7 +110,7 @@ def test_only_a_clear_gain_takes_the_place_of_the_start(made, place, monkeypatch
     assert run_folder.read_results(Path("run")).keep_start is kept
 
 
-def test_weights_that_were_not_bettered_are_given_back(place, model, capsys):
+def test_weights_that_were_not_bettered_are_given_back(place, model, capsys, monkeypatch):
     run_folder.add_json(Path("run/results.json"), {"keep_start": True})
     last = run_folder.checkpoints(Path("run"))[-1]
 
@@ -116,6 +122,7 @@ def test_weights_that_were_not_bettered_are_given_back(place, model, capsys):
     card = read("kept/README.md")
     assert f"# {NAME}, as it was before training" in card and "weights after step 0" in card
     assert "`weights.safetensors`" in card and "licence not recorded" in card
+    monkeypatch.setattr(export, "_feature_difference", lambda *_: 0.0)
     assert main(["export", str(last), "--out", "others.safetensors", "--format", "state-dict"]) == 0
     assert not tiny.equal_states(load_file("others.safetensors"), model.state_dict())
 
@@ -147,7 +154,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_its_copy(place):
     assert tiny.equal_states(checkpoint.load_last(Path("run"))[1].network, whole)
 
 
-def test_runs_exports_and_folders_of_timm_are_starts(place, model):
+def test_runs_exports_and_folders_of_timm_are_starts(place, model, unverified):
     run_folder.add_json(Path("run/results.json"), {"keep_start": False})
     first = load.load_backbone("run").backbone.state_dict()
     assert main(["export", "run", "--out", "exported"]) == 0
@@ -289,7 +296,7 @@ def test_a_card_of_the_start_is_about_the_start(place):
     assert f'interpolation="{saved.recipe.interpolation}"' in text and saved.recipe.interpolation == "bilinear"
 
 
-def test_what_is_known_of_the_source_survives_exports(place, model):
+def test_what_is_known_of_the_source_survives_exports(place, model, unverified):
     timm.models.save_for_hf(model, "hub", safe_serialization=True)
     about = json.loads(read("hub/config.json"))
     about["pretrained_cfg"] |= {"license": "apache-2.0", "paper_ids": "arXiv:1"}
