@@ -44,6 +44,7 @@ def choose_recipe(
 
 def load_init(name: str, prefix: str | None, typed: Recipe, flags: Collection[str]) -> LoadedBackbone:
     """The weights of --init, printed; typed settings tell what weights of others do not record."""
+    # what was typed of the network and its input
     options: dict[str, Any] = {"prefix": prefix}
     inputs = ("size", "mean", "std", "interpolation")
     options |= {option: getattr(typed, option) for option in inputs if option in flags}
@@ -51,15 +52,19 @@ def load_init(name: str, prefix: str | None, typed: Recipe, flags: Collection[st
         options["architecture"] = typed.backbone.name
     if "backbone.small-stem" in flags:
         options["small_stem"] = typed.backbone.small_stem
+
+    # weights that record both leave these settings to the run
     try:
         loaded = load_backbone(name, **options)
-    except RecordedError:  # typed settings are then about this run
+    except RecordedError:
         if prefix is not None:
             raise
         loaded = load_backbone(name)
     except ValueError as error:
         message = str(error).replace("--architecture", "--backbone.name").replace("--small", "--backbone.small")
         raise ValueError(message) from error
+
+    # training builds the network anew
     print(f"starting from {loaded.summary}")
     if not network.is_described(loaded.backbone, loaded.recipe):
         changed = f"{name} is a changed {loaded.recipe.backbone.name} (model_args in its config.json)"
@@ -71,19 +76,24 @@ def adapt_recipe(
     name: str | None, start: LoadedBackbone, data: Data, typed: Recipe, flags: Collection[str], device: torch.device
 ) -> tuple[str, Recipe]:
     """Name and recipe of a run that continues from weights: their network and input; the rest as named, or `adapt`."""
+    # the recipe
     survey, weights = data.survey(), start.recipe
     if name is None:
         vit, cuda = network.has_fixed_size(weights.backbone), device.type == "cuda"
         name, base = published.adapt(vit, weights.size, survey.images, survey.short_side, cuda=cuda)
     else:
         base = published.find_recipe(name)
+
+    # the network and its input, then what was typed
     shaped = replace(base, test_scale=1.0, backbone=weights.backbone, mean=weights.mean, std=weights.std)
     shaped = replace(shaped, interpolation=weights.interpolation)
     recipe = fields.override(shaped, typed, flags & fields.flags(base).keys())
     if recipe.backbone != weights.backbone:
         words = " ".join(sorted(f"--{flag}" for flag in flags if flag.startswith("backbone.")))
         raise ValueError(f"the weights fix the network ({weights.backbone.name}): leave out {words}")
-    if "optim.warmup-epochs" not in flags and "epochs" in flags:  # the same share of a run of another length
+
+    # the warm-up keeps its share of a run of another length
+    if "optim.warmup-epochs" not in flags and "epochs" in flags:
         warmup = shaped.optim.warmup_epochs * recipe.epochs / shaped.epochs
         recipe = replace(recipe, optim=replace(recipe.optim, warmup_epochs=warmup))
     images = f"{survey.images:,} images of {survey.short_side} px"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import PurePath
 
 from corinfomax.recipes import fields
@@ -81,9 +82,9 @@ def _title(saved: Checkpoint, data: str) -> str:
 
 
 def _license(facts: Facts) -> str:
-    """The licence of the weights that the run started from, as the hub reads it."""
-    known = facts.start is not None and facts.start.license is not None
-    return f"license: {facts.start.license}\n" if known and facts.start is not None else ""
+    """The licence of the weights that the run started from, as the hub reads it; "" unless it is an identifier."""
+    licence = (facts.start and facts.start.license) or ""
+    return f"license: {licence}\n" if re.fullmatch(r"[\w.+-]+", licence) else ""
 
 
 def _start(facts: Facts) -> str:

@@ -46,16 +46,20 @@ class LoadedBackbone(NamedTuple):
         """The record of these weights, loaded from `name` with these words, in a run that continues from them."""
         path = Path(name).expanduser()
         before = Start("", "") if self.facts is None or self.facts.start is None else self.facts.start
+        papers = self.config.paper_ids or ()
         return Start(
             name=str(path.absolute()) if path.exists() else name,
             digest=checkpoint.digest(self.backbone.state_dict()),
-            license=self.config.license or before.license,
-            source=self.config.origin_url or before.source,
-            paper=papers
-            if isinstance(papers := self.config.paper_ids, str)
-            else ", ".join(papers or ()) or before.paper,
+            license=_line(self.config.license) or before.license,
+            source=_line(self.config.origin_url) or before.source,
+            paper=_line(papers if isinstance(papers, str) else ", ".join(papers)) or before.paper,
             words=words,
         )
+
+
+def _line(text: str | None) -> str | None:
+    """Text of a foreign file on one line."""
+    return " ".join(text.split()) if text else None
 
 
 class Foreign(NamedTuple):
@@ -239,6 +243,8 @@ def _load_timm_folder(folder: Path, foreign: Foreign) -> LoadedBackbone:
     name = config.get("architecture", "")
     if not timm.is_model(name):
         raise ValueError(f"{folder / 'config.json'} names the architecture {name!r}, unknown to timm")
+
+    # its arguments and its input
     arguments = {**config.get("model_args", {}), "num_classes": 0}
     if "img_size" in arguments:
         spec["input_size"] = [3, arguments["img_size"], arguments["img_size"]]
@@ -258,25 +264,32 @@ def _load_timm(name: str, foreign: Foreign) -> LoadedBackbone:
     _refuse_options(Foreign(foreign.architecture, foreign.small_stem, foreign.prefix), f"timm:{name}", "network")
     source, _, repository = name.partition(":")
     if source in ("hf-hub", "hf_hub"):
-        _check_reachable(repository, PretrainedCfg(hf_hub_id=repository))
-        try:
-            described, architecture, _ = load_model_config_from_hf(repository)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{repository} is no network of timm on the hub: {reason}") from error
-        known = PretrainedCfg.__dataclass_fields__
-        config = PretrainedCfg(**{key: value for key, value in described.items() if key in known})
+        config, architecture = _hub_config(repository)
     else:
         config, architecture = _timm_config(name), name
         if not config.hf_hub_id and not config.url:
             raise ValueError(f"timm has no pretrained weights for {name}; see timm.list_pretrained()")
         _check_reachable(name, config)
+
+    # timm builds the network and fills it
     recipe = _timm_recipe(Backbone(name=architecture), foreign, config)
     options: dict[str, Any] = {"img_size": recipe.size} if config.fixed_input_size else {}
     model = timm.create_model(name, pretrained=True, num_classes=0, **options)
     count = len(model.state_dict())
     summary = f"all {count} tensors of timm's {name} at {recipe.size} px, {_input(recipe)}"
     return LoadedBackbone(model.eval(), recipe, summary, config=config)
+
+
+def _hub_config(repository: str) -> tuple[PretrainedCfg, str]:
+    """timm's record of a repository of the hub, and its network; ValueError for one that is not timm's."""
+    _check_reachable(repository, PretrainedCfg(hf_hub_id=repository))
+    try:
+        described, architecture, _ = load_model_config_from_hf(repository)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{repository} is no network of timm on the hub: {reason}") from error
+    known = PretrainedCfg.__dataclass_fields__
+    return PretrainedCfg(**{key: value for key, value in described.items() if key in known}), architecture
 
 
 def _check_reachable(name: str, config: PretrainedCfg) -> None:
