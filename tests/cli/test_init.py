@@ -97,7 +97,7 @@ def test_the_row_before_is_that_of_the_weights_themselves(place):
 
 
 @pytest.mark.parametrize(("verdict", "kept"), [("worse", True), ("unclear", True), ("better", False)])
-def test_only_a_clear_gain_takes_the_place_of_the_start(made, place, monkeypatch, verdict, kept):
+def test_only_a_clear_gain_takes_the_place_of_the_start(made, place, monkeypatch, capsys, verdict, kept):
     real = table.compare_all
 
     def compared(outcomes, *, seed):
@@ -108,9 +108,10 @@ def test_only_a_clear_gain_takes_the_place_of_the_start(made, place, monkeypatch
     run_folder.add_json(Path("run/results.json"), {"keep_start": not kept})
     assert main(["evaluate", "run", str(made[0] / "data"), "--out", "run/results.json"]) == 0
     assert run_folder.read_results(Path("run")).keep_start is kept
+    assert ("use the weights of the start" in capsys.readouterr().out) is kept
 
 
-def test_weights_that_were_not_bettered_are_given_back(place, model, capsys, monkeypatch):
+def test_weights_that_were_not_improved_are_given_back(place, model, capsys, monkeypatch):
     run_folder.add_json(Path("run/results.json"), {"keep_start": True})
     last = run_folder.checkpoints(Path("run"))[-1]
 
@@ -138,7 +139,7 @@ def test_weights_that_were_not_bettered_are_given_back(place, model, capsys, mon
     assert "step 10 of run" in out and "\npretrained" in out and "\nbefore" in out
 
 
-def test_weights_that_were_bettered_are_kept(place, model):
+def test_weights_that_were_improved_are_kept(place, model):
     run_folder.add_json(Path("run/results.json"), {"keep_start": False})
     trained = checkpoint.load_network(Path("run"))[0].backbone.state_dict()
     assert tiny.equal_states(load.load_backbone("run").backbone.state_dict(), trained)
@@ -268,7 +269,7 @@ def test_the_page_repeats_the_command(place):
     assert "--backbone" not in page.repeat_command(Path("next"), saved.facts, saved.recipe)
 
 
-def test_a_start_that_was_changed_or_lost_is_named(place, capsys):
+def test_a_start_that_was_changed_or_lost_is_named(made, place, capsys):
     run_folder.add_json(Path("run/results.json"), {"keep_start": True})
     state = load_file("run/start.safetensors")
     about = json.dumps(fields.to_json(checkpoint.load_resumable(Path("run")).recipe))
@@ -278,7 +279,9 @@ def test_a_start_that_was_changed_or_lost_is_named(place, capsys):
     assert "start.safetensors was changed: it is not what the run started from" in capsys.readouterr().err
     assert main(["evaluate", "run", "data"]) == 0
     out = capsys.readouterr().out
-    assert "no scores of the weights before: " in out and "\nbefore" not in out
+    assert "no scores of the weights before: " in out and "\nbefore" not in out and "export, embed" not in out
+    assert main(["evaluate", "run", str(made[0] / "data"), "--out", "run/results.json"]) == 0
+    assert run_folder.read_results(Path("run")).keep_start  # scores without the start do not undo the choice
 
     Path("run/start.safetensors").unlink()
     assert main(["export", "run", "--out", "kept"]) == 2

@@ -54,7 +54,7 @@ def load_weights(name: str, options: WeightsOptions, device: torch.device, *, la
 def load_several(names: Sequence[str], options: WeightsOptions, device: torch.device) -> list[LoadedBackbone]:
     """Several weights, each with the options of what it does not record; RecordedError if all record one of them.
 
-    Runs that continued from weights give their own, bettered or not.
+    A run that continued from weights gives its last checkpoint, even where it gives back the start elsewhere.
     """
     loaded: list[LoadedBackbone] = []
     refused: list[RecordedError] = []
@@ -198,4 +198,6 @@ def print_scores(results: Results, out: Path | None) -> None:
     print(f"probes fitted on {results.train:,} labelled images, scored on {results.test:,} others")
     print("\n".join((*results.remarks, *results.sentences)))
     if out is not None:
+        if results.keep_start and run_folder.start_path(out.parent).exists():
+            print("export, embed and neighbors of this run use the weights of the start")
         print(f"scores: {out}")

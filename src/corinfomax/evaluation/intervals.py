@@ -123,16 +123,15 @@ def pretraining_sentence(c: Comparison, nearest: Comparison) -> str:
 
 
 def continuing_sentence(c: Comparison, nearest: Comparison) -> str:
-    """One sentence on whether continuing from weights bettered them: by the linear probe, beside kNN."""
-    minus = "−"
-    change = f"{c.difference:+.1f}, 95 % interval {c.low:+.1f} to {c.high:+.1f}".replace("-", minus)
+    """One sentence on whether continuing improved on the weights before: by the linear probe, beside kNN."""
+    change = f"{c.difference:+.1f}, 95 % interval {c.low:+.1f} to {c.high:+.1f}".replace("-", "−")
     scores = f"linear {c.other_score:.1f} → {c.score:.1f} ({change})"
     if nearest.verdict not in (c.verdict, "unclear"):
         scores += f", though kNN {nearest.other_score:.1f} → {nearest.score:.1f}"
     if c.verdict == "better":
         return f"Continuing helped: {scores}."
     harm = "did harm" if c.verdict == "worse" else "did not clearly help"
-    return f"Continuing {harm}: {scores}. Keep the weights you started from: export, embed and neighbors use them."
+    return f"Continuing {harm}: {scores}. Keep the weights you started from."
 
 
 def rival_sentence(c: Comparison) -> str:

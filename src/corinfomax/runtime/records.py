@@ -237,7 +237,7 @@ class Results(NamedTuple):
 
     verdict: Verdict | None = None
     best_checkpoint: str | None = None  # path in the run folder
-    keep_start: bool = False  # True if continuing did not help: export and load give the weights of the start
+    keep_start: bool = False  # True if continuing did not help: the run gives back the weights of its start
     table: Table = {}  # noqa: RUF012 (never written to)
     comparisons: tuple[Comparison, ...] = ()  # first pretrained against the better baseline, then against each rival
     sentences: tuple[str, ...] = ()  # the comparisons in words
@@ -257,7 +257,9 @@ class Results(NamedTuple):
                 {"probe": "linear", **comparison._asdict(), "sentence": sentence}
                 for comparison, sentence in zip(self.comparisons, self.sentences, strict=True)
             ]
-            content |= {"remarks": self.remarks, "train": self.train, "test": self.test, "keep_start": self.keep_start}
+            content |= {"remarks": self.remarks, "train": self.train, "test": self.test}
+            if "before" in self.table:  # scores without that row decide nothing
+                content["keep_start"] = self.keep_start
         return content
 
     @classmethod

@@ -93,8 +93,8 @@ def load_backbone(
     a state dict that does not record one, `small_stem` its 3×3 first convolution without max-pool, `prefix` the start
     of its tensors' names when a file holds several networks. `size` (side in pixels), `mean`, `std` and
     `interpolation` are the input of weights that do not record it; timm's by default. A run that started from other
-    weights and did not better them gives those, unless `last` asks for its last checkpoint. Only `timm:` may connect
-    to the internet. Raises ValueError or OSError; ValueError too for options that weights of ours do not take.
+    weights and did not improve on them gives those, unless `last` asks for its last checkpoint. Only `timm:` may
+    connect to the internet. Raises ValueError or OSError; ValueError too for options that weights of ours do not take.
     """
     path = Path(name).expanduser()
     foreign = Foreign(architecture, small_stem, prefix, size, mean, std, interpolation)
