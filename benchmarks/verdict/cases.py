@@ -16,8 +16,9 @@ from corinfomax.evaluation import features, probes
 from corinfomax.images import cache as images
 from corinfomax.images.cache import Images, Splits
 from corinfomax.images.sources import Data
-from corinfomax.recipes.fields import Recipe, View
+from corinfomax.recipes.fields import IMAGENET_STATS, Recipe, View
 from corinfomax.recipes.published import RECIPES
+from corinfomax.weights.load import LoadedBackbone, load_backbone
 
 GOOD = frozenset(verdict.GOOD)
 STILL = View(crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0)
@@ -35,11 +36,19 @@ class Case:
     recovers: bool = False
     """Whether it is sound again at its end, as a learning rate far too high is once it has decayed."""
     images: int = 3000
+    init: str | None = None
+    """Weights that it continues from, a file or run in the folder of weights."""
     spoil: Callable[[Images], Images] = lambda split: split
 
     @property
     def good(self) -> bool:
         return self.right == GOOD
+
+    def start(self, weights: Path) -> LoadedBackbone | None:
+        """The weights that it continues from."""
+        if self.init is None:
+            return None
+        return load_backbone(str(weights / self.init), architecture=NETWORKS.get(self.init))
 
     def splits(self, root: Path, cache: Path | None) -> Splits:
         """The images: a fixed slice of the training split, spoilt if so wanted, and the test split."""
@@ -52,6 +61,8 @@ class Case:
 
 
 Fit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], probes.LinearClassifier]
+LITE0, VIT = "tf_efficientnet_lite0-imagenet1k.safetensors", "vit"
+NETWORKS = {LITE0: "tf_efficientnet_lite0"}
 SIDE = {"cifar10": 32, "mnist5k": 28, "clothing-128": 48, "tiny-imagenet-64-100c": 48}
 
 
@@ -100,14 +111,85 @@ def smaller(base: Recipe) -> Recipe:
     return changed(base, size=16, batch=64, epochs=13, projector={"widths": (512, 512, 32)}, optim={"warmup_epochs": 1})
 
 
+def smaller_tuned(name: str) -> Recipe:
+    """A recipe that continues from weights, cut to 184 steps."""
+    projector, optim = {"widths": (512, 32)}, {"warmup_epochs": 0.4}
+    return changed(RECIPES[name].recipe, size=64, cache_side=64, batch=64, epochs=4, projector=projector, optim=optim)
+
+
 SMALL, DIGITS = smaller(START), smaller(RECIPES["mnist5k"].recipe)
 ALIKE = changed(smaller(KERNEL), projector={"widths": (512, 64)})
 ALIKE_DIGITS = changed(DIGITS, loss=KERNEL.loss, optim=ALIKE.optim, projector={"widths": (512, 64)})
 MUON = {"name": "muon", "lr": 0.06, "start_lr": 0.006, "weight_decay": 0.1}
+TUNED = replace(smaller_tuned("adapt"), mean=(0.5,) * 3, std=(0.5,) * 3)  # as EfficientNet-Lite0 was trained
+TUNED_VIT = smaller_tuned("adapt-vit")
 BRIEF = replace(SMALL, epochs=1)  # what is wrong with the data is seen at the first look
 PLAIN = {"batch_norm": False}
 INVARIANT, COLLAPSE = frozenset({"over-invariant"}), frozenset({"complete collapse", "dimensional collapse"})
+UNCHANGED, FORGOTTEN = frozenset({"unchanged"}), frozenset({"features lost"})
 DATA, DIVERGING, UNDER = frozenset({"data problem"}), frozenset({"diverging"}), frozenset({"under-invariant"})
+
+CIFAR, TINY, CLOTHES = "cifar10", "tiny-imagenet-64-100c", "clothing-128"
+SLOW, FAST = {"lr_scale": 1e-5}, {"lr_scale": 30.0}
+THROWN = {"name": "sgd", "lr": 1.0}  # the projector's steps are far too large
+
+
+def from_weights(init: str, data: str, right: frozenset[str], seen: bool, **changes: Any) -> Case:
+    """A case that continues from `init`, whose own network and input the run takes."""
+    return Case(data, changed(TUNED_VIT if init == VIT else TUNED, **changes), right, seen, init=init)
+
+
+def continued_cases() -> dict[str, Case]:
+    """Runs that start from weights, and some with more than two views."""
+    many = {"n_views": 4, "epochs": 7}
+    raw = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+    return {
+        "tuned cifar10": from_weights(LITE0, CIFAR, GOOD, True),
+        "tuned mnist5k": from_weights(LITE0, "mnist5k", GOOD, True),
+        "tuned cifar10 slowly": from_weights(LITE0, CIFAR, UNCHANGED, True, tuning=SLOW),
+        "tuned cifar10 lr-scale 30": from_weights(LITE0, CIFAR, FORGOTTEN | COLLAPSE, True, tuning=FAST),
+        "tuned cifar10 SGD": from_weights(LITE0, CIFAR, DIVERGING | COLLAPSE, True, optim=THROWN),
+        "tuned cifar10 bytes": from_weights(LITE0, CIFAR, DATA, True, **raw),
+        "tuned cifar10 alpha x100": from_weights(LITE0, CIFAR, INVARIANT | COLLAPSE, True, loss={"alpha": 12500.0}),
+        "tuned cifar10 new statistics": from_weights(
+            LITE0, CIFAR, FORGOTTEN, True, tuning={"batch_norm": "adapt", "blocks": 1.0}
+        ),
+        "tuned clothing": from_weights(LITE0, CLOTHES, GOOD, False),
+        "tuned tiny-imagenet": from_weights(LITE0, TINY, GOOD, False),
+        "tuned clothing projector alone": from_weights(
+            LITE0, CLOTHES, UNCHANGED, False, tuning={"projector_share": 0.995}
+        ),
+        "tuned tiny-imagenet lr-scale 100": from_weights(
+            LITE0, TINY, FORGOTTEN | COLLAPSE, False, tuning={"lr_scale": 100.0}
+        ),
+        "tuned mnist5k SGD": from_weights(LITE0, "mnist5k", DIVERGING | COLLAPSE, False, optim=THROWN),
+        "tuned tiny-imagenet ImageNet's input": from_weights(
+            LITE0, TINY, DATA, False, mean=IMAGENET_STATS[0], std=IMAGENET_STATS[1]
+        ),
+        "tuned tiny-imagenet alpha x300": from_weights(LITE0, TINY, INVARIANT | COLLAPSE, False, loss={"alpha": 4e4}),
+        "tuned clothing alpha /1000": from_weights(LITE0, CLOTHES, UNDER, False, loss={"alpha": 0.125}),
+        "tuned vit cifar10": from_weights(VIT, CIFAR, GOOD, True),
+        "tuned vit cifar10 lr-scale 100": from_weights(
+            VIT, CIFAR, FORGOTTEN | COLLAPSE, True, tuning={"lr_scale": 100.0}
+        ),
+        "tuned vit clothing": from_weights(VIT, CLOTHES, GOOD, False),
+        "tuned vit mnist5k": from_weights(VIT, "mnist5k", GOOD, False),
+        "tuned vit clothing slowly": from_weights(VIT, CLOTHES, UNCHANGED, False, tuning=SLOW),
+        "tuned vit tiny-imagenet lr-scale 100": from_weights(
+            VIT, TINY, FORGOTTEN | COLLAPSE, False, tuning={"lr_scale": 100.0}
+        ),
+        "cifar10 four views": Case(CIFAR, changed(SMALL, **many), GOOD, True),
+        "cifar10 four views, alpha x100": Case(
+            CIFAR, changed(SMALL, **many, loss={"alpha": 12500.0}), INVARIANT | COLLAPSE, True
+        ),
+        "clothing four views": Case(CLOTHES, changed(SMALL, **many), GOOD),
+        "mnist5k three views": Case("mnist5k", changed(DIGITS, n_views=3, epochs=8), GOOD),
+        "tiny-imagenet four views, alpha /1000": Case(TINY, changed(SMALL, **many, loss={"alpha": 0.125}), UNDER),
+        "mnist5k three views, eps 0.3": Case(
+            "mnist5k", changed(DIGITS, n_views=3, epochs=8, loss={"eps": 0.3}), COLLAPSE | INVARIANT
+        ),
+    }
+
 
 CASES: dict[str, Case] = {
     "cifar10": Case("cifar10", SMALL, GOOD, True),
@@ -215,4 +297,4 @@ CASES: dict[str, Case] = {
     "tiny-imagenet kernel, lr 1000": Case(
         "tiny-imagenet-64-100c", changed(ALIKE, optim={"lr": 1000.0}), DIVERGING | COLLAPSE, recovers=True
     ),
-}
+} | continued_cases()

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.verdict.cases import CASES, Case, probe
 from corinfomax.diagnosis import verdict
+from corinfomax.network import start_tensors
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.records import Options
 from corinfomax.training import loop
@@ -34,21 +35,28 @@ class Outcome(NamedTuple):
     """What was said at the end."""
     said: list[tuple[float, str]]
     """Share of the run and kind, after every row."""
+    before: float | None
+    """Ridge probe of the weights that it started from."""
     ridge: float | None
     advice: str
 
 
-def run_case(case: Case, folder: Path, root: Path, cache: Path) -> None:
-    """Train into `folder`, and score the backbone by a ridge probe."""
-    splits = case.splits(root, cache)
+def run_case(case: Case, folder: Path, root: Path, cache: Path, weights: Path) -> None:
+    """Train into `folder`, and score the backbone by a ridge probe, and the one it started from."""
+    splits, start, recipe = case.splits(root, cache), case.start(weights), case.recipe
+    if start is not None:
+        recipe = replace(recipe, test_scale=1.0, backbone=start.recipe.backbone)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     results: dict[str, object] = {}
     try:
         options = Options(log_steps=10, checkpoint_minutes=60.0, scores=0)
-        network = loop.pretrain(case.recipe, splits, folder, device=CPU, options=options)
+        tensors = None if start is None else start_tensors(start.backbone)
+        network = loop.pretrain(recipe, splits, folder, device=CPU, options=options, start=tensors)
         sound = replace(case, spoil=lambda split: split).splits(root, cache)  # what it learnt, on images as they are
-        results["ridge"] = probe(network.backbone, sound, case.recipe, most=5000)
+        if start is not None:
+            results["before"] = probe(start.backbone, sound, recipe, most=5000)
+        results["ridge"] = probe(network.backbone, sound, recipe, most=5000)
     except FloatingPointError as error:
         results["error"] = str(error)
     for path in run_folder.checkpoints(folder):
@@ -69,7 +77,7 @@ def judge_case(case: Case, folder: Path) -> Outcome:
     assert last is not None
     if "error" in done:
         said.append((rows[-1].step / steps if rows else 0.0, last.kind))
-    return Outcome(last.kind, said, done.get("ridge"), last.advice)
+    return Outcome(last.kind, said, done.get("before"), done.get("ridge"), last.advice)
 
 
 def first_named(case: Case, outcome: Outcome) -> float | None:
@@ -94,7 +102,7 @@ def table(outcomes: dict[str, Outcome]) -> str:
         what = "good" if case.good else " or ".join(sorted(case.right))
         what = what.replace("complete collapse or dimensional collapse", "collapse")
         when = "" if case.good else "never" if named is None else f"{named:.0%}"
-        ridge = "–" if outcome.ridge is None else f"{outcome.ridge:.1f}"
+        ridge = " → ".join(f"{score:.1f}" for score in (outcome.before, outcome.ridge) if score is not None) or "–"
         mark = "" if right_at_the_end(case, outcome) else "**"
         last = outcome.last
         seen = "yes" if case.tuned else "no"
@@ -122,6 +130,7 @@ def table(outcomes: dict[str, Outcome]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
+    parser.add_argument("--weights", type=Path, default=Path("weights"), help="folder of the weights to continue from")
     parser.add_argument("--cache", type=Path, default=None, help="folder of decoded images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th case from I")
@@ -139,7 +148,7 @@ def main() -> None:
         if not (folder / "done.json").exists():
             if options.judge:
                 continue
-            run_case(case, folder, options.root, options.cache)
+            run_case(case, folder, options.root, options.cache, options.weights)
         outcomes[name] = judge_case(case, folder)
     print(table(outcomes))
     for name, outcome in outcomes.items():

@@ -11,7 +11,7 @@ import tiny
 from corinfomax.diagnosis import verdict
 from corinfomax.images import cache
 from corinfomax.objective.kernel import KernelLoss
-from corinfomax.recipes.fields import Loss, Optim, Projector, Recipe, View
+from corinfomax.recipes.fields import Loss, Optim, Projector, Recipe, Tuning, View
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.records import Measures, Options, Row
 from corinfomax.training import loop
@@ -74,6 +74,7 @@ def test_before_the_first_look_there_is_none():
         ({"images_differ": 0.01}, "data problem", "1.0 %"),
         ({"twins": 0.7}, "data problem", "70 %"),
         ({"views_differ": 0.0}, "data problem", "--views.0.crop-area"),
+        ({"better_input": "--mean 0 0 0"}, "data problem", "normalised by --mean 0 0 0, and not these"),
         ({"spread": None, "ldmi": None, "rank": None}, "diverging", "not finite"),
         ({"big_bang": FLOOR - 1}, "diverging", "unit length"),
         ({"loss": FLOOR + 6}, "diverging", "rose to"),
@@ -364,3 +365,19 @@ def test_a_run_that_was_too_short_is_told_how_long_is_enough(steps):
     again = verdict.judge([row(step) for step in sorted(looks)], recipe, steps=enough, ended=True)
     assert "too short" not in again.advice
     assert enough < 200
+
+
+def test_a_run_that_ends_with_the_features_of_its_start_says_what_kept_them():
+    def ended(cka, **tuning):
+        recipe = replace(RECIPE, tuning=Tuning(**tuning))
+        rows = [row(step, cka=1.0 if step < 100 else cka) for step in (10, 50, 100, 300, 600, 1000)]
+        return judge(*rows, recipe=recipe, ended=True)
+
+    same = ended(0.99999, lr_scale=1e-4)
+    assert same.kind == "unchanged" and "CKA 0.99999" in same.evidence and "--tuning.lr-scale 0.001" in same.advice
+    assert "--tuning.projector-share 0.2" in ended(1.0, projector_share=0.95).advice
+    assert ended(0.9).kind == ended(None).kind == "improving"
+
+    # while it runs the backbone may not have had its turn
+    rows = [row(step, cka=1.0) for step in (10, 50, 100, 300)]
+    assert judge(*rows, steps=1000).kind != "unchanged"

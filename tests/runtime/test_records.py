@@ -21,9 +21,9 @@ from corinfomax.runtime.records import (
     Verdict,
 )
 
-DATA = DataMeasures(views_differ=0.4, images_differ=0.8, twins=0.0)
+DATA = DataMeasures(views_differ=0.4, images_differ=0.8, twins=0.0, better_input="--mean 0 0 0")
 MEASURES = Measures(
-    *(0.5 + i for i in range(len(Measures._fields) - 2)), spectrum=[0.75, 0.25], spectrum_features=[1.0]
+    *(0.5 + i for i in range(len(Measures._fields) - 3)), spectrum=[0.75, 0.25], spectrum_features=[1.0], cka=0.9
 )
 BARE = Row(step=3, loss=9.5, attraction=0.25, gradient_norm=4.0, lr=0.1, seconds=1.5)
 ROWS = [
@@ -59,8 +59,8 @@ def test_a_row_is_read_back_equal(row, tmp_path):
 def test_numbers_of_a_row_leave_out_its_step_and_spectra():
     numbers = ROWS[2].numbers()
     assert numbers["loss"] == 9.5 and numbers["knn"] == 55.0 and numbers["gradient_norm"] == 4.0
-    assert numbers.keys() >= {*DataMeasures._fields, "ldmi", "rank"}
-    assert numbers.keys().isdisjoint({"step", "held_out", "spectrum", "spectrum_features"})
+    assert numbers.keys() >= {"views_differ", "images_differ", "twins", "ldmi", "rank", "cka"}
+    assert numbers.keys().isdisjoint({"step", "held_out", "better_input", "spectrum", "spectrum_features"})
 
 
 @pytest.mark.parametrize("results", [RESULTS, Results(), Results(verdict=RESULTS.verdict)])

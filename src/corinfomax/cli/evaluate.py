@@ -51,6 +51,7 @@ class Evaluate:
         data = inputs.find_data(self.data, images)
         splits = inputs.load_splits(data, ours.recipe, images)
         table.check_labels(splits)
+        inputs.warn_of_input(ours, splits.train, ours.recipe, device)
         by_side, rivals = {ours.recipe.cache_side: splits}, []
         if ours.run is not None and ours.facts is not None and ours.facts.start is not None:
             rivals += inputs.before(ours.run, splits, ours.recipe, device)
@@ -58,6 +59,7 @@ class Evaluate:
             side = rival.recipe.cache_side
             if side not in by_side:
                 by_side[side] = cache.load(data, side=side, from_files=rival.recipe.from_files)
+            inputs.warn_of_input(rival, by_side[side].train, rival.recipe, device)
             rivals.append(table.Contender(name, rival.backbone, rival.recipe, by_side[side]))
 
         extra = {"published_probe": self.published_probe, "fine_tune": self.fine_tune}

@@ -12,6 +12,7 @@ import torch
 
 from corinfomax.cli import messages
 from corinfomax.cli.arguments import DataOptions, WeightsOptions
+from corinfomax.diagnosis.expected_input import better_input
 from corinfomax.evaluation import table
 from corinfomax.images import cache, files, tables
 from corinfomax.images.cache import Images, Splits
@@ -90,6 +91,7 @@ def load_all(
     print(*source.notes, sep="\n", end="\n" if source.notes else "")
     splits = cache.load_every(source, side=loaded.recipe.cache_side, from_files=loaded.recipe.from_files)
     print_skipped(source, options.skip, splits)
+    warn_of_input(loaded, next(iter(splits.values())), loaded.recipe, device)
     return device, loaded, splits
 
 
@@ -116,6 +118,13 @@ def load_splits(data: Data, recipe: Recipe, options: DataOptions) -> Splits:
         )
         print(f"no scores: {reason}")
     return splits
+
+
+def warn_of_input(loaded: LoadedBackbone, images: Images, recipe: Recipe, device: torch.device) -> None:
+    """Print a warning if weights of others seem to expect images of another mean and standard deviation."""
+    if not loaded.ours and (flags := better_input(loaded.backbone.to(device), images, recipe, device=device)):
+        expected = "the statistics of their first BatchNorm fit images of another mean or standard deviation"
+        print(f"warning: these weights were probably not trained on such input ({expected}): try {flags}")
 
 
 def print_skipped(data: Data, skip_list: Path | None, splits: Mapping[str, Images]) -> None:

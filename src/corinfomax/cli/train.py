@@ -66,6 +66,8 @@ def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:
     with processes.first_of_machine():  # one process decodes, the others read its cache
         splits = inputs.load_splits(plan.data, plan.recipe, plan.images)
     recipe = _fit(plan, splits, device)
+    if first and plan.start is not None and plan.resumed is None:
+        inputs.warn_of_input(plan.start, splits.train, recipe, device)
     facts = _record(run, plan, recipe, splits)
     start = None if plan.start is None else network.start_tensors(plan.start.backbone)
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from corinfomax.diagnosis.expected_input import better_input
 from corinfomax.images.cache import Images, Splits
 from corinfomax.network import Network, autocast, evaluating, images_at_once, match_dtype
 from corinfomax.objective.covariance import ldmi
@@ -43,17 +44,27 @@ class Sample(NamedTuple):
     images: Images
     held_out: bool  # training never uses them
     data: DataMeasures
+    start: Float[Tensor, "n q f"] | None = None
+    """Features of the weights that the run starts from."""
 
 
-def choose_sample(splits: Splits, recipe: Recipe, *, device: torch.device) -> Sample:
-    """A fixed sample of the test split, or of the training images when there are fewer than 2·D test images."""
+def choose_sample(splits: Splits, recipe: Recipe, *, device: torch.device, start: nn.Module | None = None) -> Sample:
+    """A fixed sample of the test split, or of the training images when there are fewer than 2·D test images.
+
+    `start` is the backbone that the run continues from.
+    """
     dim = recipe.projector.widths[-1]
     held_out = splits.test is not None and len(splits.test) >= 2 * dim
     images = splits.test if held_out else splits.train
     assert images is not None
     order = torch.randperm(len(images), generator=generator(0, "diagnosis"))
     sample = images.select(order[: max(LEAST_IMAGES, IMAGES_PER_DIM * dim)])
-    return Sample(sample, held_out, measure_images(sample, recipe, device=device))
+    data = measure_images(sample, recipe, device=device)
+    if start is None:
+        return Sample(sample, held_out, data)
+    data = data._replace(better_input=better_input(start, sample, recipe, device=device))
+    features, _ = _outputs(start, nn.Identity(), sample, recipe, device)
+    return Sample(sample, held_out, data, features)
 
 
 def look_steps(steps: int, batch: int, most: int, sample: Sample) -> set[int]:
@@ -67,30 +78,42 @@ def look_steps(steps: int, batch: int, most: int, sample: Sample) -> set[int]:
     return {max(1, round(steps * ((i + 1) / looks) ** 1.5)) for i in range(looks)}
 
 
-@torch.no_grad()
 def look(network: Network, sample: Sample, recipe: Recipe, *, device: torch.device) -> Look:
     """The measures of the network in eval mode at this moment, for a row of metrics.
 
     The views are the recipe's, the same at every look, and no random number of the training is drawn.
     """
-    batches = torch.arange(len(sample.images)).split(recipe.micro_batch or max(recipe.batch, LEAST_IMAGES))
+    h, z = _outputs(network.backbone, network.projector, sample.images, recipe, device)
+    z = F.normalize(z, dim=-1) if recipe.loss.normalize else z
+    if not (h.isfinite().all() and z.isfinite().all()):
+        return Look(sample.held_out, sample.data, None)
+    measures = measure(h, z)
+    if sample.start is not None:
+        measures = measures._replace(cka=float(cka(h.flatten(0, 1), sample.start.flatten(0, 1))))
+    return Look(sample.held_out, sample.data, measures)
+
+
+@torch.no_grad()
+def _outputs(
+    backbone: nn.Module, projector: nn.Module, images: Images, recipe: Recipe, device: torch.device
+) -> tuple[Float[Tensor, "n q f"], Float[Tensor, "n q d"]]:
+    """Features and projections of VIEWS views of each image, in eval mode."""
+    batches = torch.arange(len(images)).split(recipe.micro_batch or max(recipe.batch, LEAST_IMAGES))
     features, projections = [], []
-    with evaluating(network):
-        whole = nn.Sequential(network.backbone, network.projector).eval()  # as written, if the network is compiled
+    with evaluating(backbone, projector):
+        whole = nn.Sequential(backbone, projector).eval()  # as written, if the network is compiled
         at_once = images_at_once(whole, recipe, device, side=recipe.size, most=len(batches[0]))
         for view, rows in itertools.product(range(VIEWS), batches):
-            for x in _view(sample.images, recipe, view, rows, device, at_once):
+            for x in _view(images, recipe, view, rows, device, at_once):
                 with autocast(recipe, device):
-                    h = network.backbone(match_dtype(x, network))
-                    z = network.projector(h)
+                    h = backbone(match_dtype(x, backbone))
+                    z = projector(h)
                 features.append(_float64(h))
                 projections.append(_float64(z))
 
     # One chunk per view, side by side.
     h, z = (torch.stack(torch.cat(outputs).chunk(VIEWS), 1) for outputs in (features, projections))
-    z = F.normalize(z, dim=-1) if recipe.loss.normalize else z
-    finite = bool(h.isfinite().all() & z.isfinite().all())
-    return Look(sample.held_out, sample.data, measure(h, z) if finite else None)
+    return h, z
 
 
 def _view(
@@ -209,6 +232,15 @@ def agreement(x: Float[Tensor, "n q d"]) -> Float[Tensor, ""]:
     between = (means - means.mean(0)).square().sum() / (n - 1) - within / q
     total = between + within
     return torch.where(total > 0, between.clamp_min(0) / total, 0.0)
+
+
+def cka(x: Float[Tensor, "n d"], y: Float[Tensor, "n e"]) -> Float[Tensor, ""]:
+    """Linear CKA of two sets of features of the same rows (arXiv 1905.00414): 1 if they are equal up to rotation and
+    scale, 0 if no direction of one can be predicted from the other.
+    """
+    x, y = x - x.mean(0), y - y.mean(0)
+    scale = (x.T @ x).norm() * (y.T @ y).norm()
+    return torch.where(scale > 0, (x.T @ y).square().sum() / scale, 0.0)
 
 
 def uniformity(z: Float[Tensor, "n d"]) -> Float[Tensor, ""]:

@@ -40,6 +40,8 @@ ENOUGH = 3 * LAGGING  # steps of a run with looks after LAGGING in its first two
 SETTLED = 0.3  # share of a run after which the scale of the projections has settled
 GROWING = 0.05  # relative gain of the best measure over the last third of the steps so far
 STEADY = 0.01
+SAME = 0.999  # linear CKA with the features of the start
+MOSTLY = 0.9  # share of the steps
 LOST = 0.1  # share of a run in trouble worth a remark after a sound end
 
 # Settings this far from their usual values are a likely cause.
@@ -83,7 +85,7 @@ def judge(
         _collapse(last.big_bang, last.step, measures, recipe)
         or _invariance(last, measures, recipe, share)
         or _rising(rows, recipe)
-        or (_recovered(rows, recipe, steps) if ended else None)
+        or (_recovered(rows, recipe, steps) or _unchanged(measures, recipe) if ended else None)
         or _progress(looks, recipe, share, ended)
     )
 
@@ -116,9 +118,13 @@ def _data_problem(data: DataMeasures) -> Verdict | None:
         evidence = f"Two views of an image differ by only {views} of the distance between two images."
         flags = "--views.0.crop-area 0.25 1 --views.0.jitter 0.8, and the same for --views.1"
         advice = f"Without augmentation there is nothing to learn: try {flags}."
+    elif data.better_input is not None:
+        evidence = f"The first BatchNorm of the weights fits images normalised by {data.better_input}, and not these."
+        advice = "The weights were trained on other input: start again with those flags."
     else:
         return None
-    return Verdict("data problem", evidence, advice, data._asdict())
+    numbers = {name: value for name, value in data._asdict().items() if name != "better_input"}
+    return Verdict("data problem", evidence, advice, numbers)
 
 
 def big_bang_range(recipe: Recipe, step: int) -> tuple[float, float]:
@@ -218,6 +224,18 @@ def _recovered(rows: Sequence[Row], recipe: Recipe, steps: int) -> Verdict | Non
     (first, _), (last, verdict) = trouble[0], trouble[-1]
     evidence = f"The run ends sound, but from step {first} to {last} of {steps} its verdict was {verdict.kind}."
     return Verdict("recovered", evidence, f"Those steps were lost. {verdict.advice}", verdict.measures)
+
+
+def _unchanged(measures: Measures, recipe: Recipe) -> Verdict | None:
+    """A run that ends with the features it started from."""
+    if measures.cka is None or measures.cka < SAME:
+        return None
+    tuning, numbers = recipe.tuning, {"cka": measures.cka}
+    evidence = f"The features are still those of the start (CKA {measures.cka:.5f}): only the projector has learnt."
+    advice = f"The backbone's learning rate is too low: try --tuning.lr-scale {10 * tuning.lr_scale:g}."
+    if tuning.projector_share > MOSTLY:
+        advice = "The projector was trained alone for most of the run: try --tuning.projector-share 0.2."
+    return Verdict("unchanged", evidence, advice, numbers)
 
 
 def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -> Verdict:

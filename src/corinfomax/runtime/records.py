@@ -99,6 +99,7 @@ class DataMeasures(NamedTuple):
     views_differ: float  # mean squared distance between two views of an image, relative to views of two images
     images_differ: float  # mean variance of a pixel over the images, relative to the variance of all pixels
     twins: float  # share of the images that nearly equal another one
+    better_input: str | None = None  # flags of the normalisation that the weights of the start expect, if it is another
 
 
 class Measures(NamedTuple):
@@ -121,6 +122,7 @@ class Measures(NamedTuple):
     duplicate_features: float
     spectrum: list[float]  # share of the variance along each principal direction of the projections, descending
     spectrum_features: list[float]
+    cka: float | None = None  # linear CKA of the features with those of the start (arXiv 1905.00414); 1 is no change
 
 
 class Look(NamedTuple):
@@ -136,6 +138,7 @@ class Look(NamedTuple):
 
     @classmethod
     def from_json(cls, content: Json) -> Look:
+        content = {"better_input": None, "cka": None, **content}  # not recorded before version 0.2
         data = DataMeasures(*(content[name] for name in DataMeasures._fields))
         finite = content["spread"] is not None
         measures = Measures(*(content[name] for name in Measures._fields)) if finite else None
@@ -187,7 +190,7 @@ def _is_number(value: object) -> bool:
 
 SoundKind = Literal["too few to say", "still warming up", "improving", "healthy", "saturated"]
 Unsound = Literal["complete collapse", "dimensional collapse", "over-invariant", "under-invariant", "diverging"]
-Kind = Literal[SoundKind, "recovered", Unsound, "data problem"]
+Kind = Literal[SoundKind, "recovered", "unchanged", Unsound, "data problem"]
 
 
 class Verdict(NamedTuple):

@@ -76,7 +76,7 @@ def pretrain(
     part, steps = check_parts(recipe), recipe.steps(len(splits.train))
     learner = build(recipe, device, compiled=options.compile, criterion=criterion, start=start)
     recorder = Recorder(run, recipe, learner, options, facts, resume, device)
-    due = Due(splits, recipe, options, steps, device, started=start is not None)
+    due = Due(splits, recipe, options, steps, device, start)
     with (
         prefetch(recipe, splits.train, steps, device, part) as ahead,
         Progress(recipe, recorder.done, steps, recorder.rows) as progress,
@@ -128,13 +128,22 @@ class Due:
     """The steps after which something is due, counted before the run, so that a resumed run does the same."""
 
     def __init__(
-        self, splits: Splits, recipe: Recipe, options: Options, steps: int, device: torch.device, *, started: bool
+        self,
+        splits: Splits,
+        recipe: Recipe,
+        options: Options,
+        steps: int,
+        device: torch.device,
+        start: Mapping[str, Tensor] | None,
     ) -> None:
         self._splits, self._recipe, self._device = splits, recipe, device
-        self._sample = measures.choose_sample(splits, recipe, device=device)
+        backbone = None
+        if start is not None and options.diagnoses and processes.rank() == 0:
+            backbone = build(recipe, device, start=start).network.backbone
+        self._sample = measures.choose_sample(splits, recipe, device=device, start=backbone)
         self.looks = measures.look_steps(steps, recipe.batch, options.diagnoses, self._sample)
         self._scores = {round(steps * (i + 1) / options.scores) for i in range(options.scores)}
-        if started:  # the weights of the start are measured too
+        if start is not None:  # the weights of the start are measured too
             self.looks |= {0} if options.diagnoses else set()
             self._scores |= {0} if options.scores else set()
         self._rows = {steps, *range(options.log_steps, steps, options.log_steps)} | self._scores | self.looks

@@ -41,6 +41,7 @@ class LoadedBackbone(NamedTuple):
     run: Path | None = None  # folder of the run that the weights lie in
     facts: Facts | None = None  # of a run of ours
     config: PretrainedCfg = PretrainedCfg()  # timm's record of the weights: licence, source, paper
+    ours: bool = False  # made by corinfomax, so that network and input are surely those of its training
 
     def start(self, name: str, *words: str) -> Start:
         """The record of these weights, loaded from `name` with these words, in a run that continues from them."""
@@ -113,7 +114,7 @@ def load_backbone(
         network, saved = checkpoint.load_network(path)
         summary = f"all {len(network.backbone.state_dict())} tensors of the backbone, step {saved.step} of {path}"
         run = path if path.is_dir() else path.absolute().parent.parent
-        return LoadedBackbone(network.backbone, saved.recipe, summary, run, saved.facts)
+        return LoadedBackbone(network.backbone, saved.recipe, summary, run, saved.facts, ours=True)
 
     # A state dict.
     if not path.is_file():
@@ -121,7 +122,8 @@ def load_backbone(
     tensors, recipe, recorded = read_state_dict(path)
     if recipe is not None:
         _refuse_options(foreign, path)
-        return _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
+        loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
+        return loaded._replace(ours=True)
     if (architecture := architecture or recorded) is None:
         likely = identify(tensors)
         hint = f"its tensors are those of {likely}" if likely else "a timm name such as resnet18"
@@ -147,7 +149,7 @@ def load_start(run: Path) -> LoadedBackbone:
         raise checkpoint.DamagedError(f"{path} was changed: it is not what the run started from")
     origin = "" if start is None else f", which continued from {start.name}"
     summary = f"{loaded.summary}: the weights before {run}{origin}"
-    return loaded._replace(summary=summary, run=run, facts=saved.facts)
+    return loaded._replace(summary=summary, run=run, facts=saved.facts, ours=True)
 
 
 class RecordedError(ValueError):
@@ -236,7 +238,7 @@ def _load_timm_folder(folder: Path, foreign: Foreign) -> LoadedBackbone:
     if recipe is not None:  # an export of ours
         _refuse_options(foreign, folder)
         loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(folder))
-        return loaded._replace(config=made)
+        return loaded._replace(config=made, ours=True)
 
     # Any other network of timm.
     _refuse_options(Foreign(foreign.architecture, foreign.small_stem), folder, "network")
