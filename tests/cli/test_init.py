@@ -243,6 +243,16 @@ def test_without_labels_the_run_keeps_its_own_weights(place, capsys):
     assert results.table == {} and not results.keep_start
 
 
+def test_without_labels_a_run_that_went_wrong_gives_back_the_start(place, model, unverified, capsys):
+    tiny.folder(place / "flat", {"": 40}, labelled=False)
+    assert pretrain("flat", "weights.safetensors", "--tuning.lr-scale", "1e-9", out="wrong") == 0
+    out = capsys.readouterr().out
+    assert "verdict: unchanged: " in out
+    assert "The run went wrong: export, embed and neighbors use the weights it started from." in out
+    assert main(["export", "wrong", "--out", "kept"]) == 0
+    assert tiny.equal_states(load_file("kept/model.safetensors"), model.state_dict())
+
+
 def test_a_shorter_run_trains_the_backbone_too(place):
     """The projector's share and the warm-up follow --epochs."""
     words = ["--size", "32", "--batch", "8", "--epochs", "2", "--projector.widths", "32", "8", "--no-report"]

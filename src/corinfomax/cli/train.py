@@ -33,6 +33,7 @@ from corinfomax.weights.checkpoint import Checkpoint
 from corinfomax.weights.load import LoadedBackbone
 
 NO_LABELS = "There are no labels, so it is unknown whether continuing helped."
+WENT_WRONG = "The run went wrong: export, embed and neighbors use the weights it started from."
 
 
 class Plan(NamedTuple):
@@ -201,7 +202,10 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
         elif facts.start is not None:
             kept = f"The weights before it are kept in {run_folder.start_path(run)}."
             compare = messages.command("evaluate", str(run), facts.data, "--out", str(run / "results.json"))
-            print(f"To see whether continuing helped: {compare}" if splits.labelled else f"{NO_LABELS} {kept}")
+            if splits.labelled:
+                print(f"To see whether continuing helped: {compare}")
+            else:
+                print(WENT_WRONG if run_folder.read_results(run).keep_start else f"{NO_LABELS} {kept}")
         if facts.options.report:
             _report(subject, device)
     except KeyboardInterrupt:
@@ -214,13 +218,20 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
 
 
 def _judge(run: Path, recipe: Recipe, facts: Facts, *, error: str | None = None) -> None:
-    """Keep and print the verdict and the best checkpoint."""
+    """Keep and print the verdict and the best checkpoint.
+
+    A run that continued from weights and went wrong gives those back, until scores say otherwise.
+    """
     rows, steps = run_folder.read_metrics(run), recipe.steps(facts.images)
     judged = verdict.judge(rows, recipe, steps=steps, ended=True, error=error)
     saved = {run_folder.step_of(path): path for path in run_folder.checkpoints(run)}
     best = verdict.best_step(rows, saved)
     best_path = None if best is None else saved[best].relative_to(run).as_posix()
-    if content := Results(verdict=judged, best_checkpoint=best_path).to_json():
+    wrong = judged is not None and judged.kind not in verdict.ENDS_SOUND
+    content = Results(judged, best_path).to_json()
+    if facts.start is not None and table.BEFORE not in run_folder.read_results(run).table:
+        content["keep_start"] = wrong
+    if content:
         run_folder.add_json(run / "results.json", content)
     if judged is not None:
         print(f"\nverdict: {judged.text}\n")

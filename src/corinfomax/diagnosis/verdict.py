@@ -14,6 +14,7 @@ from corinfomax.recipes.fields import ALPHA_PER_DIM, Recipe
 from corinfomax.runtime.records import DataMeasures, Kind, Measures, Row, SoundKind, Verdict
 
 GOOD: tuple[Kind, ...] = get_args(SoundKind)
+ENDS_SOUND: tuple[Kind, ...] = (*GOOD, "recovered")
 BEST = "ldmi"  # ranks checkpoints as well as any other measure (docs/verdict.md)
 
 # Each threshold lies between the values of good and bad runs, nearer to the bad ones: calling a good run bad costs
