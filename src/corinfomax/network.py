@@ -60,17 +60,17 @@ def start_tensors(backbone: nn.Module) -> dict[str, Tensor]:
 def freeze(backbone: nn.Module, tuning: Tuning) -> None:
     """Leave the last share of the blocks to train, and BatchNorm's statistics as they are where `tuning` keeps them.
 
-    Frozen blocks get no gradient, and their BatchNorm stays in eval mode.
+    Frozen blocks get no gradient and stay in eval mode.
     """
     blocks = blocks_of(backbone)
     frozen = blocks[: len(blocks) - max(1, round(tuning.blocks * len(blocks)))]
     names = {name for block in frozen for name in block}
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name not in names)
-    for name, module in backbone.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-            tuning.batch_norm == "keep" or f"{name}.weight" in names
-        ):
+    for module in backbone.modules():
+        trained = [parameter.requires_grad for parameter in module.parameters()]
+        kept = tuning.batch_norm == "keep" and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if kept or (trained and not any(trained)):
             module.eval()
 
 
@@ -108,10 +108,11 @@ def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
     options = {option: value for option, value in options.items() if value is not None}
     options |= {"img_size": size} if has_fixed_size(backbone) else {}
     options |= {} if backbone.zero_init_last else {"zero_init_last": False}
+    options |= {"drop_path_rate": backbone.drop_path} if backbone.drop_path else {}
     try:
         model = timm.create_model(backbone.name, pretrained=False, num_classes=0, **options)
     except TypeError as error:
-        raise ValueError(f"{backbone.name} does not take {', '.join(options)}; these are for ResNets") from error
+        raise ValueError(f"{backbone.name} does not take {', '.join(options)}; most are for ResNets") from error
 
     if backbone.small_stem:
         _use_small_stem(model, backbone)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 
 import tiny
 from corinfomax import network as networks
@@ -182,7 +183,7 @@ def test_the_start_is_measured_before_the_first_step(splits, start, tmp_path):
     # of the weights as they were
     untrained = learner.build(recipe, CPU, start=start).network
     assert first.knn == table.quick_knn(untrained.backbone, splits, recipe, device=CPU)
-    sample = measures.choose_sample(splits, recipe, device=CPU)
+    sample = measures.choose_sample(splits, recipe, device=CPU, start=untrained.backbone)
     assert (
         first.look
         == measures.look(untrained, sample, recipe, device=CPU)
@@ -219,3 +220,30 @@ def test_the_final_weights_lie_between_start_and_end(splits, start, tmp_path, sh
     before = checkpoint.load_checkpoint(run_folder.checkpoint_path(tmp_path / "run", 9))
     tiny.run(splits, tmp_path / "resumed", tuned(blocks=0.6, average=share), start=start, resume=before)
     assert tiny.equal_states(checkpoint.load_last(tmp_path / "resumed")[1].network, saved)
+
+
+VIT = replace(tiny.RECIPE, backbone=Backbone(name="test_vit", drop_path=0.3), size=32, batch=8)
+
+
+def test_stochastic_depth_skips_blocks_that_are_trained_and_a_resumed_run_skips_the_same(splits, tmp_path):
+    paths = {
+        name: module.training
+        for name, module in learner.build(replace(VIT, tuning=Tuning(blocks=0.4)), CPU).network.named_modules()
+        if isinstance(module, DropPath)
+    }
+    frozen = {name for name, training in paths.items() if not training}
+    assert paths and frozen and frozen < paths.keys() and max(frozen) < min(paths.keys() - frozen)
+
+    # skipping changes the run, and is the same when it is resumed
+    whole = tiny.run(splits, tmp_path / "whole", VIT, checkpoint_minutes=0.0, keep=20).state_dict()
+    still = tiny.run(splits, tmp_path / "still", replace(VIT, backbone=Backbone(name="test_vit"))).state_dict()
+    assert not tiny.equal_states(whole, still)
+    half = checkpoint.load_checkpoint(run_folder.checkpoint_path(tmp_path / "whole", 5))
+    resumed = tiny.run(splits, tmp_path / "resumed", VIT, resume=half).state_dict()
+    assert tiny.equal_states(whole, resumed)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_probability_to_skip_is_below_one(share):
+    with pytest.raises(ValueError, match="drop_path"):
+        Backbone(drop_path=share)

@@ -88,7 +88,7 @@ def adapt_recipe(
     shaped = replace(base, test_scale=1.0, backbone=weights.backbone, mean=weights.mean, std=weights.std)
     shaped = replace(shaped, interpolation=weights.interpolation)
     recipe = fields.override(shaped, typed, flags & fields.flags(base).keys())
-    if recipe.backbone != weights.backbone:
+    if replace(recipe.backbone, drop_path=0.0) != replace(weights.backbone, drop_path=0.0):
         words = " ".join(sorted(f"--{flag}" for flag in flags if flag.startswith("backbone.")))
         raise ValueError(f"the weights fix the network ({weights.backbone.name}): leave out {words}")
 

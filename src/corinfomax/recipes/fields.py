@@ -78,6 +78,11 @@ class Backbone:
     layers: Rare[tuple[int, ...] | None] = None  # ResNet: blocks per stage; None is timm's
     channels: Rare[tuple[int, ...] | None] = None  # ResNet: width per stage, and of the small stem; None is timm's
     zero_init_last: Rare[bool] = True  # ResNet: blocks start as identities; False learns more in short runs
+    drop_path: Rare[float] = 0.0  # stochastic depth: probability of skipping the last block, less for earlier ones
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; it is a probability, at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,6 +350,8 @@ def from_json(content: Any) -> Recipe:
     if isinstance(content, dict):
         # not recorded before version 0.2
         content = {"interpolation": "bicubic", "tuning": dataclasses.asdict(Tuning()), **content}
+        if isinstance(content.get("backbone"), dict):
+            content["backbone"] = {"drop_path": 0.0, **content["backbone"]}
     return _from_json(Recipe, content, "recipe")
 
 
