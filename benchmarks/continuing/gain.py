@@ -2,86 +2,121 @@
 
     python -m benchmarks.continuing.gain run weights.safetensors tf_efficientnet_lite0 clothing mnist5k cifar10 \
         --root data --out runs/gain --lengths 1 3 --seeds 0 1 2
-    python -m benchmarks.continuing.gain table --out runs/gain
+    python -m benchmarks.continuing.gain table
 
-Every row is a run of the `pretrain` command as a user types it, kept in --out; runs that are there are only read.
-Length 1 is the recipe's own, about ten minutes on two cores; 3 has three times the epochs. The interval is that of the
-paired difference to the weights before, over test images. Scratch is the recipe chosen without --init.
+Every row is a run of the `pretrain` command as a user types it. Its scores go into gain.jsonl beside this file; what is
+there is not run again. Length 1 is the recipe's own, about ten minutes on two cores; 3 has three times the epochs. The
+interval is that of the paired difference to the weights before, over test images. Scratch is the recipe chosen without
+--init, of the same length.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
+from typing import Any
 
+from benchmarks.speed.machine import machine
+from corinfomax import network
 from corinfomax.evaluation.table import BEFORE
+from corinfomax.images.sources import Data
+from corinfomax.recipes import published
+from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import run_folder
-from corinfomax.runtime.records import Score
-from corinfomax.weights import checkpoint
+from corinfomax.weights.load import load_backbone
 
+Record = dict[str, Any]
+RECORDS = Path(__file__).with_suffix(".jsonl")
 PROBES = ("kNN", "linear", "10 a class", "1 a class")
+SCRATCH = "scratch"
 
 
-def pretrain(out: Path, *words: str) -> None:
-    """Run the command into `out`, unless it is there."""
-    if not run_folder.read_results(out).table:
-        command = [sys.executable, "-m", "corinfomax", "pretrain", *words, "--out", str(out), "--no-report"]
-        subprocess.run(command, check=True)
+def read(path: Path) -> list[Record]:
+    """The runs that are recorded."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def measure(data: str, options: argparse.Namespace) -> None:
-    """All runs on one set of images, the first of each kind first."""
-    images = [str(options.root / data) if (options.root / data).exists() else data]
-    place = options.out / Path(data).name
-    named = ["--backbone.name", options.architecture] if options.architecture else []
-    for seed in options.seeds:
-        for length in options.lengths:
-            words = [*images, "--init", options.init, *named, "--seed", str(seed)]
-            if length != 1:
-                usual = checkpoint.load_resumable(place / f"1-{options.seeds[0]}").recipe
-                for flag, value in (
-                    ("epochs", usual.epochs),
-                    ("optim.warmup-epochs", usual.optim.warmup_epochs),
-                ):
-                    words += [f"--{flag}", f"{length * value:g}"]
-            pretrain(place / f"{length}-{seed}", *words)
-        if options.scratch:
-            pretrain(place / f"scratch-{seed}", *images, "--seed", str(seed))
+    """Run and record what is not yet recorded on one set of images."""
+    images = str(options.root / data) if (options.root / data).exists() else data
+    survey = Data(images).survey()
+    loaded = load_backbone(options.init, architecture=options.architecture or None)
+    one_size = network.has_fixed_size(loaded.recipe.backbone)
+    _, adapted = published.adapt(one_size, loaded.recipe.size, survey.images, survey.short_side, cuda=False)
+    _, chosen, _ = published.choose(images, survey.images, survey.short_side, cuda=False)
+
+    from_weights = ["--init", options.init]
+    from_weights += ["--backbone.name", options.architecture] if options.architecture else []
+    kinds = [(f"{length}", [*from_weights, *longer(adapted, length)]) for length in options.lengths]
+    if options.scratch:
+        kinds += [(f"{SCRATCH} {length}", longer(chosen, length)) for length in options.lengths]
+    for seed, (kind, words) in itertools.product(options.seeds, kinds):
+        run = {"set": Path(data).name, "init": Path(options.init).stem, "kind": kind, "seed": seed}
+        if any(run.items() <= record.items() for record in read(options.records)):
+            continue
+        out = options.out / run["set"] / f"{kind.replace(' ', '-')}-{seed}"
+        if not run_folder.read_results(out).table:
+            command = [sys.executable, "-m", "corinfomax", "pretrain", images, *words, "--seed", str(seed)]
+            subprocess.run([*command, "--out", str(out), "--no-report"], check=True)
+        with options.records.open("a") as file:
+            file.write(json.dumps(run | record_of(out)) + "\n")
 
 
-def table(out: Path) -> list[str]:
+def longer(recipe: Recipe, length: int) -> list[str]:
+    """The flags that make a recipe `length` times as long."""
+    return [] if length == 1 else ["--epochs", f"{length * recipe.epochs:g}"]
+
+
+def record_of(out: Path) -> Record:
+    """Scores, minutes and machine of a finished run."""
+    results, rows, hardware = run_folder.read_results(out), run_folder.read_metrics(out), machine("wall")
+    gain = results.comparisons[0]
+    means = {name: {probe: round(row[probe].mean, 2) for probe in PROBES} for name, row in results.table.items()}
+    return {
+        "minutes": round(rows[-1].seconds / 60, 1),
+        "processor": hardware["processor"],
+        "threads": hardware["threads"],
+        "scores": means,
+        "against": gain.other,
+        "gain": [round(value, 2) for value in (gain.difference, gain.low, gain.high)],
+        "sentence": results.sentences[0],
+        "verdict": None if results.verdict is None else results.verdict.kind,
+    }
+
+
+def table(records: Iterable[Record]) -> list[str]:
     """A row for the weights before and for each kind of run, means over seeds."""
     lines = ["| set | weights | minutes | seeds | kNN | linear | difference | 10 a class | 1 a class |"]
     lines += ["|---|---|---:|---:|---:|---:|---|---:|---:|"]
-    for place in sorted(path for path in out.iterdir() if path.is_dir()):
-        before = None
-        for kind in sorted({run.name.rpartition("-")[0] for run in place.iterdir()}):
-            runs = [run for run in sorted(place.glob(f"{kind}-*")) if run_folder.read_results(run).table]
-            results = [run_folder.read_results(run) for run in runs]
-            if not runs:
-                continue
-
-            # the weights before are the same in every run that continued
-            if before is None and BEFORE in results[0].table:
-                before = results[0].table[BEFORE]
-                lines.append(_row(place.name, "before", "", [before], ""))
-
-            minutes = fmean(run_folder.read_metrics(run)[-1].seconds for run in runs) / 60
-            continued = [each.comparisons[0] for each in results if BEFORE in each.table]
-            gains = "; ".join(f"{c.difference:+.1f} ({c.low:+.1f} to {c.high:+.1f})" for c in continued)
-            name = f"continued, length {kind}" if continued else kind
-            lines.append(
-                _row(place.name, name, f"{minutes:.0f}", [each.table["pretrained"] for each in results], gains)
-            )
+    by_kind: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        by_kind.setdefault((record["set"], record["init"], record["kind"]), []).append(record)
+    shown = set()
+    for (name, init, kind), runs in sorted(by_kind.items()):
+        # the weights before are the same in every run that continued
+        before = runs[0]["scores"].get(BEFORE)
+        if before is not None and (name, init) not in shown:
+            shown.add((name, init))
+            lines.append(_row(name, f"{init}, frozen", "", [before], ""))
+        gains = "; ".join("{:+.1f} ({:+.1f} to {:+.1f})".format(*run["gain"]) for run in runs) if before else ""
+        words = f"continued, length {kind}" if before else kind
+        minutes = f"{fmean(run['minutes'] for run in runs):.0f}"
+        lines.append(_row(name, words, minutes, [run["scores"]["pretrained"] for run in runs], gains))
     return lines
 
 
-def _row(data: str, name: str, minutes: str, scores: list[dict[str, Score]], gains: str) -> str:
-    means = [f"{fmean(each[probe].mean for each in scores):.1f}" for probe in PROBES]
-    cells = [data, name, minutes, str(len(scores)), *means[:2], gains.replace("-", "−"), *means[2:]]
+def _row(data: str, name: str, minutes: str, scores: Sequence[dict[str, float]], gains: str) -> str:
+    cells = []
+    for probe in PROBES:
+        values = [each[probe] for each in scores]
+        cells.append(f"{fmean(values):.1f}" + (f" ±{stdev(values):.1f}" if len(values) > 1 else ""))
+    cells = [data, name, minutes, str(len(scores)), *cells[:2], gains.replace("-", "−"), *cells[2:]]
     return f"| {' | '.join(cells)} |"
 
 
@@ -95,14 +130,15 @@ def main() -> None:
     run.add_argument("--root", type=Path, default=Path("data"))
     run.add_argument("--lengths", type=int, nargs="+", default=[1])
     run.add_argument("--seeds", type=int, nargs="+", default=[0])
-    run.add_argument("--scratch", action="store_true", help="a run from random weights too")
+    run.add_argument("--scratch", action="store_true", help="runs from random weights too")
+    run.add_argument("--out", type=Path, required=True, help="folder of the runs")
     for command in (run, shown):
-        command.add_argument("--out", type=Path, required=True, help="folder of the runs")
+        command.add_argument("--records", type=Path, default=RECORDS, help="file of finished runs")
     options = parser.parse_args()
     if options.command == "run":
         for data in options.data:
             measure(data, options)
-    print("\n".join(table(options.out)))
+    print("\n".join(table(read(options.records))))
 
 
 if __name__ == "__main__":
