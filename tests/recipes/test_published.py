@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -235,3 +238,14 @@ def test_continuing_takes_minutes_on_a_cpu(vit, side, count, short_side, cuda, s
     assert (recipe.size, recipe.epochs) == (size, epochs)
     assert recipe.optim.warmup_epochs == epochs / 10 and recipe.tuning.projector_share == 1 / 6
     assert recipe.tuning.batch_norm == "keep" and recipe.test_scale == 1
+
+
+def test_the_docs_give_the_settings_of_adapt_as_they_are():
+    text = (Path(__file__).parents[2] / "docs/continuing.md").read_text()
+    rows = dict(re.findall(r"^\| `--tuning\.(\S+)` \| ([^|]+?) \|", text, flags=re.MULTILINE))
+    usual, vit = (fields.flags(published.find_recipe(name).tuning) for name in ("adapt", "adapt-vit"))
+    assert rows.pop("layer-decay") == f"{usual.pop('layer-decay'):g}, ViTs {vit.pop('layer-decay'):g}"
+    assert usual == vit
+    assert rows.pop("projector-share") == f"{Fraction(usual.pop('projector-share')).limit_denominator(99)} of the steps"
+    assert rows.pop("batch-norm") == f"`{usual.pop('batch-norm')}`"
+    assert rows == {name: f"{value:g}" for name, value in usual.items()}
