@@ -381,3 +381,19 @@ def test_a_run_that_ends_with_the_features_of_its_start_says_what_kept_them():
     # while it runs the backbone may not have had its turn
     rows = [row(step, cka=1.0) for step in (10, 50, 100, 300)]
     assert judge(*rows, steps=1000).kind != "unchanged"
+
+
+def test_features_with_half_their_dimensions_are_lost():
+    def judged(used, before=400.0, **tuning):
+        first = row(0, rank_features=before, loss=math.nan, attraction=math.nan)
+        recipe = replace(RECIPE, tuning=Tuning(**tuning))
+        return judge(first, *(row(step, rank_features=used) for step in (50, 100, 300, 500)), recipe=recipe)
+
+    lost = judged(190.0, lr_scale=3.0)
+    assert lost.kind == "features lost" and "190 dimensions; those of the start used 400" in lost.evidence
+    assert "--tuning.lr-scale 0.3" in lost.advice
+    assert "--tuning.batch-norm keep" in judged(100.0, batch_norm="adapt").advice
+    assert judged(210.0).kind != "features lost"
+
+    # a run from random weights has no start to compare with
+    assert grown(rank_features=1.0).kind == "healthy"

@@ -223,11 +223,11 @@ def test_impossible_recipes_are_errors(knobs):
 @pytest.mark.parametrize(
     ("side", "count", "short_side", "cuda", "size", "epochs"),
     [
-        (224, 3_000, 128, False, 128, 11),
+        (224, 3_000, 128, False, 160, 7.2),
         (224, 50_000, 32, False, 96, 1.2),
         (64, 4_000, 28, False, 64, 34),
-        (224, 1_000_000, 500, False, 128, 1.0),
-        (224, 30, 500, False, 128, 100),
+        (224, 1_000_000, 500, False, 160, 0.022),
+        (224, 30, 500, False, 160, 100),
         (224, 50_000, 256, True, 224, 100),
     ],
 )

@@ -222,6 +222,35 @@ def test_the_final_weights_lie_between_start_and_end(splits, start, tmp_path, sh
     assert tiny.equal_states(checkpoint.load_last(tmp_path / "resumed")[1].network, saved)
 
 
+def test_the_pull_moves_weights_of_the_backbone_towards_the_start(start):
+    learned = learner.build(tuned(pull=2.0, lr_scale=0.5, blocks=0.6), CPU, start=start)
+    weights = {name: p for name, p in learned.network.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in weights.values():
+            parameter.add_(1.0)
+    before = {name: parameter.detach().clone() for name, parameter in weights.items()}
+    optimizer.set_learning_rate(learned.optimizer, 0.1)
+    optimizer.pull(learned.optimizer, learned.start, 2.0)
+    for name, parameter in weights.items():
+        moved = 0.1 if name in start else 0.0  # 0.1 · 0.5 · 2 of the way, which is 1
+        torch.testing.assert_close(before[name] - parameter, torch.full_like(parameter, moved), rtol=0, atol=1e-6)
+
+
+def test_a_run_that_is_pulled_stays_near_its_start_and_resumes_the_same(splits, start, tmp_path):
+    def distance(network):
+        state = network.state_dict()
+        names = [name for name, _ in network.named_parameters() if name in start]
+        return sum(float((state[name] - start[name]).square().sum()) for name in names) ** 0.5
+
+    recipe = tuned(pull=10.0, batch_norm="keep")
+    free = tiny.run(splits, tmp_path / "free", tuned(batch_norm="keep"), start=start)
+    whole = tiny.run(splits, tmp_path / "whole", recipe, start=start, checkpoint_minutes=0.0, keep=20)
+    assert 0 < distance(whole) < 0.7 * distance(free)
+    half = checkpoint.load_checkpoint(run_folder.checkpoint_path(tmp_path / "whole", 5))
+    resumed = tiny.run(splits, tmp_path / "resumed", recipe, start=start, resume=half)
+    assert tiny.equal_states(whole.state_dict(), resumed.state_dict())
+
+
 VIT = replace(tiny.RECIPE, backbone=Backbone(name="test_vit", drop_path=0.3), size=32, batch=8)
 
 

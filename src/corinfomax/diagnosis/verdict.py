@@ -41,7 +41,8 @@ ENOUGH = 3 * LAGGING  # steps of a run with looks after LAGGING in its first two
 SETTLED = 0.3  # share of a run after which the scale of the projections has settled
 GROWING = 0.05  # relative gain of the best measure over the last third of the steps so far
 STEADY = 0.01
-SAME = 0.999  # linear CKA with the features of the start
+SAME = 0.9995  # linear CKA with the features of the start; sound runs of 184 steps end at 0.57 to 0.998
+FORGOTTEN = 0.5  # effective rank of the features, relative to the start; sound runs end at 0.77 and more
 MOSTLY = 0.9  # share of the steps
 LOST = 0.1  # share of a run in trouble worth a remark after a sound end
 
@@ -85,6 +86,7 @@ def judge(
     return (
         _collapse(last.big_bang, last.step, measures, recipe)
         or _invariance(last, measures, recipe, share)
+        or _features_lost(rows[0], measures, recipe)
         or _rising(rows, recipe)
         or (_recovered(rows, recipe, steps) or _unchanged(measures, recipe) if ended else None)
         or _progress(looks, recipe, share, ended)
@@ -204,6 +206,20 @@ def _invariance(last: Row, measures: Measures, recipe: Recipe, share: float) -> 
     if alpha < usual / 2:
         advice = f"An alpha of {alpha:g} hardly pulls views together: try the usual --loss.alpha {usual:.0f}."
     return Verdict("under-invariant", evidence, advice, numbers)
+
+
+def _features_lost(first: Row, measures: Measures, recipe: Recipe) -> Verdict | None:
+    """Features that have lost most of their dimensions since the start of a run from weights."""
+    start = first.look.measures if first.step == 0 and first.look is not None else None
+    if start is None or measures.rank_features >= FORGOTTEN * start.rank_features:
+        return None
+    used, before = measures.rank_features, start.rank_features
+    evidence = f"The features use about {used:.0f} dimensions; those of the start used {before:.0f}."
+    lr_scale = recipe.tuning.lr_scale
+    advice = f"The backbone's learning rate is too high: try --tuning.lr-scale {lr_scale / 10:.2g}."
+    if recipe.tuning.batch_norm == "adapt" and lr_scale <= 1:
+        advice = "The statistics of BatchNorm belong to the weights of the start: try --tuning.batch-norm keep."
+    return Verdict("features lost", evidence, advice, {"rank_features": used, "before": before})
 
 
 def _rising(rows: Sequence[Row], recipe: Recipe) -> Verdict | None:

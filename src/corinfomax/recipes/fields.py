@@ -164,6 +164,8 @@ class Tuning:
     """Share of the steps, the first ones, that train the projector alone."""
     batch_norm: Literal["adapt", "keep"] = "adapt"
     """Statistics of BatchNorm: of the new images, or as they were."""
+    pull: float = 0.0
+    """Weight decay towards the weights of the start (L2-SP)."""
     average: float = 1.0
     """Final weights: start + average · (end − start); 1 is the end."""
 
@@ -175,6 +177,8 @@ class Tuning:
             raise ValueError(f"lr_scale is {self.lr_scale}; it must be above 0")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
+        if not 0 <= self.pull < inf:
+            raise ValueError(f"pull is {self.pull}; it must be at least 0")
         if not 0 <= self.projector_share < 1:
             raise ValueError(f"projector_share is {self.projector_share}; it must be at least 0 and below 1")
 

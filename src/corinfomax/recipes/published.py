@@ -193,10 +193,9 @@ def adapt(vit: bool, side: int, count: int, short_side: int, *, cuda: bool) -> t
     """
     name = "adapt-vit" if vit else "adapt"
     base = RECIPES[name].recipe
-    size = side if cuda else min(side, 128 if short_side >= 112 else 96)
+    size = side if cuda else min(side, 160 if short_side >= 112 else 96)
     images_seen = 10_000_000 if cuda else 60_000 * 96**2 // size**2
-    epochs = min(max(images_seen / max(count, 1), 1.0), 100.0)
-    epochs = round(epochs) if epochs >= 10 else round(epochs, 1)
+    epochs = float(f"{min(images_seen / max(count, 1), 100.0):.2g}")
     return name, replace(
         base,
         size=size,

@@ -190,7 +190,7 @@ def _is_number(value: object) -> bool:
 
 SoundKind = Literal["too few to say", "still warming up", "improving", "healthy", "saturated"]
 Unsound = Literal["complete collapse", "dimensional collapse", "over-invariant", "under-invariant", "diverging"]
-Kind = Literal[SoundKind, "recovered", "unchanged", Unsound, "data problem"]
+Kind = Literal[SoundKind, "recovered", "unchanged", "features lost", Unsound, "data problem"]
 
 
 class Verdict(NamedTuple):

@@ -57,6 +57,8 @@ def measure_footprint(recipe: Recipe, device: torch.device) -> Footprint:
     state = _bytes(network.state_dict().values())
     trained = _bytes(parameter for parameter in network.parameters() if parameter.requires_grad)
     kept = state + trained * (2 if recipe.optim.name == "adamw" else 1)
+    if recipe.tuning.pull:
+        kept += _bytes(parameter for parameter in network.backbone.parameters() if parameter.requires_grad)
     view = 4 * (3 * recipe.size**2 + 4 * recipe.projector.widths[-1])
     pixels = 3 * recipe.cache_side**2 * (1 + AHEAD) if device.type == "cpu" else 3 * recipe.cache_side**2
     fixed = trained + 2 * kept + (COMPILED / HEAP if device.type == "cpu" else 0)

@@ -243,7 +243,7 @@ class Recorder:
         self._saved_at = time.monotonic()
         if not self.writes or find_fault(self.learner, self.pending, self.done) is not None:
             return
-        network, criterion, optim, _ = self.learner
+        network, criterion, optim, *_ = self.learner
         run_folder.sync_metrics(self.run)
         checkpoint.save_checkpoint(
             run_folder.checkpoint_path(self.run, self.done),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import inf
 
 import torch
@@ -88,6 +88,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, backbone_shar
     for group in optimizer.param_groups:
         scale = group.get("lr_scale")
         group["lr"] = lr if scale is None else lr * scale * backbone_share
+
+
+@torch.no_grad()
+def pull(optimizer: torch.optim.Optimizer, start: Mapping[nn.Parameter, Tensor], strength: float) -> None:
+    """Move weights by lr · strength of the way to their start: L2-SP (arXiv 1802.01483), decoupled as in AdamW."""
+    for group in optimizer.param_groups:
+        if pulled := [parameter for parameter in group["params"] if parameter in start]:
+            share = min(1.0, group["lr"] * strength)
+            torch._foreach_lerp_(pulled, [start[parameter] for parameter in pulled], share)
 
 
 def clip(parameters: Iterable[nn.Parameter], most: float | None) -> Float[Tensor, ""]:

@@ -42,6 +42,8 @@ class Learner(NamedTuple):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     """Scales the gradient of a float16 run; passes everything through in other precisions."""
+    start: Mapping[nn.Parameter, Tensor] = {}
+    """What weights of the backbone are pulled towards; empty without a pull."""
 
 
 def build(
@@ -80,7 +82,10 @@ def build(
     criterion = (build_criterion(recipe) if criterion is None else criterion).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     lower = torch.bfloat16 if choose_precision(recipe, device) == "bfloat16" else None
-    return Learner(network, criterion, optimizer.build(network, recipe.optim, lower, tuning=recipe.tuning), scaler)
+    optim, anchors = optimizer.build(network, recipe.optim, lower, tuning=recipe.tuning), {}
+    if recipe.tuning.pull:
+        anchors = {p: p.detach().clone() for p in network.backbone.parameters() if p.requires_grad}
+    return Learner(network, criterion, optim, scaler, anchors)
 
 
 def build_criterion(recipe: Recipe) -> CorInfoMaxLoss | KernelLoss:
@@ -116,7 +121,7 @@ def update(
     skipped; the scaler reads one number from the device to know. `lap` is called with the name of each part at its
     end. NotFiniteError when the loss rejects its input, which it checks on a CPU in a single process only.
     """
-    network, criterion, optim, scaler = learner
+    network, criterion, optim, scaler, start = learner
 
     def project(x: Tensor, part: int) -> Tensor:
         # Dropout and stochastic depth get random numbers of their own in each process and part.
@@ -147,6 +152,7 @@ def update(
     lap("backward")
     scaler.unscale_(optim)
     norm = optimizer.clip(network.parameters(), recipe.optim.clip)
+    optimizer.pull(optim, start, recipe.tuning.pull)
     scaler.step(optim)
     scaler.update()
     lap("optimizer")
@@ -213,7 +219,7 @@ def _eigenvalue(criterion: nn.Module) -> list[tuple[str, float]]:
 
 def capture(learner: Learner, step: int, recipe: Recipe) -> Checkpoint:
     """A copy of the learner after `step` steps, on its device; as large as the weights and the optimiser's state."""
-    network, criterion, optim, _ = learner
+    network, criterion, optim, *_ = learner
     states = network.state_dict(), criterion.state_dict(), checkpoint.optimizer_tensors(optim, network)
     copies = [{name: x.detach().clone() for name, x in state.items()} for state in (*states, scaler_state(learner))]
     return Checkpoint(recipe, step, Facts(), *copies)
@@ -221,7 +227,7 @@ def capture(learner: Learner, step: int, recipe: Recipe) -> Checkpoint:
 
 def put_back(learner: Learner, saved: Checkpoint) -> None:
     """Restore the learner from a copy or a checkpoint; ValueError when the optimiser's state fits other parameters."""
-    network, criterion, optim, scaler = learner
+    network, criterion, optim, scaler, _ = learner
     network.load_state_dict(saved.network)
     criterion.load_state_dict(saved.criterion)
     checkpoint.restore_optimizer(optim, saved.optimizer, network)
