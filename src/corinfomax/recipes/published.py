@@ -164,8 +164,8 @@ _ADAPT = Recipe(
     views=(_MILD, _MILD),
     projector=_SHALLOW,
     optim=Optim(name="adamw", lr=1e-3, start_lr=1e-4, warmup_epochs=1, schedule="step", decay_norms=False),
-    # New BatchNorm statistics cost Lite0 12 points, the full learning rate 6 with few labels (dev/LOG.md).
-    tuning=Tuning(blocks=0.5, lr_scale=0.3, projector_share=1 / 6, batch_norm="keep", average=0.5),
+    # New BatchNorm statistics cost Lite0 12 points; pull and average keep what few labels need (dev/LOG.md).
+    tuning=Tuning(blocks=0.5, projector_share=1 / 6, batch_norm="keep", pull=30.0, average=0.5),
     epochs=10,
     batch=128,
 )
