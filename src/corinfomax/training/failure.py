@@ -19,7 +19,7 @@ from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import processes
 from corinfomax.runtime.records import Facts
 from corinfomax.training import batches
-from corinfomax.training.step import NUMBERS, Learner, NotFiniteError, find_fault, put_back, scaler_state
+from corinfomax.training.step import NUMBERS, Learner, NotFiniteError, find_fault, put_back, state_of
 from corinfomax.weights import checkpoint
 from corinfomax.weights.checkpoint import Checkpoint
 
@@ -75,16 +75,8 @@ def save_step(run: Path, learner: Learner, fault: NotFiniteError, recipe: Recipe
                 tensors |= {f"sizes{view}": pixels.sizes, f"boxes{view}": pixels.boxes}
 
         # a checkpoint that has this batch beside the usual state
-        checkpoint.save_checkpoint(
-            path,
-            network=learner.network,
-            criterion=learner.criterion,
-            optimizer=learner.optimizer,
-            step=fault.step,
-            recipe=recipe,
-            facts=facts._replace(failure=str(fault)),
-            loop={**tensors, **scaler_state(learner)},
-        )
+        state = state_of(learner, fault.step, recipe, facts._replace(failure=str(fault)), tensors)
+        checkpoint.save_checkpoint(path, state)
     except (OSError, DataError) as error:
         return f"the batch is not saved: {error}"
     return f"the batch is saved in {path}"

@@ -36,7 +36,7 @@ from corinfomax.training.step import (
     capture,
     find_fault,
     put_back,
-    scaler_state,
+    state_of,
     update,
 )
 from corinfomax.weights import checkpoint
@@ -243,18 +243,9 @@ class Recorder:
         self._saved_at = time.monotonic()
         if not self.writes or find_fault(self.learner, self.pending, self.done) is not None:
             return
-        network, criterion, optim, _ = self.learner
         run_folder.sync_metrics(self.run)
-        checkpoint.save_checkpoint(
-            run_folder.checkpoint_path(self.run, self.done),
-            network=network,
-            criterion=criterion,
-            optimizer=optim,
-            step=self.done,
-            recipe=self.recipe,
-            facts=self.facts,
-            loop={"numbers": self.pending, **scaler_state(self.learner)},
-        )
+        state = state_of(self.learner, self.done, self.recipe, self.facts, {"numbers": self.pending})
+        checkpoint.save_checkpoint(run_folder.checkpoint_path(self.run, self.done), state)
 
         saved = run_folder.checkpoints(self.run)
         best = verdict.best_step(self.rows, map(run_folder.step_of, saved))

@@ -211,12 +211,21 @@ def _eigenvalue(criterion: nn.Module) -> list[tuple[str, float]]:
     return [("smallest eigenvalue of the covariances", float(torch.linalg.eigvalsh(criterion.R.cpu()).min()))]
 
 
-def capture(learner: Learner, step: int, recipe: Recipe) -> Checkpoint:
-    """A copy of the learner after `step` steps, on its device; as large as the weights and the optimiser's state."""
+def state_of(
+    learner: Learner, step: int, recipe: Recipe, facts: Facts = Facts(), loop: Mapping[str, Tensor] | None = None
+) -> Checkpoint:
+    """The learner after `step` steps, with these facts and further tensors of the loop; nothing is copied."""
     network, criterion, optim, _ = learner
     states = network.state_dict(), criterion.state_dict(), checkpoint.optimizer_tensors(optim, network)
-    copies = [{name: x.detach().clone() for name, x in state.items()} for state in (*states, scaler_state(learner))]
-    return Checkpoint(recipe, step, Facts(), *copies)
+    return Checkpoint(recipe, step, facts, *states, {**(loop or {}), **_scaler_state(learner)})
+
+
+def capture(learner: Learner, step: int, recipe: Recipe) -> Checkpoint:
+    """A copy of the learner after `step` steps, on its device; as large as the weights and the optimiser's state."""
+    state = state_of(learner, step, recipe)
+    tensors = {section: getattr(state, section) for section in checkpoint.TENSORS}
+    copies = {section: {name: x.detach().clone() for name, x in xs.items()} for section, xs in tensors.items()}
+    return state._replace(**copies)  # type: ignore[arg-type]
 
 
 def put_back(learner: Learner, saved: Checkpoint) -> None:
@@ -230,7 +239,7 @@ def put_back(learner: Learner, saved: Checkpoint) -> None:
         scaler.load_state_dict(scaler.state_dict() | state)
 
 
-def scaler_state(learner: Learner) -> dict[str, Tensor]:
+def _scaler_state(learner: Learner) -> dict[str, Tensor]:
     """The state of a float16 run's scaler, which makes the host wait; empty in other precisions."""
     if not learner.scaler.is_enabled():
         return {}
