@@ -27,7 +27,7 @@ from corinfomax.objective.covariance import CorInfoMaxLoss
 from corinfomax.recipes import fields
 from corinfomax.recipes.published import RECIPES
 from corinfomax.runtime import run_folder
-from corinfomax.runtime.records import Facts
+from corinfomax.runtime.records import Facts, WeightsOptions
 from corinfomax.weights import checkpoint, load
 
 settings.register_profile(
@@ -206,7 +206,7 @@ def test_weights_are_read_or_refused_with_a_reason(tmp_path, saved, ending, data
     path = tmp_path / f"a{ending}"
     path.write_bytes(data.draw(damaged(content)))
     with contextlib.suppress(*CLEAR):
-        load.load_backbone(str(path), architecture="resnet18")
+        load.load_backbone(str(path), WeightsOptions(architecture="resnet18"))
 
 
 @given(st.data())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
 
 import timm
 import torch
@@ -15,6 +14,7 @@ from corinfomax.images.sources import Data
 from corinfomax.recipes import fields, published
 from corinfomax.recipes.fields import Backbone, Recipe
 from corinfomax.recipes.published import RECIPES
+from corinfomax.runtime.records import WeightsOptions
 from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone
 
 
@@ -45,17 +45,14 @@ def choose_recipe(
 def load_init(name: str, prefix: str | None, typed: Recipe, flags: Collection[str]) -> LoadedBackbone:
     """The weights of --init, printed; typed settings tell what weights of others do not record."""
     # what was typed of the network and its input
-    options: dict[str, Any] = {"prefix": prefix}
-    inputs = ("size", "mean", "std", "interpolation")
-    options |= {option: getattr(typed, option) for option in inputs if option in flags}
-    if "backbone.name" in flags:
-        options["architecture"] = typed.backbone.name
-    if "backbone.small-stem" in flags:
-        options["small_stem"] = typed.backbone.small_stem
+    names = {"backbone.name": "architecture", "backbone.small-stem": "small_stem"}
+    names |= {flag: flag for flag in ("size", "mean", "std", "interpolation")}
+    values = fields.flags(typed)
+    options = WeightsOptions(prefix=prefix, **{names[flag]: values[flag] for flag in flags & names.keys()})
 
     # weights that record both leave these settings to the run
     try:
-        loaded = load_backbone(name, **options)
+        loaded = load_backbone(name, options)
     except RecordedError:
         if prefix is not None:
             raise

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from corinfomax.cli import messages
-from corinfomax.cli.arguments import DataOptions, WeightsOptions
+from corinfomax.cli.arguments import DataOptions
 from corinfomax.diagnosis.expected_input import better_input
 from corinfomax.evaluation import table
 from corinfomax.images import cache, files, tables
@@ -21,7 +21,7 @@ from corinfomax.images.sources import Data
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import memory, processes, run_folder
-from corinfomax.runtime.records import Facts, Results
+from corinfomax.runtime.records import Facts, Results, WeightsOptions
 from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone, load_start
 
 
@@ -47,7 +47,7 @@ def choose_device(name: str, *, gigabytes: float | None = None) -> torch.device:
 
 def load_weights(name: str, options: WeightsOptions, device: torch.device, *, last: bool = False) -> LoadedBackbone:
     """The backbone of a run, a file or timm, on the device; prints what was loaded. `last` as in `load_backbone`."""
-    loaded = load_backbone(name, last=last, **vars(options))
+    loaded = load_backbone(name, options, last=last)
     print(f"loaded {loaded.summary}")
     return loaded._replace(backbone=loaded.backbone.to(device).to(memory_format=torch.channels_last))
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tyro.conf import UseAppendAction
 
-from corinfomax.cli.arguments import DATA, IMAGES, NETWORK, WEIGHTS, DataOptions, WeightsOptions
+from corinfomax.cli.arguments import DATA, IMAGES, NETWORK, WEIGHTS, DataOptions
+from corinfomax.runtime.records import WeightsOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,26 @@ class Options:
             raise ValueError(f"--checkpoint-minutes is {self.checkpoint_minutes:g}; it must be at least 0, and finite")
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightsOptions:
+    """The network and the input of weights that do not record them; None is timm's own."""
+
+    architecture: str | None = None
+    """timm network of a plain state dict, such as resnet18."""
+    small_stem: bool = False
+    """It has a 3×3 first convolution and no max-pool."""
+    prefix: str | None = None
+    """Start of its tensors' names in a file of several networks."""
+    size: int | None = None
+    """Side of its images in pixels; this and the next default to timm's."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of red, green and blue in [0, 1]."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of red, green and blue."""
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    """Filter that resizes its images."""
+
+
 class Start(NamedTuple):
     """The weights that a run continues from; the run folder holds a copy of them."""
 
