@@ -15,7 +15,7 @@ from torch import Tensor
 from corinfomax.diagnosis import measures
 from corinfomax.evaluation import maps, similar
 from corinfomax.evaluation.features import extract_features
-from corinfomax.evaluation.similar import DuplicateGroups, Neighbours
+from corinfomax.evaluation.similar import Neighbours
 from corinfomax.recipes.fields import Recipe, View
 from corinfomax.report import content, page
 from corinfomax.report.content import Card, Content, Layout, Subject
@@ -32,11 +32,9 @@ MAP_BUDGET = 3_500_000  # characters of the map's thumbnails: the page of 50,000
 GALLERY_BUDGET = 800_000  # characters of all thumbnails in the galleries
 SHEET_IMAGES, SHEET_SIDE = 16, 128  # the contact sheet: images, and pixels of each
 QUERIES, NEIGHBOURS = 12, 6  # nearest neighbours to show: queries, and images per query
-SHOWN_GROUPS, GROUP_IMAGES = 12, 6  # near-duplicates to show: groups, and images per group
 SHOWN_OUTLIERS, CROWD = 18, 10  # outliers to show, and neighbours that decide whether an image is one
 DIRECTIONS = 128  # leading directions of the features in the search among all images
-COARSE, COARSE_DIRECTIONS = 8, 48  # pixels of the side at which near-duplicates are searched first, and directions
-COARSE_CORRELATION = 0.95  # least pixel correlation of near-duplicates there
+COLOUR_SIDE = 8  # pixels of the side of the thumbnails whose mean is an image's colour
 
 
 def write_page(subject: Subject, out: Path, *, device: torch.device) -> Path:
@@ -63,22 +61,21 @@ def gather_content(subject: Subject, *, device: torch.device) -> Content:
         features, spectra = _spectra(subject, pool, device)
 
     # relations between the images; the crowd decides on outliers, the queries are shown
-    with _timed(seconds, "neighbours, near-duplicates, outliers"):
-        coarse = pool.thumbnails(torch.arange(len(pool)), side=COARSE)
+    with _timed(seconds, "neighbours, outliers"):
         unit = similar.centred(features)
         crowd = similar.nearest_neighbours(maps.leading(unit, dims=DIRECTIONS), k=CROWD)
-        groups = _near_duplicates(pool, coarse, crowd)
         queries = torch.linspace(0, len(pool) - 1, min(QUERIES, len(pool))).round().long().unique()
         nearest = similar.nearest_neighbours(unit, k=NEIGHBOURS, queries=queries)
     with _timed(seconds, "maps"):
         layouts = _layouts(features, recipe)
-        colours = (255 * coarse.mean((2, 3))).round().byte()
+        small = pool.thumbnails(torch.arange(len(pool)), side=COLOUR_SIDE)
+        colours = (255 * small.mean((2, 3))).round().byte()
 
     # thumbnails
     with _timed(seconds, "thumbnails"):
         mapped = _spread_rows(layouts[0].plane, MAX_THUMBNAILS, generator(recipe.seed, "pictured"))
         thumbnails = dict(zip(mapped, webp_thumbnails(pool, mapped, budget=MAP_BUDGET), strict=True))
-        shown = _galleries(pool, queries.tolist(), nearest, groups, crowd)
+        shown = _galleries(pool, queries.tolist(), nearest, crowd)
         sheet = contact_sheet(subject, device=device) if subject.same_images else []
 
     total = sum(map(len, splits.values()))
@@ -149,35 +146,12 @@ def _spread_rows(plane: Float[Tensor, "n 2"], count: int, generator: torch.Gener
     return sorted(order[np.concatenate((first, others))[:count]].tolist())
 
 
-def _near_duplicates(pool: Pool, coarse: Float[Tensor, "n 3 s s"], crowd: Neighbours) -> DuplicateGroups:
-    """Groups of probably equal images, mirrored or not, among each image's nearest by features and by pixels."""
-    # candidates: the nearest neighbours that are alike at low resolution
-    pixels = maps.leading(similar.centred(coarse.flatten(1)), dims=COARSE_DIRECTIONS)
-    by_pixels = similar.nearest_neighbours(pixels, k=1)
-    rows = torch.arange(len(pool))
-    pairs = torch.cat([torch.stack((rows, nearest.rows[:, 0]), 1) for nearest in (crowd, by_pixels)])
-    pairs = pairs.sort(1).values.unique(dim=0)
-    pairs = pairs[_correlations(coarse, pairs) >= COARSE_CORRELATION]
-
-    # those that are alike at high resolution too
-    rows, places = pairs.unique(return_inverse=True)
-    correlations = _correlations(pool.thumbnails(rows, side=similar.THUMBNAIL), places)
-    alike = correlations >= similar.MIN_CORRELATION
-    return similar.group_duplicates(pairs[alike], correlations[alike])
-
-
-def _correlations(thumbnails: Float[Tensor, "n 3 s s"], pairs: Int[Tensor, "m 2"]) -> Float[Tensor, " m"]:
-    blocks = (block.unbind(1) for block in pairs.split(4096))
-    return torch.cat([similar.pixel_correlation(thumbnails[a], thumbnails[b]) for a, b in blocks])
-
-
 def _galleries(
-    pool: Pool, queries: list[int], nearest: Neighbours, groups: DuplicateGroups, crowd: Neighbours
-) -> tuple[list[content.Neighbourhood], content.DuplicateGallery, list[Card]]:
-    """The neighbourhoods, the near-duplicates and the outliers, with all their images within one budget."""
+    pool: Pool, queries: list[int], nearest: Neighbours, crowd: Neighbours
+) -> tuple[list[content.Neighbourhood], list[Card]]:
+    """The neighbourhoods and the outliers, with all their images within one budget."""
     outliers = crowd.cosine.mean(1).argsort()[:SHOWN_OUTLIERS].tolist()
-    shown = [group[:GROUP_IMAGES] for group in groups.groups[:SHOWN_GROUPS]]
-    rows = sorted({*queries, *outliers}.union(*nearest.rows.tolist(), *shown))
+    rows = sorted({*queries, *outliers}.union(*nearest.rows.tolist()))
     webps = webp_thumbnails(pool, rows, budget=GALLERY_BUDGET)
     cards = {row: Card(pool.path(row), pool.label(row), text) for row, text in zip(rows, webps, strict=True)}
 
@@ -186,16 +160,8 @@ def _galleries(
         neighbours = [cards[row]._replace(cosine=c) for row, c in zip(rows, cosines, strict=True)]
         neighbourhoods.append(content.Neighbourhood(cards[query], neighbours))
 
-    # the first groups with their cards, counts over all
-    duplicates = []
-    for i, rows in enumerate(shown):
-        size, correlation = len(groups.groups[i]), groups.correlations[i]
-        duplicates.append(content.DuplicateCards([cards[row] for row in rows], size, correlation))
-    across_splits = sum(len({pool.place(row)[0] for row in group}) > 1 for group in groups.groups)
-    mixed_classes = sum(len({pool.label(row) for row in group}) > 1 for group in groups.groups)
-    counts = len(groups.groups), sum(map(len, groups.groups)), across_splits, mixed_classes
     lonely = [cards[row]._replace(cosine=float(crowd.cosine[row].mean())) for row in outliers]
-    return neighbourhoods, content.DuplicateGallery(duplicates, *counts), lonely
+    return neighbourhoods, lonely
 
 
 def contact_sheet(subject: Subject, *, device: torch.device) -> list[content.SheetRow]:
