@@ -37,7 +37,7 @@ from corinfomax.weights import checkpoint
 
 KNOBS = [*tiny.KNOBS, "--log-steps", "1"]
 SECTIONS = ["verdict", "scores", "curves", "spectrum", "views", "map", "neighbours"]
-SECTIONS += ["outliers", "time", "settings", "repeat"]
+SECTIONS += ["outliers", "settings", "repeat"]
 HOSTILE_CLASS = "<img src=x onerror=alert(1)>&amp;'\""
 HOSTILE = (
     "<script>alert(1)</script>.png",  # the slash makes a folder of the first half
@@ -322,13 +322,6 @@ def test_every_number_of_a_row_has_a_chart():
 def test_an_objective_without_a_bound_has_no_gap():
     drawn = charts.charts([row(1, big_bang=2.0, look=look())], Recipe())
     assert "Gap to 2·ln D" not in {chart.plot.title for chart in drawn}
-
-
-def test_speed_is_images_over_the_time_between_rows():
-    rows = [row(10, seconds=2.0), row(20, seconds=2.0), row(40, seconds=3.0)]
-    chart = charts.speed_chart(rows, batch=8)
-    assert (chart.x, chart.curves[0].values) == ([10, 40], [40.0, 160.0])
-    assert charts.speed_chart([], batch=8) is None
 
 
 @pytest.mark.parametrize(

@@ -82,16 +82,6 @@ def charts(rows: Sequence[Row], recipe: Recipe) -> list[Chart]:
     return list(filter(None, (_chart(plot, points) for plot in PLOTS)))
 
 
-def speed_chart(rows: Sequence[Row], batch: int) -> Chart | None:
-    """Images per second over the run; a resumed run continues its clock."""
-    points, step, seconds = list[Point](), 0, 0.0
-    for row in rows:
-        if row.seconds > seconds:
-            points.append((row.step, {"speed": batch * (row.step - step) / (row.seconds - seconds)}))
-        step, seconds = row.step, row.seconds
-    return _chart(Plot("Images per second", "measurements and checkpoints included", {"images/s": "speed"}), points)
-
-
 def _chart(plot: Plot, points: Sequence[Point]) -> Chart | None:
     """The chart of a plot; None without data."""
     points = [(step, numbers) for step, numbers in points if not numbers.keys().isdisjoint(plot.columns.values())]

@@ -83,4 +83,3 @@ class Content(NamedTuple):
     thumbnails: dict[int, str]  # WebP by row of the pool, for some or all images of the map
     neighbourhoods: list[Neighbourhood]
     outliers: list[Card]
-    seconds: dict[str, float]  # time that each stage of the page took

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,39 +51,27 @@ def gather_content(subject: Subject, *, device: torch.device) -> Content:
         results = results._replace(best_checkpoint=None)
 
     # features and projections of a sample of all images
-    recipe, seconds = subject.recipe, dict[str, float]()
+    recipe = subject.recipe
     splits = {name: images for name, images in subject.splits._asdict().items() if images is not None}
     pool = Pool(splits).sample(MAX_EMBEDDED, generator(recipe.seed, "report"))
-    with _timed(seconds, "features"):
-        features, spectra = _spectra(subject, pool, device)
+    features, spectra = _spectra(subject, pool, device)
 
     # relations between the images; the crowd decides on outliers, the queries are shown
-    with _timed(seconds, "neighbours, outliers"):
-        unit = similar.centred(features)
-        crowd = similar.nearest_neighbours(maps.leading(unit, dims=DIRECTIONS), k=CROWD)
-        queries = torch.linspace(0, len(pool) - 1, min(QUERIES, len(pool))).round().long().unique()
-        nearest = similar.nearest_neighbours(unit, k=NEIGHBOURS, queries=queries)
-    with _timed(seconds, "maps"):
-        layouts = _layouts(features, recipe)
-        small = pool.thumbnails(torch.arange(len(pool)), side=COLOUR_SIDE)
-        colours = (255 * small.mean((2, 3))).round().byte()
+    unit = similar.centred(features)
+    crowd = similar.nearest_neighbours(maps.leading(unit, dims=DIRECTIONS), k=CROWD)
+    queries = torch.linspace(0, len(pool) - 1, min(QUERIES, len(pool))).round().long().unique()
+    nearest = similar.nearest_neighbours(unit, k=NEIGHBOURS, queries=queries)
+    galleries = _galleries(pool, queries.tolist(), nearest, crowd)
 
-    # thumbnails
-    with _timed(seconds, "thumbnails"):
-        mapped = _spread_rows(layouts[0].plane, MAX_THUMBNAILS, generator(recipe.seed, "pictured"))
-        thumbnails = dict(zip(mapped, webp_thumbnails(pool, mapped, budget=MAP_BUDGET), strict=True))
-        shown = _galleries(pool, queries.tolist(), nearest, crowd)
-        sheet = contact_sheet(subject, device=device) if subject.same_images else []
+    # maps, with thumbnails of some images and the colour of all
+    layouts = _layouts(features, recipe)
+    small = pool.thumbnails(torch.arange(len(pool)), side=COLOUR_SIDE)
+    colours = (255 * small.mean((2, 3))).round().byte()
+    mapped = _spread_rows(layouts[0].plane, MAX_THUMBNAILS, generator(recipe.seed, "pictured"))
+    thumbnails = dict(zip(mapped, webp_thumbnails(pool, mapped, budget=MAP_BUDGET), strict=True))
 
-    total = sum(map(len, splits.values()))
-    return Content(subject, results, rows, spectra, sheet, pool, total, layouts, colours, thumbnails, *shown, seconds)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    seconds[stage] = time.monotonic() - started
+    sheet, total = contact_sheet(subject, device=device) if subject.same_images else [], sum(map(len, splits.values()))
+    return Content(subject, results, rows, spectra, sheet, pool, total, layouts, colours, thumbnails, *galleries)
 
 
 def _spectra(subject: Subject, pool: Pool, device: torch.device) -> tuple[Float[Tensor, "n f"], list[content.Spectrum]]:
