@@ -56,8 +56,7 @@ def better_input(backbone: nn.Module, images: Images, recipe: Recipe, *, device:
 @torch.inference_mode()
 def shift(backbone: nn.Module, norm: _BatchNorm, images: Images, recipe: Recipe, *, device: torch.device) -> float:
     """Kullback-Leibler divergence in nats of `norm`'s input from its running statistics, the median over channels."""
-    pixels, sizes = images.batch(torch.arange(len(images)))
-    x = operations.centre_view(pixels.to(device), sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
+    x = operations.test_view(*images.batch(torch.arange(len(images))), recipe, device)
 
     # the network runs up to the layer, and no further
     def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

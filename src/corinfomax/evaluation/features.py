@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +57,8 @@ def features_of_pixels(
     model: nn.Module, pixels: UInt8[Tensor, "n 3 h w"], sizes: Int[Tensor, "n 2"], recipe: Recipe, device: torch.device
 ) -> Float[Tensor, "n f"]:
     """The rows of `extract_features` for padded images of these heights and widths."""
-    pixels = pixels.to(device)
     with evaluating(model), torch.inference_mode(), autocast(recipe, device):
-        filtered = partial(operations.centre_view, interpolation=recipe.interpolation)
-        x = filtered(pixels, sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
+        x = operations.test_view(pixels, sizes, recipe, device)
         return model(match_dtype(x, model)).float().cpu()
 
 

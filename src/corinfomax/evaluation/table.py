@@ -212,9 +212,7 @@ def random_backbone(images: Images, recipe: Recipe, *, device: torch.device) -> 
     size = min(CALIBRATED, max(8, memory.ACTIVATIONS // each))
     for indices in order.split(size):
         if len(indices) > 1:
-            pixels, sizes = images.batch(indices)
-            x = pixels.to(device)
-            model(operations.centre_view(x, sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std))
+            model(operations.test_view(*images.batch(indices), recipe, device))
     memory.give_back()
     return model.eval()
 
