@@ -11,7 +11,6 @@ batch. Running statistics move once per part.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -35,12 +34,15 @@ def backward(
     included.
     """
     # First pass, without a graph: projections, and the gradient of the loss to them.
-    leaves = [z.requires_grad_() for z in _project_all(project, views, part)]
+    parts = [images for view in views for images in view.split(part)]
+    with torch.no_grad():
+        z = [project(images, i) for i, images in enumerate(parts)]
+    each = len(parts) // len(views)
+    leaves = [torch.cat(z[first : first + each]).requires_grad_() for first in range(0, len(parts), each)]
     terms = criterion(*leaves)
     scale(terms.loss).backward()
 
     # Second pass: each part with its graph.
-    parts = [images for view in views for images in view.split(part)]
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     gradients = [gradient for leaf in leaves if leaf.grad is not None for gradient in leaf.grad.split(part)]
     for i, (images, gradient) in enumerate(zip(parts, gradients, strict=True)):
@@ -50,18 +52,3 @@ def backward(
     for buffer, before in buffers:
         buffer.copy_(before)
     return terms
-
-
-@torch.no_grad()
-def _project_all(
-    project: Callable[[Float[Tensor, "m 3 s s"], int], Float[Tensor, "m d"]],
-    views: Sequence[Float[Tensor, "n 3 s s"]],
-    part: int,
-) -> list[Float[Tensor, "n d"]]:
-    """Projections of all views without a graph; `project` as in `backward`."""
-    per_view = math.ceil(len(views[0]) / part)
-    z = []
-    for v, view in enumerate(views):
-        parts = enumerate(view.split(part), v * per_view)
-        z.append(torch.cat([project(images, i) for i, images in parts]))
-    return z
