@@ -168,5 +168,5 @@ def test_a_first_convolution_of_other_channels_is_adapted_and_it_is_said(tmp_pat
 def test_weights_that_were_never_trained_are_refused(tmp_path, value):
     state = {name: torch.full_like(tensor, value) for name, tensor in trained("resnet18").state_dict().items()}
     torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=rf"was never trained: all weights of 20 layers are {value:g}, first conv1"):
+    with pytest.raises(ValueError, match=rf"was never trained: all weights of 20 layers are {value:g}, as conv1"):
         load_backbone(str(tmp_path / "a.pth"), WeightsOptions(architecture="resnet18"))

@@ -113,10 +113,8 @@ def load_splits(data: Data, recipe: Recipe, options: DataOptions) -> Splits:
     if train.unlabelled:
         print(f"no scores: {train.unlabelled}")
     if train.labels is not None and test is not None and test.labels is None:
-        reason = (
-            test.unlabelled or "the test images have no labels; --holdout 0.1 scores on some of the training images"
-        )
-        print(f"no scores: {reason}")
+        remedy = "--holdout 0.1 scores on some of the training images"
+        print(f"no scores: {test.unlabelled or f'the test images have no labels; {remedy}'}")
     return splits
 
 

@@ -45,9 +45,8 @@ def feature_blocks(
     model: nn.Module, images: Images, recipe: Recipe, *, device: torch.device | str = "cpu", progress: str | None = None
 ) -> Iterator[Float[Tensor, "_ f"]]:
     """The rows of `extract_features` a batch at a time, for sets larger than memory."""
-    batches = torch.arange(len(images)).split(
-        images_at_once(model, recipe, torch.device(device), side=recipe.test_side, most=BATCH)
-    )
+    size = images_at_once(model, recipe, torch.device(device), side=recipe.test_side, most=BATCH)
+    batches = torch.arange(len(images)).split(size)
     for rows in tqdm(batches, progress, unit="batch", leave=False, disable=None if progress else True):
         pixels, sizes = images.batch(rows)
         yield features_of_pixels(model, pixels, sizes, recipe, torch.device(device))

@@ -99,9 +99,7 @@ def _as_shards(root: Path, archives: Sequence[Path], members: Sequence[Member]) 
     notes = []
     if "train" not in names and len({*names} - {None}) > 1:
         have = files.listed(sorted({archive.name for archive in archives}))
-        raise DataError(
-            f"{root} has no training images: no shard of {have} has train in its name; rename those to train on"
-        )
+        raise DataError(f"{root} has no training images: no shard of {have} has train in its name: rename some")
     if "train" not in names and (only := next(filter(None, names), None)):
         notes.append(f"no shard has train in its name: those of {only} are training images too")
         names = [None] * len(names)

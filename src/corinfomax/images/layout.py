@@ -171,9 +171,7 @@ def _choose_splits(
         raise DataError(f"{place} has {listed(list(named))} and no training images: {advice}")
     if len({rest_of(name) for name in named}) > 1:
         names = listed(list(named))
-        raise DataError(
-            f"it is not clear which images of {place} to train on: {names}; name one of them, or rename them"
-        )
+        raise DataError(f"it is not clear which images of {place} to train on: {names}; name one, or rename them")
     return _by_split(named, place)
 
 

@@ -312,9 +312,7 @@ def check_views(views: Sequence[Tensor], *, dim: int | None = None) -> None:
         return
     for name, z in zip(names, views, strict=True):
         if not z.detach().sum().isfinite() and (bad := int((~z.detach().isfinite()).any(1).sum())):
-            raise NotFiniteInputError(
-                f"{name} has nan or infinity in {bad} of {len(z)} rows; all values must be finite"
-            )
+            raise NotFiniteInputError(f"{name} has nan or infinity in {bad} of {len(z)} rows; all must be finite")
 
 
 def require(fits: bool, message: str) -> None:

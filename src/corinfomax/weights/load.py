@@ -206,13 +206,12 @@ def _load_timm_folder(folder: Path, options: WeightsOptions) -> LoadedBackbone:
     tensors, recipe, _ = read_state_dict(file)
     config = run_folder.read_json(folder / "config.json")
     spec = {**config, **config.get("pretrained_cfg", {})}
-    made = PretrainedCfg(
-        license=spec.get("license"), origin_url=spec.get("origin_url"), paper_ids=spec.get("paper_ids")
-    )
+    source, papers = spec.get("origin_url"), spec.get("paper_ids")
+    record = PretrainedCfg(license=spec.get("license"), origin_url=source, paper_ids=papers)
     if recipe is not None:  # an export of ours
         _refuse_options(options, folder)
         loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(folder))
-        return loaded._replace(config=made, ours=True)
+        return loaded._replace(config=record, ours=True)
 
     # Any other network of timm.
     network = WeightsOptions(architecture=options.architecture, small_stem=options.small_stem)
@@ -233,7 +232,7 @@ def _load_timm_folder(folder: Path, options: WeightsOptions) -> LoadedBackbone:
     loaded = _load_tensors(model, tensors, recipe, str(folder), options.prefix)
     if has_fixed_size(recipe.backbone) and options.size is not None:
         loaded.backbone.set_input_size(img_size=recipe.size)  # type: ignore[operator]
-    return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}", config=made)
+    return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}", config=record)
 
 
 def _load_timm(name: str, options: WeightsOptions) -> LoadedBackbone:

@@ -234,9 +234,7 @@ def check_values(tensors: Mapping[str, Tensor], model: nn.Module, *, source: str
     flat = [name for name, tensor in matrices.items() if tensor.min() == tensor.max()]
     if len(flat) > len(matrices) / 2:
         value = matrices[flat[0]].flatten()[0].item()
-        raise ValueError(
-            f"{source} was never trained: all weights of {len(flat)} layers are {value:g}, first {flat[0]}"
-        )
+        raise ValueError(f"{source} was never trained: all weights of {len(flat)} layers are {value:g}, as {flat[0]}")
 
 
 def _shape(tensor: Tensor) -> str:
