@@ -14,7 +14,7 @@ from corinfomax.images.sources import Data
 from corinfomax.recipes import fields, published
 from corinfomax.recipes.fields import Backbone, Recipe
 from corinfomax.recipes.published import RECIPES
-from corinfomax.runtime.records import WeightsOptions
+from corinfomax.runtime.records import Start, WeightsOptions
 from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone
 
 
@@ -104,6 +104,13 @@ def fit_start(start: LoadedBackbone, recipe: Recipe) -> LoadedBackbone:
         print(f"position embeddings resized from {start.recipe.size} to {recipe.size} px")
         start.backbone.set_input_size(img_size=recipe.size)  # type: ignore[operator]
     return start
+
+
+def start_record(start: LoadedBackbone, name: str, prefix: str | None, recipe: Recipe, flags: Collection[str]) -> Start:
+    """The record of the weights of --init, with the typed words that load them again."""
+    words = {"backbone.name": ["--backbone.name", recipe.backbone.name], "prefix": ["--prefix", prefix or ""]}
+    words["backbone.small-stem"] = ["--backbone.small-stem"] if recipe.backbone.small_stem else []
+    return start.start(name, *(word for flag in words if flag in flags for word in words[flag]))
 
 
 def fit_batch(recipe: Recipe, count: int) -> Recipe:

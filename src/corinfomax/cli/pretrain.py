@@ -102,17 +102,7 @@ def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Pla
     # what a resumed run has recorded
     name, options, images, resumed = command.data, command.options, command.images, None
     if command.resume is not None:
-        fixed = {
-            *fields.flags(Recipe()),
-            "recipe",
-            "init",
-            "prefix",
-            "out",
-            "holdout",
-            "test-split",
-            "skip",
-            "download",
-        }
+        fixed = {*fields.flags(Recipe()), *"recipe init prefix out holdout test-split skip download".split()}
         if changing := sorted(typed & fixed):
             rule = f"a resumed run keeps its recipe and its splits: --{changing[0]} cannot go with --resume"
             raise ValueError(f"{rule}. It takes DATA, --root, --cache, --device, --memory and how to log and save")
@@ -155,10 +145,5 @@ def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Pla
         start = fit.fit_start(start, recipe)
     record = None if resumed is None else resumed.facts.start
     if start is not None and command.init is not None:
-        named = {
-            "backbone.name": ["--backbone.name", recipe.backbone.name],
-            "prefix": ["--prefix", command.prefix or ""],
-        }
-        named["backbone.small-stem"] = ["--backbone.small-stem"] if recipe.backbone.small_stem else []
-        record = start.start(command.init, *(word for flag in named if flag in typed for word in named[flag]))
+        record = fit.start_record(start, command.init, command.prefix, recipe, typed)
     return train.Plan(data, images, recipe, recipe_name, options, resumed, start, record)
