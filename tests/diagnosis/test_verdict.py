@@ -33,6 +33,7 @@ def row(step, **changes):
         "views_differ": 0.6,
         "images_differ": 0.9,
         "twins": 0.0,
+        "better_input": None,
         "ldmi": 0.4 + step * 1e-4,
         "spread": 0.4,
         "spread_gap": 2.2,

@@ -347,11 +347,6 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 def from_json(content: Any) -> Recipe:
     """The recipe that `to_json` wrote; ValueError that names a missing, unknown or ill-typed field."""
-    if isinstance(content, dict):
-        # not recorded before version 0.2
-        content = {"interpolation": "bicubic", "tuning": dataclasses.asdict(Tuning()), **content}
-        if isinstance(content.get("backbone"), dict):
-            content["backbone"] = {"drop_path": 0.0, **content["backbone"]}
     return _from_json(Recipe, content, "recipe")
 
 

@@ -158,7 +158,6 @@ class Look(NamedTuple):
 
     @classmethod
     def from_json(cls, content: Json) -> Look:
-        content = {"better_input": None, "cka": None, **content}  # not recorded before version 0.2
         data = DataMeasures(*(content[name] for name in DataMeasures._fields))
         finite = content["spread"] is not None
         measures = Measures(*(content[name] for name in Measures._fields)) if finite else None
