@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -86,18 +86,11 @@ def build(
 def build_criterion(recipe: Recipe) -> CorInfoMaxLoss | KernelLoss:
     """The recipe's loss; ValueError that names an impossible setting."""
     loss, dim = recipe.loss, recipe.projector.widths[-1]
+    shared: dict[str, Any] = {"alpha": loss.alpha, "eps": loss.shift, "normalize": loss.normalize}
     if loss.name == "kernel":
-        return KernelLoss(dim, alpha=loss.alpha, temperature=loss.temperature, eps=loss.shift, normalize=loss.normalize)
-    return CorInfoMaxLoss(
-        dim,
-        views=recipe.n_views,
-        alpha=loss.alpha,
-        cov_decay=loss.cov_decay,
-        mean_decay=loss.mean_decay,
-        eps=loss.shift,
-        cov_init=loss.cov_init,
-        normalize=loss.normalize,
-    )
+        return KernelLoss(dim, temperature=loss.temperature, **shared)
+    past = {"cov_decay": loss.cov_decay, "mean_decay": loss.mean_decay, "cov_init": loss.cov_init}
+    return CorInfoMaxLoss(dim, views=recipe.n_views, **shared | past)
 
 
 def update(
