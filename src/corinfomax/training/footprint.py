@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from corinfomax.network import Network, autocast, freeze, match_dtype
 from corinfomax.recipes.fields import Recipe
@@ -54,8 +53,8 @@ def measure_footprint(recipe: Recipe, device: torch.device) -> Footprint:
     saved_each, peak_each = ((b - a) / (TRIALS[1] - TRIALS[0]) for a, b in (saved, peaks))
 
     # Muon and SGD keep one number for each weight, AdamW two.
-    state = _bytes(network.state_dict().values())
-    trained = _bytes(parameter for parameter in network.parameters() if parameter.requires_grad)
+    state = sum(tensor.nbytes for tensor in network.state_dict().values())
+    trained = sum(parameter.nbytes for parameter in network.parameters() if parameter.requires_grad)
     kept = state + trained * (2 if recipe.optim.name == "adamw" else 1)
     view = 4 * (3 * recipe.size**2 + 4 * recipe.projector.widths[-1])
     pixels = 3 * recipe.cache_side**2 * (1 + AHEAD) if device.type == "cpu" else 3 * recipe.cache_side**2
@@ -67,10 +66,6 @@ def _project(network: Network, recipe: Recipe, device: torch.device, images: int
     x = torch.randn(images, 3, recipe.size, recipe.size, device=device).to(memory_format=torch.channels_last)
     with autocast(recipe, device):
         return network(match_dtype(x, network))
-
-
-def _bytes(tensors: Iterable[Tensor | nn.Parameter]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def warning(recipe: Recipe, device: torch.device) -> str | None:
@@ -87,13 +82,9 @@ def warning(recipe: Recipe, device: torch.device) -> str | None:
     sizes = [2**e for e in range(n.bit_length() - 1, 0, -1) if 2**e < n and n % 2**e != 1]
     fitting = [size for size in sizes if footprint.needs(n, recipe.n_views, size) <= free]
     step = f"a step of {n:,} images" + (f" in parts of {recipe.micro_batch}" if recipe.micro_batch else "")
-    problem = f"{step} needs about {_gigabytes(need)}, but {_gigabytes(free)} are free"
+    problem = f"{step} needs about {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"
     if not fitting:
         return f"{problem}, too little for any --micro-batch: try a smaller --batch, --size or network"
-    least = _gigabytes(footprint.needs(n, recipe.n_views, fitting[0]))
+    least = footprint.needs(n, recipe.n_views, fitting[0])
     exact = "the gradient stays exact, but BatchNorm sees a part at a time"
-    return f"{problem}: --micro-batch {fitting[0]} needs {least} ({exact})"
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{problem}: --micro-batch {fitting[0]} needs {least / 1e9:.1f} GB ({exact})"
