@@ -57,7 +57,7 @@ def neighbour_map_stand_in(x, *, seed):
 def pretrain(data, run, *more):
     with pytest.MonkeyPatch.context() as patch:
         # A real one compiles itself for a minute; test_similar tests it where it is installed.
-        patch.setattr(maps, "pacmap_installed", lambda: True)
+        patch.setattr(gather, "find_spec", lambda name: True)
         patch.setattr(maps, "neighbour_map", neighbour_map_stand_in)
         assert main(["pretrain", str(data), "--out", str(run), *KNOBS, *more]) == 0
     return run
@@ -344,7 +344,7 @@ def test_a_collapsed_network_has_a_page_too(flat, tmp_path, capsys):
 
 
 def test_equal_features_have_no_map_of_neighbours(monkeypatch):
-    monkeypatch.setattr(gather.maps, "pacmap_installed", lambda: True)
+    monkeypatch.setattr(gather, "find_spec", lambda name: True)
     monkeypatch.setattr(gather.maps, "neighbour_map", lambda x, seed: x[:, :2])
     features = torch.full((40, 4), 0.5)
     assert [layout.name for layout in gather._layouts(features, tiny.RECIPE)] == ["PCA"]

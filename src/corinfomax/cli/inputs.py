@@ -58,19 +58,17 @@ def load_several(names: Sequence[str], options: WeightsOptions, device: torch.de
     A run that continued from weights gives its last checkpoint, even where it gives back the start elsewhere.
     """
     loaded: list[LoadedBackbone] = []
-    refused: list[RecordedError] = []
+    refused: dict[str, RecordedError] = {}  # by name, the refusal of all options
     of_input = replace(options, architecture=None, small_stem=False, prefix=None)
     for name in names:
-        try:
-            loaded.append(load_weights(name, options, device, last=True))
-        except RecordedError as error:
-            refused.append(error)
+        for choice in (options, of_input, WeightsOptions()):
             try:
-                loaded.append(load_weights(name, of_input, device, last=True))
-            except RecordedError:
-                loaded.append(load_weights(name, WeightsOptions(), device, last=True))
-    if len(refused) == len(names):
-        raise refused[0]
+                loaded.append(load_weights(name, choice, device, last=True))
+                break
+            except RecordedError as error:
+                refused.setdefault(name, error)
+    if refused.keys() >= set(names):
+        raise refused[names[0]]
     return loaded
 
 

@@ -89,10 +89,6 @@ def _split_of_word(word: str) -> str | None:
     return None
 
 
-def _is_split_name(name: str) -> bool:
-    return name.lower() in SPLIT_NAMES
-
-
 def rest_of(name: str) -> tuple[str, ...]:
     """Words of a split's name that say neither split nor content: those of seg_train are `seg`."""
     return tuple(word for word in _words(name) if _split_of_word(word) is None and word not in CONTENT)
@@ -114,7 +110,7 @@ def arrange(paths: Sequence[str], place: object) -> Layout:
     """
     # down to a folder that is a split
     around = common_folder(paths).rstrip("/").split("/")
-    outer = list(itertools.takewhile(lambda folder: folder and not _is_split_name(folder), around))
+    outer = list(itertools.takewhile(lambda folder: folder and folder.lower() not in SPLIT_NAMES, around))
     start = "".join(f"{folder}/" for folder in outer)
     counts = Counter(path[len(start) :].partition("/")[0] if "/" in path[len(start) :] else "" for path in paths)
     loose = counts.pop("", 0)
@@ -132,7 +128,7 @@ def arrange(paths: Sequence[str], place: object) -> Layout:
 
     # what is said of them
     notes = []
-    if renamed := [f"{name} as {split}" for split, name in chosen.items() if not _is_split_name(name)]:
+    if renamed := [f"{name} as {split}" for split, name in chosen.items() if name.lower() not in SPLIT_NAMES]:
         notes.append(f"folders read as splits: {listed(renamed)}")
     unread = [name for name in tops if name not in chosen.values()]
     if unread or loose:
@@ -154,7 +150,7 @@ def _choose_splits(
     named: Mapping[str, str], others: Sequence[str], paths: Sequence[str], place: object
 ) -> dict[str, str] | None:
     """Folder of each split; None if no folder is a split. `named` are folders with a split in their names."""
-    plain = {name: split for name, split in named.items() if _is_split_name(name)}
+    plain = {name: split for name, split in named.items() if name.lower() in SPLIT_NAMES}
     trains = [name for name, split in plain.items() if split == "train"]
     if trains and (len(set(plain.values())) > 1 or _train_is_split(trains[0], others, paths)):
         # plain names win over others: train/ over train_old/
@@ -179,13 +175,19 @@ def _train_is_split(train: str, others: Sequence[str], paths: Sequence[str]) -> 
     """True unless the folder `train`, without val or test beside it, looks like the `others`: a class."""
     if not others:
         return True
-    inner: dict[str, set[str]] = {name: set() for name in (train, *others)}
+    inner = _inner_folders(paths)
+    own, around = inner.get(train, set()), [inner[name] for name in others if name in inner]
+    return len(own) > 1 and (not around or any(own & folders for folders in around))
+
+
+def _inner_folders(paths: Sequence[str]) -> dict[str, set[str]]:
+    """The folders inside each top folder that has any."""
+    inner: dict[str, set[str]] = {}
     for path in paths:
         top, _, below = path.partition("/")
-        if top in inner and "/" in below:
-            inner[top].add(below.partition("/")[0])
-    around = [inner[name] for name in others]
-    return len(inner[train]) > 1 and (not any(around) or any(inner[train] & folders for folders in around))
+        if "/" in below:
+            inner.setdefault(top, set()).add(below.partition("/")[0])
+    return inner
 
 
 def _by_split(named: Mapping[str, str], place: object) -> dict[str, str]:
@@ -246,14 +248,11 @@ def _folders(paths: Sequence[str], depth: int) -> list[str]:
 
 def _alike_notes(paths: Sequence[str]) -> Iterator[str]:
     """A sentence about folders that are read as classes but look like several views of the same images."""
-    folders: dict[str, set[str]] = {}  # inside each top folder
-    endings: dict[str, dict[str, str]] = {}  # of the files in it, by their names without them
+    folders = _inner_folders(paths)
+    endings: dict[str, dict[str, str]] = {}  # of the files in each top folder, by their names without them
     for path in paths:
         top, _, below = path.partition("/")
-        inner, slash, _ = below.partition("/")
-        if slash:
-            folders.setdefault(top, set()).add(inner)
-        elif below and len(files := endings.setdefault(top, {})) < MOST_FILES:
+        if below and "/" not in below and len(files := endings.setdefault(top, {})) < MOST_FILES:
             stem, ending = posixpath.splitext(below)
             files[stem] = ending.lower()
     tops = sorted({*folders, *endings})
@@ -277,12 +276,7 @@ def _alike_notes(paths: Sequence[str]) -> Iterator[str]:
 
 def _nested_split_notes(paths: Sequence[str]) -> Iterator[str]:
     """A sentence about splits inside classes, <class>/<split>/…, which are not told apart."""
-    inner: dict[str, set[str]] = {}
-    for path in paths:
-        top, _, below = path.partition("/")
-        if "/" in below:
-            inner.setdefault(top, set()).add(below.partition("/")[0])
-    for name, folders in sorted(inner.items()):
+    for name, folders in sorted(_inner_folders(paths).items()):
         splits = sorted(folder for folder in folders if _split_or_none(folder))
         if len({_split_or_none(folder) for folder in splits}) > 1:
             meant = "all their images are training images (splits come first: train/<class>/…)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ def _layouts(features: Float[Tensor, "n f"], recipe: Recipe) -> list[Layout]:
     layouts = [Layout("PCA", f"{100 * share.sum().item():.0f} % of the variance", _unit_square(plane))]
 
     # a neighbour map: PaCMAP needs more rows than a row's neighbours, and a distance above 0
-    if maps.pacmap_installed() and len(features) > 3 * CROWD and bool((features != features[0]).any()):
+    if find_spec("pacmap") is not None and len(features) > 3 * CROWD and bool((features != features[0]).any()):
         order = torch.randperm(len(features), generator=generator(recipe.seed, "map"))
         rows = order[:MAX_MAPPED].sort().values
         plane = maps.neighbour_map(features[rows], seed=key(recipe.seed, "map"))

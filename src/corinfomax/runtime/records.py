@@ -104,13 +104,10 @@ class Facts(NamedTuple):
         for name in ("data", "recipe_name", "images", "fingerprint", "options"):
             if name not in content:
                 raise ValueError(f"the facts of the run lack {name!r}: it was not started by corinfomax, or is damaged")
-        fields = {name: content[name] for name in cls._fields if name in content}
-        start = (
-            None
-            if fields.get("start") is None
-            else Start(**{**fields["start"], "words": tuple(fields["start"].get("words", ()))})
-        )
-        return cls(**{**fields, "options": Options(**content["options"]), "start": start})
+        facts = cls(**{name: content[name] for name in cls._fields if name in content})
+        if (start := content.get("start")) is not None:
+            facts = facts._replace(start=Start(**start | {"words": tuple(start["words"])}))
+        return facts._replace(options=Options(**content["options"]))
 
 
 class DataMeasures(NamedTuple):

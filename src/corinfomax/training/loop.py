@@ -85,7 +85,7 @@ def pretrain(
         train_step = functools.partial(take_step, learner, ahead, len(splits.train) // recipe.batch, device)
         with recorder.failures(train_step, splits.train):
             # the weights that the run starts from
-            if start is not None and recorder.done == 0 and due.row(0):
+            if start is not None and recorder.done == 0 and 0 in due.rows:
                 row = due.measure(Row(0, nan, nan, None, lr=0.0, seconds=0.0), learner.network)
                 recorder.write(row)
                 on_row(row)
@@ -95,7 +95,7 @@ def pretrain(
                 done, stopping = step + 1, stop.agreed(step + 1)
 
                 # a row of metrics, with a score and a look when they are due
-                if due.row(done):
+                if done in due.rows:
                     row = due.measure(recorder.row(progress.seconds), learner.network)
                     recorder.write(row)
                     progress.show(recorder.rows, ahead.waited)
@@ -146,11 +146,7 @@ class Due:
         if start is not None:  # the weights of the start are measured too
             self.looks |= {0} if options.diagnoses else set()
             self._scores |= {0} if options.scores else set()
-        self._rows = {steps, *range(options.log_steps, steps, options.log_steps)} | self._scores | self.looks
-
-    def row(self, done: int) -> bool:
-        """Whether a row of metrics is due after `done` steps."""
-        return done in self._rows
+        self.rows = {steps, *range(options.log_steps, steps, options.log_steps)} | self._scores | self.looks
 
     def measure(self, row: Row, network: Network) -> Row:
         """The row with a score and a look when they are due; the first process measures, the others wait for it."""
