@@ -1,7 +1,5 @@
 """The network in training: a timm backbone, a projector on top, and the precision they run in."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import functools

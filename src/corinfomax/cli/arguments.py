@@ -1,7 +1,5 @@
 """Options that several commands share. Nothing here imports torch, so that --help answers at once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`corinfomax doctor`: problems in the images, and the forecast of training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """`corinfomax embed`: the features of every image, in a file."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass
 from pathlib import Path

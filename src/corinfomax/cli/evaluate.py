@@ -1,7 +1,5 @@
 """`corinfomax evaluate`: scores of frozen features beside baselines and other weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tyro.conf import UseAppendAction

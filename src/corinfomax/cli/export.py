@@ -1,7 +1,5 @@
 """`corinfomax export`: the trained backbone for use without this package, verified."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

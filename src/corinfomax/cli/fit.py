@@ -1,7 +1,5 @@
 """A recipe chosen and fitted to what it meets: typed settings, the network, the images, the device."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Collection
 from dataclasses import replace

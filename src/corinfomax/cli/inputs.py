@@ -1,7 +1,5 @@
 """Steps that the commands share: device, weights, images, and lines about what was read and skipped."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`corinfomax neighbors`: the images most similar to given ones, as text and as a page."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

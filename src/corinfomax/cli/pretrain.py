@@ -1,7 +1,5 @@
 """`corinfomax pretrain`: from images to weights, verdict, scores and page."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os
@@ -93,7 +91,7 @@ class Pretrain:
         return train.conclude(trained, plan.data, device) if first else 0
 
 
-def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Plan:
+def _plan(command: Pretrain, typed: frozenset[str], device: "torch.device") -> "Plan":
     """The run as typed, or as recorded when it is resumed; ValueError for a flag that would make it another run."""
     from corinfomax.cli import fit, inputs, train
     from corinfomax.training import loop, trackers

@@ -4,8 +4,6 @@ Its running statistics come from images normalised as in training. On photograph
 under another usual normalisation they do not. Networks without BatchNorm cannot tell.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

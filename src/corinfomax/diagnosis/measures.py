@@ -4,8 +4,6 @@ Features and projections are (images, views, dimensions) tensors, or (rows, dime
 Everything is float64: the measures take logarithms of small eigenvalues.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator

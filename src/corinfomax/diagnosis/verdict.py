@@ -4,8 +4,6 @@ It follows from the rows of metrics.jsonl and the recipe alone. docs/verdict.md 
 and how often the verdict is right.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import get_args

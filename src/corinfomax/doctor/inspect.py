@@ -1,7 +1,5 @@
 """Inspection of each image in a split: readable or not, size, format, colours, and a thumbnail to compare."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Feature vectors of images from a trained backbone, and their files."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping

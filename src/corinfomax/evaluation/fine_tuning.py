@@ -1,7 +1,5 @@
 """Training with labels: the published linear probe, and fine-tuning with few labels."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Certainty of a score: bootstrap intervals over test images, retrieval, and whether pretraining helped."""
 
-from __future__ import annotations
-
 import math
 from statistics import NormalDist
 from typing import Literal

@@ -1,7 +1,5 @@
 """Feature vectors in fewer dimensions: principal components, and PaCMAP with the extra `map`."""
 
-from __future__ import annotations
-
 import logging
 
 import numpy as np

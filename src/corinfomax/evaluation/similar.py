@@ -1,7 +1,5 @@
 """Similar images: exact nearest neighbours by cosine, and near-duplicates by pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 

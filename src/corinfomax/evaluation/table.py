@@ -1,7 +1,5 @@
 """Scores of frozen features: the same probes on trained, rival and untrained networks and on raw pixels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Images inside zip and tar files, located by the archive's index and read in place."""
 
-from __future__ import annotations
-
 import os
 import posixpath
 import tarfile

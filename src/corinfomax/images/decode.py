@@ -1,7 +1,5 @@
 """Decoding: image files and arrays to upright RGB bytes, whole or in crops, many at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

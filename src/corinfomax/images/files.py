@@ -1,7 +1,5 @@
 """Image files on disk: found, counted and located, without opening one."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import io
@@ -77,7 +75,7 @@ class Source:
             return self.array()[row]
         return Path(self.root, self.paths[row]) if self.stored is None else io.BytesIO(self.stored.read(row))
 
-    def take(self, rows: Sequence[int]) -> Source:
+    def take(self, rows: Sequence[int]) -> "Source":
         """The images in these rows."""
         read, stored = self.array, self.stored
         return replace(
@@ -89,7 +87,7 @@ class Source:
             stored=stored and stored._replace(positions=stored.positions[rows]),
         )
 
-    def without(self, names: Collection[str]) -> Source | None:
+    def without(self, names: Collection[str]) -> "Source | None":
         """The images whose paths are not in `names`; None if no image is left."""
         rows = [row for row, path in enumerate(self.paths) if path not in names]
         if len(rows) == len(self.paths):

@@ -1,7 +1,5 @@
 """The meaning of folder names: splits, classes, and folders that are not read."""
 
-from __future__ import annotations
-
 import itertools
 import posixpath
 import re

@@ -1,7 +1,5 @@
 """Named sets: published data sets with their own splits, complete or refused."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from importlib import resources

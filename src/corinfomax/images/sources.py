@@ -1,7 +1,5 @@
 """DATA: images named by one argument, a folder, list, table, archive or named set."""
 
-from __future__ import annotations
-
 import difflib
 import statistics
 from dataclasses import dataclass

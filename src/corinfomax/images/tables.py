@@ -1,7 +1,5 @@
 """Lists of images, tables with labels and splits, and lists of images to skip."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import functools

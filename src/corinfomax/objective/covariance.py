@@ -7,8 +7,6 @@ The paper has two views. For V views `plain_loss` is the mean of its loss over a
 Σ_{u<v} ‖z_u−z_v‖² = V Σ_v ‖z_v−z̄‖². Any number of views has the same bounds and wants the same alpha.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,7 +29,7 @@ class Moments(NamedTuple):
     mu: Float[Tensor, "v d"]
 
     @classmethod
-    def initial(cls, dim: int, *, views: int = 2, cov_init: float = 1.0, device: Device = None) -> Moments:
+    def initial(cls, dim: int, *, views: int = 2, cov_init: float = 1.0, device: Device = None) -> "Moments":
         """The moments before the first step: R = cov_init·I and mu = 0, in `moment_dtype(device)`."""
         dtype = moment_dtype(device)
         R = cov_init * torch.eye(dim, dtype=dtype, device=device)
@@ -241,7 +239,7 @@ class CorInfoMaxLoss(nn.Module):
         numbers = ", ".join(f"{name}={getattr(self, name):g}" for name in ("alpha", "cov_decay", "mean_decay", "eps"))
         return f"dim={self.mu.shape[1]}, views={len(self.mu)}, {numbers}, normalize={self.normalize}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CorInfoMaxLoss:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CorInfoMaxLoss":
         # .half() and .to(bfloat16) cast every floating buffer; the moments follow the device only.
         def move(moment: Tensor) -> Tensor:
             device = fn(moment.new_empty(0, dtype=torch.float32)).device

@@ -4,8 +4,6 @@ The docstring of a field is its line in `corinfomax pretrain --help`, which leav
 comment instead. `corinfomax recipes NAME` lists all of a recipe.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import inspect

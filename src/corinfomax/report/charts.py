@@ -1,7 +1,5 @@
 """Charts of a run's metrics: a list of curves per chart, thinned for the screen."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

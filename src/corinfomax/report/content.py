@@ -1,7 +1,5 @@
 """The content of a run's page: gathered once, then rendered."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The parts of a run's page, computed from its network and images: features, neighbours, maps and thumbnails."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 

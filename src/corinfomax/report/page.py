@@ -1,7 +1,5 @@
 """The page of a run as self-contained HTML: assets inlined, text escaped, nothing fetched."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

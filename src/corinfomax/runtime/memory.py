@@ -1,7 +1,5 @@
 """Memory: what is free, the user's limit, how much tensors take at their worst moment, and giving it back."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 import weakref

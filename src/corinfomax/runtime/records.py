@@ -3,8 +3,6 @@
 Each is made once and handed to the terminal, the page, the model card and the tests. JSON appears at the disk alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf, nan
@@ -99,7 +97,7 @@ class Facts(NamedTuple):
         return {**self._asdict(), "options": asdict(self.options), "start": start}
 
     @classmethod
-    def from_json(cls, content: Json) -> Facts:
+    def from_json(cls, content: Json) -> "Facts":
         """The facts that `to_json` wrote; ValueError that names a missing one."""
         for name in ("data", "recipe_name", "images", "fingerprint", "options"):
             if name not in content:
@@ -154,7 +152,7 @@ class Look(NamedTuple):
         return {"held_out": self.held_out, **self.data._asdict(), **measures}
 
     @classmethod
-    def from_json(cls, content: Json) -> Look:
+    def from_json(cls, content: Json) -> "Look":
         data = DataMeasures(*(content[name] for name in DataMeasures._fields))
         finite = content["spread"] is not None
         measures = Measures(*(content[name] for name in Measures._fields)) if finite else None
@@ -188,7 +186,7 @@ class Row(NamedTuple):
         return flat if self.look is None else flat | self.look.to_json()
 
     @classmethod
-    def from_json(cls, content: Json) -> Row:
+    def from_json(cls, content: Json) -> "Row":
         """The row that `to_json` wrote; ValueError when a field is missing or is not a number."""
         if content.get("step") == 0:
             content = {"loss": nan, "attraction": nan, **content}
@@ -282,7 +280,7 @@ class Results(NamedTuple):
         return content
 
     @classmethod
-    def from_json(cls, content: Json) -> Results:
+    def from_json(cls, content: Json) -> "Results":
         rows, table = content.get("comparisons", []), content.get("scores", {})
         return cls(
             verdict=Verdict(**content["verdict"]) if "verdict" in content else None,

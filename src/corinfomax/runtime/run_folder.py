@@ -1,7 +1,5 @@
 """The run folder: recipe.json, metrics.jsonl, results.json and checkpoints. Every file is whole or absent."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import glob

@@ -4,8 +4,6 @@ All of it follows from the recipe and the step. Parameters are drawn for the glo
 the number of processes changes nothing but rounding.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -40,7 +38,7 @@ class Batch(NamedTuple):
     parameters: tuple[ViewParameters, ...]  # of each view
     pixels: tuple[Pixels, ...] = ()  # whole images for all views, or regions for each view; empty until they are read
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> "Batch":
         """The batch with its pixels on the device; the host does not wait for the copy."""
         moved = (part._replace(images=part.images.to(device, non_blocking=True)) for part in self.pixels)
         return self._replace(pixels=tuple(moved))

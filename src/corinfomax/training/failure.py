@@ -1,7 +1,5 @@
 """A failed step: the first layer that went wrong, and a file with everything that the step began with."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping

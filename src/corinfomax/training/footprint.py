@@ -1,7 +1,5 @@
 """Memory of a training step before it is run, and the micro-batch with which it fits."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The training loop, flat: take a step, do what is due after it, write it down."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import time

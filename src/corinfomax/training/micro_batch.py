@@ -9,8 +9,6 @@ gradient is exact for a network whose BatchNorm sees the batch in parts. Without
 batch. Running statistics move once per part.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Optimisers, and their learning rate as a pure function of the step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from math import inf

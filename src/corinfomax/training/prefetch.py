@@ -1,7 +1,5 @@
 """Batches that are ready when a step needs them: images on the GPU from the start, or read ahead by a thread."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator

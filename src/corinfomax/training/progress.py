@@ -1,7 +1,5 @@
 """Progress of a run on the terminal."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +32,7 @@ class Progress:
             dynamic_ncols=True,
         )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:

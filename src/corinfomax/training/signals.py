@@ -1,7 +1,5 @@
 """Ctrl-C, SIGTERM and SIGHUP as a question between steps, with one answer in all processes."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading

@@ -1,7 +1,5 @@
 """One training step: the learner (network, loss, optimiser, scaler), its update, its checks, its copies."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 

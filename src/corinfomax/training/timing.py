@@ -1,7 +1,5 @@
 """Time of a training step on this machine: its parts, what bounds it, and the forecast for a whole run."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools

@@ -8,8 +8,6 @@ the operations an image is float32 (3, size · size), stored column by column: i
 resampling, and both of blur, run along contiguous memory.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import itertools

@@ -5,8 +5,6 @@ In a batch of mixed sizes each image stands at the top left of a frame of zeros,
 With the same parameters every operation equals torchvision's on a float image.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -40,7 +38,7 @@ class ViewParameters(NamedTuple):
     sigma: Float[Tensor, " n"]  # standard deviation of the blur, pixels of the view
     solarize: Bool[Tensor, " n"]
 
-    def take(self, indices: Int[Tensor, " m"] | slice) -> ViewParameters:
+    def take(self, indices: Int[Tensor, " m"] | slice) -> "ViewParameters":
         """Select images, such as one process's share of the batch."""
         return ViewParameters(*(field[indices] for field in self))
 

@@ -1,7 +1,5 @@
 """The model card of an exported backbone: its training, its scores, and the code that loads it."""
 
-from __future__ import annotations
-
 import json
 import re
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """The state of a run in one safetensors file: weights, moments, optimiser, step, recipe; no pickle anywhere."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """A trained backbone in files that load without this package, each verified in a fresh process."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

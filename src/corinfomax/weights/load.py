@@ -1,7 +1,5 @@
 """Backbones from trained weights, whole or not at all: our runs and exports, timm's weights, any state dict."""
 
-from __future__ import annotations
-
 import json
 import urllib.error
 import urllib.request

@@ -1,7 +1,5 @@
 """Tensors of anyone's file under the names of a timm network: whole, or refused with the reason."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
