@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,15 +23,6 @@ from corinfomax.weights.checkpoint import Checkpoint
 
 TrainStep = Callable[[int, Recipe], Float[Tensor, " 4"]]
 """Trains one step by a recipe; gives its NUMBERS."""
-
-
-class Output(NamedTuple):
-    """A module's output in one forward pass of the network."""
-
-    module: str
-    forward_pass: int
-    """Counted from 1; every view, or every micro-batch of a view, is a pass."""
-    finite: bool
 
 
 def explain(
@@ -90,11 +81,10 @@ def first_bad(learner: Learner, take: TrainStep, step: int, recipe: Recipe) -> s
         numbers = take(step, unclipped)
 
     # forward: every process runs the same modules in the same order
-    place = next((i for i, output in enumerate(outputs) if not output.finite), math.inf)
+    place = next((i for i, (_, finite) in enumerate(outputs) if not finite), math.inf)
     (earliest,) = processes.largest(-place)
     if earliest > -math.inf:
-        first = outputs[-int(earliest)]
-        return f"the first bad output is {first.module}, in forward pass {first.forward_pass}"
+        return f"the first bad output is {outputs[-int(earliest)][0]}"
 
     # backward: it reaches the parameters from the last one to the first
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -118,24 +108,18 @@ def overflowing(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 @contextlib.contextmanager
-def watched(network: nn.Module) -> Iterator[list[Output]]:
-    """A list that grows by every module's output as it is computed; the host waits for each one."""
-    outputs: list[Output] = []
-    forward_pass = 0
-
-    def count(module: nn.Module, inputs: Any) -> None:
-        nonlocal forward_pass
-        forward_pass += 1
+def watched(network: nn.Module) -> Iterator[list[tuple[str, bool]]]:
+    """A list that grows by every module's name as it is computed, and True if its output is finite; the host waits."""
+    outputs: list[tuple[str, bool]] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                outputs.append(Output(name or "the whole network", forward_pass, bool(output.isfinite().all())))
+                outputs.append((name or "the whole network", bool(output.isfinite().all())))
 
         return record
 
-    hooks = [network.register_forward_pre_hook(count)]
-    hooks += [module.register_forward_hook(watch(name)) for name, module in network.named_modules()]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in network.named_modules()]
     try:
         with torch.compiler.set_stance("force_eager"):  # else torch would compile the network again, with its hooks
             yield outputs
