@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import tiny
+from benchmarks.speed.views import make_views
 from corinfomax.cli.main import main
 from corinfomax.cli.parse import parse
 from corinfomax.evaluation import maps
@@ -227,7 +228,7 @@ def test_the_contact_sheet_shows_the_views_of_training(hostile, monkeypatch):
     indices = batches.indices(recipe, step, 40)
     assert [row.path for row in sheet] == [splits.train.paths[i] for i in indices]
     pixels, sizes = splits.train.batch(indices)
-    expected = batches.make_views(recipe, pixels, sizes, step, torch.device("cpu"))
+    expected = make_views(recipe, pixels, sizes, step, torch.device("cpu"))
     for v, x in enumerate(expected):
         shown = thumbnails.view_pixels(x, recipe)
         assert all((row.views[v][0] == image).all() for row, image in zip(sheet, shown, strict=True))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from benchmarks.speed.views import make_views
 from corinfomax.objective.covariance import CorInfoMaxLoss
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.records import Facts
@@ -197,7 +198,7 @@ def test_the_saved_step_trained_again_is_that_of_the_run(message, tmp_path, monk
     learner.put_back(learns, failed)
     lr = optimizer.learning_rate(failed.recipe.optim, 6, steps_per_epoch=5, epochs=2)
     optimizer.set_learning_rate(learns.optimizer, lr)
-    views = batches.make_views(failed.recipe, failed.loop["pixels"], failed.loop["sizes"], 6, CPU)
+    views = make_views(failed.recipe, failed.loop["pixels"], failed.loop["sizes"], 6, CPU)
     again = learner.update(failed.recipe, learns, views, 6, CPU)
     assert [numbers.tolist() for numbers in numbers_of_run] == [again.tolist()] * 2
 

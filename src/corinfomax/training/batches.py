@@ -127,12 +127,3 @@ def apply_views(recipe: Recipe, batch: Batch, device: torch.device) -> list[Floa
         p = p if boxes is None else p._replace(box=boxes)
         views.append(operations.apply(images, sizes, p, size=recipe.size, mean=recipe.mean, std=recipe.std))
     return views
-
-
-def make_views(
-    recipe: Recipe, pixels: UInt8[Tensor, "n 3 h w"], sizes: Int[Tensor, "n 2"], step: int, device: torch.device
-) -> list[Float[Tensor, "n 3 s s"]]:
-    """The views that a step would draw of these whole images."""
-    parameters = tuple(draw_views(recipe, sizes, step))
-    batch = Batch(torch.arange(len(sizes)), sizes, parameters, (Pixels(pixels, sizes),))
-    return apply_views(recipe, batch, device)
