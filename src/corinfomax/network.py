@@ -40,11 +40,11 @@ class Network(nn.Module):
 
 def is_described(backbone: nn.Module, recipe: Recipe) -> bool:
     """Whether the recipe builds this very backbone, in eval mode: a folder of timm may have arguments of its own."""
-    built, given = build_backbone(recipe.backbone, size=recipe.size).eval(), backbone.state_dict()
+    built, state = build_backbone(recipe.backbone, size=recipe.size).eval(), backbone.state_dict()
     shapes = {name: tensor.shape for name, tensor in built.state_dict().items()}
-    if shapes != {name: tensor.shape for name, tensor in given.items()}:
+    if shapes != {name: tensor.shape for name, tensor in state.items()}:
         return False
-    built.load_state_dict(given)
+    built.load_state_dict(state)
     x = torch.randn(2, 3, recipe.size, recipe.size, generator=generator(0, "same network"))
     with torch.inference_mode():
         return torch.allclose(built(x), backbone(x), rtol=1e-3, atol=1e-5)
@@ -67,8 +67,8 @@ def freeze(backbone: nn.Module, tuning: Tuning) -> None:
         parameter.requires_grad_(name not in names)
     for module in backbone.modules():
         trained = [parameter.requires_grad for parameter in module.parameters()]
-        kept = tuning.batch_norm == "keep" and isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if kept or (trained and not any(trained)):
+        keeps_statistics = tuning.batch_norm == "keep" and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if keeps_statistics or (trained and not any(trained)):
             module.eval()
 
 

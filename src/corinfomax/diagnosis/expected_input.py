@@ -42,13 +42,13 @@ def better_input(backbone: nn.Module, images: Images, recipe: Recipe, *, device:
     if norm is None or norm.running_mean is None:
         return None
     sample = images.select(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:IMAGES])
-    own = shift(backbone, norm, sample, recipe, device=device)
-    if own < FAR:
+    current = shift(backbone, norm, sample, recipe, device=device)
+    if current < FAR:
         return None
-    others = [replace(recipe, mean=mean, std=std) for mean, std in USUAL]
-    shifts = [shift(backbone, norm, sample, other, device=device) for other in others]
-    best = min(range(len(others)), key=shifts.__getitem__)
-    return " ".join(fields.difference(others[best], recipe)) if shifts[best] < FITS else None
+    candidates = [replace(recipe, mean=mean, std=std) for mean, std in USUAL]
+    shifts = [shift(backbone, norm, sample, candidate, device=device) for candidate in candidates]
+    best = min(range(len(candidates)), key=shifts.__getitem__)
+    return " ".join(fields.difference(candidates[best], recipe)) if shifts[best] < FITS else None
 
 
 @torch.inference_mode()

@@ -99,8 +99,8 @@ def _outputs(
     batches = torch.arange(len(images)).split(recipe.micro_batch or max(recipe.batch, LEAST_IMAGES))
     features, projections = [], []
     with evaluating(backbone, projector):
-        whole = nn.Sequential(backbone, projector).eval()  # as written, if the network is compiled
-        at_once = images_at_once(whole, recipe, device, side=recipe.size, most=len(batches[0]))
+        model = nn.Sequential(backbone, projector).eval()  # as written, if the network is compiled
+        at_once = images_at_once(model, recipe, device, side=recipe.size, most=len(batches[0]))
         for view, rows in itertools.product(range(VIEWS), batches):
             for x in _view(images, recipe, view, rows, device, at_once):
                 with autocast(recipe, device):
@@ -121,9 +121,9 @@ def _view(
     pixels, sizes = images.batch(rows)
     parameters = operations.draw(recipe.views[view % 2], sizes, generator(0, f"diagnosis view {view}", int(rows[0])))
     for start in range(0, len(rows), at_once):
-        part = slice(start, start + at_once)
-        x, chosen = pixels[part].to(device), parameters.take(part)
-        yield operations.apply(x, sizes[part], chosen, size=recipe.size, mean=recipe.mean, std=recipe.std)
+        chunk = slice(start, start + at_once)
+        x, chosen = pixels[chunk].to(device), parameters.take(chunk)
+        yield operations.apply(x, sizes[chunk], chosen, size=recipe.size, mean=recipe.mean, std=recipe.std)
 
 
 def _float64(x: Tensor) -> Tensor:

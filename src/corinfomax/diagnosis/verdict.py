@@ -136,15 +136,15 @@ def big_bang_range(recipe: Recipe, step: int) -> tuple[float, float]:
     if loss.name == "kernel":
         log_det = math.log(n + loss.shift) + (n - 1) * math.log(loss.shift)
         return -2 * math.log1p(loss.shift), -2 * log_det / n
-    left = loss.cov_decay**step
-    rest = left * loss.cov_init + loss.shift
-    return -2 * math.log((1 - left) * (1 / _dim(recipe)) + rest), -2 * math.log(rest)
+    remaining = loss.cov_decay**step
+    rest = remaining * loss.cov_init + loss.shift
+    return -2 * math.log((1 - remaining) * (1 / _dim(recipe)) + rest), -2 * math.log(rest)
 
 
 def _collapse(big_bang: float, step: int, measures: Measures, recipe: Recipe) -> Verdict | None:
     # The place of the big bang between even spread and none; an eps larger than all else hides both.
     even, collapsed = big_bang_range(recipe, step)
-    way = (big_bang - even) / (collapsed - even) if collapsed > even else 0.0
+    collapsed_share = (big_bang - even) / (collapsed - even) if collapsed > even else 0.0
     place = f"the big bang is {big_bang:.3g}, between {even:.3g} for even spread and {collapsed:.3g} for none"
 
     # The held-out gap without the projections' overall scale, and exp of the entropy of the variance shares.
@@ -153,8 +153,8 @@ def _collapse(big_bang: float, step: int, measures: Measures, recipe: Recipe) ->
     used = math.exp(-sum(share * math.log(share) for share in shares))
 
     numbers = {name: getattr(measures, name) for name in ("spread", "spread_gap", "rank")}
-    numbers |= {"big_bang": big_bang, "way": way, "uneven": gap, "directions": used}
-    if step > YOUNG and way > COLLAPSED and measures.spread < ONE_POINT:
+    numbers |= {"big_bang": big_bang, "way": collapsed_share, "uneven": gap, "directions": used}
+    if step > YOUNG and collapsed_share > COLLAPSED and measures.spread < ONE_POINT:
         evidence = f"The projections of all images coincide (spread {measures.spread:.0e}); {place}."
         return Verdict("complete collapse", evidence, _cause_of_collapse(recipe), numbers)
     if step <= LAGGING:
@@ -162,7 +162,7 @@ def _collapse(big_bang: float, step: int, measures: Measures, recipe: Recipe) ->
 
     # A kernel spreads images instead of directions, so its own matrix tells of a collapse.
     kernel = recipe.loss.name == "kernel"
-    if kernel and way > CROWDED:
+    if kernel and collapsed_share > CROWDED:
         evidence = f"Most images can be predicted from the others' projections: {place}."
     elif kernel and used < min(FEW_DIRECTIONS, dim / 4):
         evidence = f"The projections vary in only about {used:.1f} of {dim} dimensions."
@@ -251,12 +251,12 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
     if ended and best is None:
         steps = "one step" if last.step == 1 else f"{last.step} steps"
         short = f", in a run of only {steps}" if last.step < ENOUGH else ""
-        few = f"Fewer than {2 * dim} images were measured, too few to tell how much views share{short}: add images."
-        return Verdict("too few to say", f"Nothing looks wrong: {used}.", few, numbers)
+        advice = f"Fewer than {2 * dim} images were measured, too few to tell how much views share{short}: add images."
+        return Verdict("too few to say", f"Nothing looks wrong: {used}.", advice, numbers)
 
     # Too early to compare with the last look of the first two thirds.
-    known = [(row.step, value) for row in looks if (value := _best(row)) is not None and row.step > LAGGING]
-    before = [(step, value) for step, value in known if step <= last.step * 2 / 3]
+    measured = [(row.step, value) for row in looks if (value := _best(row)) is not None and row.step > LAGGING]
+    before = [(step, value) for step, value in measured if step <= last.step * 2 / 3]
     if best is None or not before or (share < SETTLED and not ended):
         shared = "" if best is None else f"two views of {image} share {best:.2f} nats per dimension; "
         epochs = math.ceil(recipe.epochs * ENOUGH / last.step)
@@ -268,7 +268,7 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
         return Verdict("still warming up", evidence, longer if ended else "Nothing looks wrong so far.", numbers)
 
     # The gain since then, and the step with the most.
-    (then, earlier), (top, _) = before[-1], max(known, key=lambda pair: pair[1])
+    (then, earlier), (top, _) = before[-1], max(measured, key=lambda pair: pair[1])
     gain = (best - earlier) / max(abs(earlier), 1e-3)
     change = f"{_percent(gain, sign='+')} since step {then}"
     evidence = f"Two views of {image} share {best:.2f} nats per dimension ({change}); {used}."

@@ -175,8 +175,8 @@ def tabulate(outcomes: dict[str, Outcomes], *, seed: int) -> Table:
 def compare_all(outcomes: dict[str, Outcomes], *, seed: int) -> tuple[tuple[Comparison, ...], tuple[str, ...]]:
     """Pretrained features against their start, or the better baseline, and each rival; then a sentence for each."""
 
-    def against(probe: str, *others: str) -> Comparison:
-        rows = {name: outcomes[name][probe][0] for name in others}
+    def against(probe: str, *names: str) -> Comparison:
+        rows = {name: outcomes[name][probe][0] for name in names}
         return intervals.compare(outcomes["pretrained"][probe][0], rows, seed=seed)
 
     # The linear probe decides; kNN speaks up when it disagrees. A run that continued is compared with its start.
@@ -184,8 +184,8 @@ def compare_all(outcomes: dict[str, Outcomes], *, seed: int) -> tuple[tuple[Comp
     bases = (BEFORE,) if BEFORE in outcomes else BASELINES
     helped, nearest = against("linear", *bases), against("kNN", *bases)
     sentence = intervals.continuing_sentence if BEFORE in outcomes else intervals.pretraining_sentence
-    others = [against("linear", name) for name in rivals if name != BEFORE]
-    return (helped, *others), (sentence(helped, nearest), *map(intervals.rival_sentence, others))
+    comparisons = [against("linear", name) for name in rivals if name != BEFORE]
+    return (helped, *comparisons), (sentence(helped, nearest), *map(intervals.rival_sentence, comparisons))
 
 
 @torch.no_grad()
@@ -206,8 +206,8 @@ def random_backbone(images: Images, recipe: Recipe, *, device: torch.device) -> 
     order = torch.randperm(len(images), generator=generator(recipe.seed, "calibration"))[:1024]
     # The statistics of small batches are as good: their variances are unbiased, and 8 images have many pixels.
     # Their size depends on the network alone: scores must not change with the memory that is free.
-    each = network.activations(model, recipe, device, side=recipe.test_side)
-    size = min(CALIBRATED, max(8, memory.ACTIVATIONS // each))
+    bytes_per_image = network.activations(model, recipe, device, side=recipe.test_side)
+    size = min(CALIBRATED, max(8, memory.ACTIVATIONS // bytes_per_image))
     for indices in order.split(size):
         if len(indices) > 1:
             model(operations.test_view(*images.batch(indices), recipe, device))
@@ -237,8 +237,8 @@ def remarks_on(train: Int[Tensor, " n"], test: Int[Tensor, " m"], classes: Seque
     if len(train) == len(classes) == len(present) > 1:
         remarks.append("Every class has one training image: the scores say little about the features.")
     elif len(train) < 2 * len(classes):
-        few = f"{len(classes)} classes for {len(train)} training images, fewer than two a class"
-        remarks.append(f"{few}: the scores say little about the features.")
+        reason = f"{len(classes)} classes for {len(train)} training images, fewer than two a class"
+        remarks.append(f"{reason}: the scores say little about the features.")
     if len(present) == 1:
         remarks.append("All training images are of one class: every classifier predicts it, whatever the features.")
     if unseen := int((~torch.isin(test, present)).sum()):
@@ -272,8 +272,8 @@ def distinct_names(names: Sequence[str]) -> list[str]:
     for name in names:
         short = name if name.startswith("timm:") else PurePath(name).stem or name
         candidates = (short, name, *(f"{name} ({i})" for i in range(2, 99)))
-        taken = {"pretrained", BEFORE, *BASELINES, *short_names}
-        short_names.append(next(candidate for candidate in candidates if candidate not in taken))
+        reserved = {"pretrained", BEFORE, *BASELINES, *short_names}
+        short_names.append(next(candidate for candidate in candidates if candidate not in reserved))
     return short_names
 
 

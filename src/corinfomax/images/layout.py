@@ -117,11 +117,11 @@ def arrange(paths: Sequence[str], place: object) -> Layout:
     # which of the folders are splits
     named = {name: split for name in tops if (split := _split_or_none(name)) is not None}
     aside = [name for name in tops if name not in named and not BESIDE.isdisjoint(_words(name))]
-    others = [name for name in tops if name not in named and name not in aside]
-    chosen = _choose_splits(named, others, [path[len(start) :] for path in paths], place)
+    class_folders = [name for name in tops if name not in named and name not in aside]
+    chosen = _choose_splits(named, class_folders, [path[len(start) :] for path in paths], place)
     if chosen is None:
         inside = [path[len(start) :] for path in paths]
-        notes = [*_class_notes(named, aside, others), *_nested_split_notes(inside), *_alike_notes(inside)]
+        notes = [*_class_notes(named, aside, class_folders), *_nested_split_notes(inside), *_alike_notes(inside)]
         return Layout(start, {"train": ""}, tuple(notes))
 
     # what is said of them
@@ -145,16 +145,16 @@ def _split_or_none(name: str) -> str | None:
 
 
 def _choose_splits(
-    named: Mapping[str, str], others: Sequence[str], paths: Sequence[str], place: object
+    named: Mapping[str, str], class_folders: Sequence[str], paths: Sequence[str], place: object
 ) -> dict[str, str] | None:
     """Folder of each split; None if no folder is a split. `named` are folders with a split in their names."""
     plain = {name: split for name, split in named.items() if name.lower() in SPLIT_NAMES}
     trains = [name for name, split in plain.items() if split == "train"]
-    if trains and (len(set(plain.values())) > 1 or _train_is_split(trains[0], others, paths)):
+    if trains and (len(set(plain.values())) > 1 or _train_is_split(trains[0], class_folders, paths)):
         # plain names win over others: train/ over train_old/
-        more = {name: split for name, split in named.items() if split not in plain.values()}
-        return _by_split(plain | more, place)
-    if trains or others or not named:
+        additional = {name: split for name, split in named.items() if split not in plain.values()}
+        return _by_split(plain | additional, place)
+    if trains or class_folders or not named:
         return None
 
     # every folder has a split in its name
@@ -169,12 +169,12 @@ def _choose_splits(
     return _by_split(named, place)
 
 
-def _train_is_split(train: str, others: Sequence[str], paths: Sequence[str]) -> bool:
-    """True unless the folder `train`, without val or test beside it, looks like the `others`: a class."""
-    if not others:
+def _train_is_split(train: str, class_folders: Sequence[str], paths: Sequence[str]) -> bool:
+    """True unless the folder `train`, without val or test beside it, looks like the `class_folders`: a class."""
+    if not class_folders:
         return True
     inner = _inner_folders(paths)
-    own, around = inner.get(train, set()), [inner[name] for name in others if name in inner]
+    own, around = inner.get(train, set()), [inner[name] for name in class_folders if name in inner]
     return len(own) > 1 and (not around or any(own & folders for folders in around))
 
 
@@ -197,15 +197,15 @@ def _by_split(named: Mapping[str, str], place: object) -> dict[str, str]:
     return folders
 
 
-def _class_notes(named: Mapping[str, str], aside: Sequence[str], others: Sequence[str]) -> Iterator[str]:
+def _class_notes(named: Mapping[str, str], aside: Sequence[str], class_folders: Sequence[str]) -> Iterator[str]:
     """Sentences about folders whose names suggest that they are no classes."""
-    doubtful, tops = sorted({*named, *aside}), sorted({*named, *aside, *others})
+    doubtful, tops = sorted({*named, *aside}), sorted({*named, *aside, *class_folders})
     if not doubtful:
         return
     if len(tops) == 1:
         yield f"{tops[0]} is the only folder: its images are training images"
         return
-    like = f", like {listed([name for name in tops if name not in doubtful], most=3)}" if others else ""
+    like = f", like {listed([name for name in tops if name not in doubtful], most=3)}" if class_folders else ""
     classes = "is read as a class" if len(doubtful) == 1 else "are read as classes"
     remedy = "if wrong, put the training images into a folder train, or name their folder"
     yield f"{listed(doubtful)} {classes}{like} ({remedy})"

@@ -45,8 +45,8 @@ class Data:
         if self.holdout is not None and not 0 <= self.holdout < 1:
             raise ValueError(f"holdout is {self.holdout}; it is a share of the training images, at least 0 and below 1")
         if self.holdout and self.test_split:
-            both = f"holdout {self.holdout} and test_split {self.test_split!r}"
-            raise ValueError(f"{both} both say what to test on; give one of them")
+            choices = f"holdout {self.holdout} and test_split {self.test_split!r}"
+            raise ValueError(f"{choices} both say what to test on; give one of them")
 
     def splits(self) -> dict[str, Source]:
         """Splits by name without the skipped images: train always, val and test if they have images.

@@ -299,10 +299,10 @@ def check_views(views: Sequence[Tensor], *, dim: int | None = None) -> None:
     """
     # shapes
     first, names = views[0], [f"z{v}" for v in range(1, len(views) + 1)]
-    both, got = " and ".join(names), f"got {' and '.join(str(tuple(z.shape)) for z in views)}"
+    view_names, got = " and ".join(names), f"got {' and '.join(str(tuple(z.shape)) for z in views)}"
     same_rows = all(z.ndim == 2 and len(z) == len(first) > 0 for z in views)
-    require(same_rows, f"{both} must be matrices with the same rows (n, d), n ≥ 1; {got}")
-    require(all(z.shape == first.shape for z in views), f"{both} must have the same dimension; {got}")
+    require(same_rows, f"{view_names} must be matrices with the same rows (n, d), n ≥ 1; {got}")
+    require(all(z.shape == first.shape for z in views), f"{view_names} must have the same dimension; {got}")
     require(dim in (None, first.shape[1]), f"the loss is of dimension {dim}, the projections {first.shape[1]}; {got}")
 
     # values: a sum costs a tenth of checking each, and is enough unless it overflows

@@ -104,9 +104,9 @@ def _layouts(features: Float[Tensor, "n f"], recipe: Recipe) -> list[Layout]:
         order = torch.randperm(len(features), generator=generator(recipe.seed, "map"))
         rows = order[:MAX_MAPPED].sort().values
         plane = maps.neighbour_map(features[rows], seed=key(recipe.seed, "map"))
-        some = len(rows) < len(features)
-        caption = "near images stay near" + (f"; {len(rows):,} of {len(features):,} images" if some else "")
-        layouts.append(Layout("PaCMAP", caption, _unit_square(plane), rows if some else None))
+        is_sample = len(rows) < len(features)
+        caption = "near images stay near" + (f"; {len(rows):,} of {len(features):,} images" if is_sample else "")
+        layouts.append(Layout("PaCMAP", caption, _unit_square(plane), rows if is_sample else None))
     return layouts
 
 
@@ -126,8 +126,8 @@ def _spread_rows(plane: Float[Tensor, "n 2"], count: int, generator: torch.Gener
 
     # the first of each cell is a random member
     _, first = np.unique(cell.numpy(), return_index=True)
-    others = np.setdiff1d(np.arange(len(plane)), first)
-    return sorted(order[np.concatenate((first, others))[:count]].tolist())
+    remaining = np.setdiff1d(np.arange(len(plane)), first)
+    return sorted(order[np.concatenate((first, remaining))[:count]].tolist())
 
 
 def _galleries(

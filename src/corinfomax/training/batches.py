@@ -47,11 +47,11 @@ class Batch(NamedTuple):
 # Draw.
 
 
-def draw_batch(recipe: Recipe, images: Images, step: int, part: slice = slice(None)) -> Batch:
-    """The batch of a step without pixels; `part` is this process's slice of the global batch."""
+def draw_batch(recipe: Recipe, images: Images, step: int, share: slice = slice(None)) -> Batch:
+    """The batch of a step without pixels; `share` is this process's slice of the global batch."""
     rows = indices(recipe, step, len(images))
     sizes = images.sizes[rows]
-    return Batch(rows[part], sizes[part], tuple(p.take(part) for p in draw_views(recipe, sizes, step)))
+    return Batch(rows[share], sizes[share], tuple(p.take(share) for p in draw_views(recipe, sizes, step)))
 
 
 def indices(recipe: Recipe, step: int, count: int) -> Int[Tensor, " b"]:
@@ -74,10 +74,10 @@ def draw_views(recipe: Recipe, sizes: Int[Tensor, "b 2"], step: int) -> list[Vie
 # Read.
 
 
-def read_batch(recipe: Recipe, images: Images, step: int, device: torch.device, part: slice = slice(None)) -> Batch:
+def read_batch(recipe: Recipe, images: Images, step: int, device: torch.device, share: slice = slice(None)) -> Batch:
     """The batch of one step with its pixels, read without reading ahead."""
     with contextlib.ExitStack() as stack:
-        return reader(recipe, images, device, stack)(draw_batch(recipe, images, step, part))
+        return reader(recipe, images, device, stack)(draw_batch(recipe, images, step, share))
 
 
 def reader(

@@ -47,7 +47,7 @@ def explain(
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         reason = f"repeating the step ended with {type(error).__name__}: {first_line}"
-    return NotFiniteError(fault.step, f"{fault.what}; {reason}", *saved)
+    return NotFiniteError(fault.step, f"{fault.problem}; {reason}", *saved)
 
 
 def save_step(run: Path, learner: Learner, fault: NotFiniteError, recipe: Recipe, images: Images, facts: Facts) -> str:

@@ -70,17 +70,17 @@ def warning(recipe: Recipe, device: torch.device) -> str | None:
     """One sentence when a step of the recipe does not fit into memory, with the micro-batch that does; else None."""
     footprint = measure_footprint(recipe, device)
     memory.give_back()
-    own = processes.share(recipe.batch)
-    n, free = own.stop - own.start, memory.room(device)
+    share = processes.share(recipe.batch)
+    n, available = share.stop - share.start, memory.room(device)
     need = footprint.needs(n, recipe.n_views, recipe.micro_batch)
-    if need <= free:
+    if need <= available:
         return None
 
     # the largest power of two that fits and leaves no single image
     sizes = [2**e for e in range(n.bit_length() - 1, 0, -1) if 2**e < n and n % 2**e != 1]
-    fitting = [size for size in sizes if footprint.needs(n, recipe.n_views, size) <= free]
+    fitting = [size for size in sizes if footprint.needs(n, recipe.n_views, size) <= available]
     step = f"a step of {n:,} images" + (f" in parts of {recipe.micro_batch}" if recipe.micro_batch else "")
-    problem = f"{step} needs about {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"
+    problem = f"{step} needs about {need / 1e9:.1f} GB, but {available / 1e9:.1f} GB are free"
     if not fitting:
         return f"{problem}, too little for any --micro-batch: try a smaller --batch, --size or network"
     least = footprint.needs(n, recipe.n_views, fitting[0])

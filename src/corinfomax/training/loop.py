@@ -71,12 +71,12 @@ def pretrain(
     Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint of the last step; NotFiniteError when a loss, gradient
     or weight is not finite, with the batch in a file; DataError when an image file is lost, after a checkpoint.
     """
-    part, steps = check_parts(recipe), recipe.steps(len(splits.train))
+    share, steps = check_parts(recipe), recipe.steps(len(splits.train))
     learner = build(recipe, device, compiled=options.compile, criterion=criterion, start=start)
     recorder = Recorder(run, recipe, learner, options, facts, resume, device)
     due = Due(splits, recipe, options, steps, device, start)
     with (
-        prefetch(recipe, splits.train, steps, device, part) as ahead,
+        prefetch(recipe, splits.train, steps, device, share) as ahead,
         Progress(recipe, recorder.done, steps, recorder.rows) as progress,
         stop_signals() as stop,
     ):
@@ -264,11 +264,11 @@ class Recorder:
 
 def check_parts(recipe: Recipe) -> slice:
     """This process's slice of a batch; ValueError when processes or micro-batches cannot share it."""
-    part = processes.share(recipe.batch)
+    share = processes.share(recipe.batch)
     check_name(recipe.backbone.name)
     build_criterion(recipe)  # its errors come before the images are decoded
-    n = part.stop - part.start
+    n = share.stop - share.start
     if recipe.micro_batch is not None and n % recipe.micro_batch == 1:
         single = f"{n} images in micro-batches of {recipe.micro_batch} leave one image, and BatchNorm needs 2"
         raise ValueError(f"{single}: choose a --micro-batch that divides them")
-    return part
+    return share

@@ -26,9 +26,9 @@ CURE = "a lower learning rate or a larger batch usually helps"
 class NotFiniteError(FloatingPointError):
     """Loss, gradient or weights became nan or infinite in `step`, counted from 0."""
 
-    def __init__(self, step: int, what: str, *more: str) -> None:
-        super().__init__("; ".join((what, CURE, *more)))
-        self.step, self.what = step, what
+    def __init__(self, step: int, problem: str, *details: str) -> None:
+        super().__init__("; ".join((problem, CURE, *details)))
+        self.step, self.problem = step, problem
 
 
 class Learner(NamedTuple):
@@ -109,20 +109,20 @@ def update(
     """
     network, criterion, optim, scaler = learner
 
-    def project(x: Tensor, part: int) -> Tensor:
-        # Dropout and stochastic depth get random numbers of their own in each process and part.
-        torch.manual_seed(key(recipe.seed, f"network {processes.rank()} {part}", step))
+    def project(x: Tensor, pass_number: int) -> Tensor:
+        # Dropout and stochastic depth get random numbers of their own in each process and forward pass.
+        torch.manual_seed(key(recipe.seed, f"network {processes.rank()} {pass_number}", step))
         with autocast(recipe, device):
             return network(match_dtype(x, network), projector_alone=projector_alone)
 
     # Forward, loss and backward, all at once or in micro-batches.
     optim.zero_grad(set_to_none=True)
     n = len(views[0])
-    part = n if recipe.micro_batch is None else min(recipe.micro_batch, n)
+    chunk_size = n if recipe.micro_batch is None else min(recipe.micro_batch, n)
     terms: Terms
     try:
-        if part < n:
-            terms = micro_batch.backward(project, network, criterion, views, part, scaler.scale)
+        if chunk_size < n:
+            terms = micro_batch.backward(project, network, criterion, views, chunk_size, scaler.scale)
         else:
             z = [project(x, v) for v, x in enumerate(views)]  # one forward per view: BatchNorm sees one view at a time
             lap("forward")

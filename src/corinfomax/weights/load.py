@@ -263,8 +263,8 @@ def _hub_config(repository: str) -> tuple[PretrainedCfg, str]:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{repository} is no network of timm on the hub: {reason}") from error
-    known = PretrainedCfg.__dataclass_fields__
-    return PretrainedCfg(**{key: value for key, value in described.items() if key in known}), architecture
+    field_names = PretrainedCfg.__dataclass_fields__
+    return PretrainedCfg(**{key: value for key, value in described.items() if key in field_names}), architecture
 
 
 def _check_reachable(name: str, config: PretrainedCfg) -> None:

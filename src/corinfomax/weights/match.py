@@ -122,16 +122,16 @@ def _fits(tensors: Tensors, model: nn.Module) -> Iterator[_Fit]:
 
     # Every prefix that has enough tensors for a network.
     names = [name.split(".") for name in tensors]
-    every = {".".join([*parts[:depth], ""]) for parts in names for depth in range(min(len(parts), 6))}
+    prefixes = {".".join([*parts[:depth], ""]) for parts in names for depth in range(min(len(parts), 6))}
     many = len(list(model.parameters())) // 2
     converted = []
-    for start in sorted(every):
+    for start in sorted(prefixes):
         if len(under := _under(tensors, start)) >= many:
             for layout in (_named_children, _of_timm):
                 if (renamed := layout(under, model)) is not None:
                     converted.append(_compare(*renamed[:1], model, start, *renamed[1:]))
-    found = [fit for fit in converted if fit.complete and not fit.unexpected]
-    yield from found or plain
+    fitting = [fit for fit in converted if fit.complete and not fit.unexpected]
+    yield from fitting or plain
 
 
 def _under(tensors: Tensors, prefix: str) -> Tensors:
@@ -150,21 +150,21 @@ def _compare(tensors: Tensors, model: nn.Module, prefix: str, *notes: str) -> _F
     missing = [name for name in wanted if name not in tensors and not name.endswith(".num_batches_tracked")]
 
     # Another number of input channels.
-    said = list(notes)
+    remarks = list(notes)
     for name in (f"{layer}.weight" for layer in first):
         have, want = tensors.get(name), wanted.get(name)
         if have is None or want is None or have.ndim != 4 or have.shape == want.shape:
             continue
         if (have.shape[0], *have.shape[2:]) == (want.shape[0], *want.shape[2:]):
             tensors = tensors | {name: adapt_input_conv(want.shape[1], have, have.shape[1])}
-            said.append(f"{name} adapted from {have.shape[1]} to {want.shape[1]} input channels")
+            remarks.append(f"{name} adapted from {have.shape[1]} to {want.shape[1]} input channels")
 
     reshaped = [
         f"{name}: {_shape(tensors[name])} for {_shape(tensor)}"
         for name, tensor in wanted.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
-    return _Fit(prefix, tensors, missing, unexpected, reshaped, ignored, said)
+    return _Fit(prefix, tensors, missing, unexpected, reshaped, ignored, remarks)
 
 
 def _named_children(tensors: Tensors, model: nn.Module) -> tuple[Tensors, str] | None:
