@@ -17,7 +17,7 @@ from corinfomax.recipes.fields import Backbone, Projector, Recipe, Tuning
 from corinfomax.runtime import memory
 from corinfomax.runtime.seeds import generator
 
-SIDES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)  # that networks are made for, in pixels
+SIDES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)  # usual input sides of networks, in pixels
 
 
 class Network(nn.Module):
@@ -139,7 +139,7 @@ def measure(backbone: Backbone, side: int) -> Size | None:
         with torch.device("meta"):
             model = build_backbone(backbone, size=side).eval()
             features = model(torch.empty(2, 3, side, side)).shape[1]
-    except (RuntimeError, AssertionError, IndexError):  # whatever timm's layers and torch's kernels say
+    except (RuntimeError, AssertionError, IndexError):  # timm and torch raise any of these for views that are too small
         return None
     return Size(sum(weight.numel() for weight in model.parameters()), features)
 

@@ -90,7 +90,7 @@ def test_evaluate_warns_of_foreign_weights_alone(images, folder, tmp_path, capsy
     words = ["evaluate", str(tmp_path / "weights.pth"), str(folder), "--architecture", "test_resnet", "--size", "32"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "warning: these weights were probably not trained on such input" in out
+    assert "warning: these weights probably expect another normalisation" in out
     flags = out.partition("): try ")[2].splitlines()[0]
     assert flags == "--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
 

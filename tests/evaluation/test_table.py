@@ -151,8 +151,8 @@ def test_a_rival_sees_the_same_images(splits, backbone):
             [0] * 20,
             [0] * 10 + [1] * 10,
             [
-                "All training images are of one class: every classifier predicts it, whatever the features.",
-                "10 of 20 test images are of classes without a training image: always wrong.",
+                "All training images belong to one class, so every classifier predicts it.",
+                "10 of 20 test images belong to classes without training images: always wrong.",
             ],
         ),
         (

@@ -392,7 +392,7 @@ def test_an_unknown_name_gets_a_suggestion(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"'cifar-10' here.* named sets mnist5k.*; did you mean 'cifar10'\?"):
         find("cifar-10")
-    with pytest.raises(DataError, match=r"images\.npz is a file, but no list"):
+    with pytest.raises(DataError, match=r"images\.npz is not a list"):
         find(touch(tmp_path, "images.npz") / "images.npz")
 
 

@@ -117,8 +117,8 @@ def load_splits(data: Data, recipe: Recipe, options: DataOptions) -> Splits:
 def warn_of_input(loaded: LoadedBackbone, images: Images, recipe: Recipe, device: torch.device) -> None:
     """Print a warning if weights of others seem to expect images of another mean and standard deviation."""
     if not loaded.ours and (flags := better_input(loaded.backbone.to(device), images, recipe, device=device)):
-        expected = "the statistics of their first BatchNorm fit images of another mean or standard deviation"
-        print(f"warning: these weights were probably not trained on such input ({expected}): try {flags}")
+        reason = "the statistics of their first BatchNorm fit another mean or standard deviation"
+        print(f"warning: these weights probably expect another normalisation ({reason}): try {flags}")
 
 
 def print_skipped(data: Data, skip_list: Path | None, splits: Mapping[str, Images]) -> None:
@@ -184,7 +184,7 @@ def are_own_images(name: str, options: DataOptions, loaded: LoadedBackbone) -> b
 
 
 def before(run: Path, splits: Splits, recipe: Recipe, device: torch.device) -> list[table.Contender]:
-    """The weights that a run started from, to score beside its own; none if they are gone."""
+    """Starting weights of a run as a contender; an empty list if they are missing."""
     try:
         backbone = load_start(run).backbone.to(device).to(memory_format=torch.channels_last)
     except (OSError, ValueError) as error:

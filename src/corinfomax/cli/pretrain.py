@@ -40,7 +40,7 @@ class Pretrain:
     init: str | None = None
     """Weights to start from: a run, a file, a folder, or timm:NETWORK."""
     prefix: str | None = None
-    """Start of their tensors' names in a file of several networks."""
+    """Prefix of their tensor names, in a file with several networks."""
     out: PATH = None
     """Run folder; default is a new one in ./runs."""
     resume: PATH = None

@@ -1,7 +1,7 @@
 """The mean and standard deviation that weights expect of their input, read off their first BatchNorm.
 
-Its running statistics come from images normalised as in training. On photographs normalised alike they hold again;
-under another usual normalisation they do not. Networks without BatchNorm cannot tell.
+Its running statistics come from images normalised as in training. Photographs normalised the same way reproduce them;
+another common normalisation does not. Networks without BatchNorm give no hint.
 """
 
 from dataclasses import replace

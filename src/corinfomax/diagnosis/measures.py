@@ -27,7 +27,7 @@ from corinfomax.views import operations
 VIEWS = 4  # per image: two pairs for LDMI, and enough variation within an image for LiDAR
 LEAST_IMAGES = 256
 IMAGES_PER_DIM = 4  # two views have 2·D columns; with fewer rows than twice that, LDMI measures the sample size
-REQ_RANKS = (3, 50)  # counted from 1: the first directions are few and special, the last are noise of a finite sample
+REQ_RANKS = (3, 50)  # counted from 1: the first few directions are atypical, the last are sampling noise
 DEAD = 0.01  # standard deviation of a dimension, relative to the root mean square over dimensions
 DUPLICATE = 0.95  # |correlation| of two dimensions
 TWIN = 0.02  # squared distance between two images, relative to the mean over pairs
@@ -37,7 +37,7 @@ LEAST_LOOKS = 10  # even in runs so short that they cost more; three fall into t
 
 
 class Sample(NamedTuple):
-    """The images that every look measures."""
+    """Fixed sample of images, measured at every look."""
 
     images: Images
     held_out: bool  # training never uses them

@@ -118,8 +118,8 @@ def _data_problem(data: DataMeasures) -> Verdict | None:
         flags = "--views.0.crop-area 0.25 1 --views.0.jitter 0.8, and the same for --views.1"
         advice = f"Without augmentation there is nothing to learn: try {flags}."
     elif data.better_input is not None:
-        evidence = f"The first BatchNorm of the weights fits images normalised by {data.better_input}, and not these."
-        advice = "The weights were trained on other input: start again with those flags."
+        evidence = f"The first BatchNorm of the weights matches images normalised with {data.better_input}, not these."
+        advice = "The weights expect other input: start again with these flags."
     else:
         return None
     numbers = {name: value for name, value in data._asdict().items() if name != "better_input"}
@@ -167,8 +167,8 @@ def _collapse(big_bang: float, step: int, measures: Measures, recipe: Recipe) ->
     elif kernel and used < min(FEW_DIRECTIONS, dim / 4):
         evidence = f"The projections vary in only about {used:.1f} of {dim} dimensions."
     elif not kernel and gap > UNEVEN:
-        uneven = f"{_percent(measures.spectrum[0])} of the variance, and the spectrum is {gap:.1f} nats per dimension"
-        evidence = f"The projections hardly use most of their {dim} dimensions: one holds {uneven} from an even one."
+        rest = f"of the variance ({gap:.1f} nats per dimension from an even spectrum)"
+        evidence = f"Most of the {dim} dimensions are hardly used: one holds {_percent(measures.spectrum[0])} {rest}."
     else:
         return None
     advice = _cause_of_collapse(recipe, few_images=measures.ldmi is None)
@@ -200,7 +200,7 @@ def _invariance(last: Row, measures: Measures, recipe: Recipe, share: float) -> 
     flags = "--views.0.crop-area 0.25 1 and --views.1.crop-area 0.25 1"
     advice = f"The views have too little in common, or the network is too small for them: try {flags}."
     if alpha < usual / 2:
-        advice = f"An alpha of {alpha:g} hardly pulls views together: try the usual --loss.alpha {usual:.0f}."
+        advice = f"With an alpha of {alpha:g} views are hardly pulled together: try the usual --loss.alpha {usual:.0f}."
     return Verdict("under-invariant", evidence, advice, numbers)
 
 

@@ -53,7 +53,7 @@ def resample_means(values: Float[Tensor, "m c"], *, seed: int) -> Float[Tensor, 
 
     means, size = [], max(1, COSINES // m)
     for first in range(0, RESAMPLES, size):
-        # How often each row is drawn, so that a mean is a matrix product.
+        # Count the draws of each row: a mean is then a matrix product.
         count = min(size, RESAMPLES - first)
         rows = torch.randint(m, (count, m), generator=rng)
         times = torch.zeros(count, m, dtype=torch.float64).scatter_add_(1, rows, unit.expand(count, m))

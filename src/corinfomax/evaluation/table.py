@@ -125,7 +125,7 @@ def probe_features(
     device = device if has_room(device, OTHER_BYTES + FEATURE_COPIES * (train.nbytes + test.nbytes)) else CPU
     train, labels, test, truth = (x.to(device) for x in (train, splits.train.labels, test, splits.test.labels))
 
-    # all labels, then few; each gives back what it took, which the next would otherwise add to
+    # all labels, then few; memory is returned after each probe, so that peaks do not add up
     fits: dict[str, Callable[[], Tensor]] = {
         "kNN": lambda: probes.knn(train, labels, test),
         "ridge": lambda: probes.ridge(train, labels, test).predicted,
@@ -240,9 +240,9 @@ def remarks_on(train: Int[Tensor, " n"], test: Int[Tensor, " m"], classes: Seque
         reason = f"{len(classes)} classes for {len(train)} training images, fewer than two a class"
         remarks.append(f"{reason}: the scores say little about the features.")
     if len(present) == 1:
-        remarks.append("All training images are of one class: every classifier predicts it, whatever the features.")
+        remarks.append("All training images belong to one class, so every classifier predicts it.")
     if unseen := int((~torch.isin(test, present)).sum()):
-        remarks.append(f"{unseen} of {len(test)} test images are of classes without a training image: always wrong.")
+        remarks.append(f"{unseen} of {len(test)} test images belong to classes without training images: always wrong.")
 
     # test images
     if len(test) < FEWEST_TEST:

@@ -21,7 +21,7 @@ EXTENSIONS: tuple[str, ...] = (".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2",
 EXTENSIONS += (".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 NO_IMAGES = frozenset(".cls .csv .db .htm .html .ini .ipynb .json .jsonl .log .md .pdf .py .rst .sh .tsv .txt".split())
 NO_IMAGES |= frozenset(".xls .xlsx .xml .yaml .yml".split())
-"""Endings of files that lie beside images in most data sets; nothing is said of them."""
+"""Endings of files that most data sets hold beside images; they are ignored silently."""
 SYSTEM_FOLDERS = frozenset(("@eadir", "@recycle", "#recycle", "$recycle.bin", "__macosx", "system volume information"))
 """Folders that storage devices and archivers make, with thumbnails and deleted files; in lower case."""
 ABOUT = {"system folder": " with thumbnails or deleted files", "folder": " without permission"}  # not read

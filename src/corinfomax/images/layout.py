@@ -38,7 +38,7 @@ def from_folder(root: Path) -> Located:
     if not files["train"]:
         raise no_images(f"{root} or its folders", unread)
 
-    # labels, and what could be meant otherwise
+    # labels, and notes on ambiguous names
     empty = list(_empty_splits(root / layout.start, layout.start, list(stamps)))
     if layout.folders["train"] == "" and (trains := [place for place in empty if split_in(place.name) == "train"]):
         raise no_images(trains[0], unread)
@@ -198,7 +198,7 @@ def _by_split(named: Mapping[str, str], place: object) -> dict[str, str]:
 
 
 def _class_notes(named: Mapping[str, str], aside: Sequence[str], class_folders: Sequence[str]) -> Iterator[str]:
-    """Sentences about folders whose names suggest that they are no classes."""
+    """Notes on folders whose names suggest that they are not classes."""
     doubtful, tops = sorted({*named, *aside}), sorted({*named, *aside, *class_folders})
     if not doubtful:
         return
@@ -277,6 +277,6 @@ def _nested_split_notes(paths: Sequence[str]) -> Iterator[str]:
     for name, folders in sorted(_inner_folders(paths).items()):
         splits = sorted(folder for folder in folders if _split_or_none(folder))
         if len({_split_or_none(folder) for folder in splits}) > 1:
-            meant = "all their images are training images (splits come first: train/<class>/…)"
+            meant = "all their images are used for training (put the split first: train/<class>/…)"
             yield f"{listed(splits)} in {quoted(name)} are not read as splits: {meant}"
             return  # one example tells all

@@ -150,7 +150,7 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How much of the backbone is trained; for runs that start from weights (--init)."""
+    """Training of the backbone in runs that start from weights (--init)."""
 
     blocks: float = 1.0
     """Share of the backbone's blocks to train, the last ones; 1 is all."""
@@ -161,7 +161,7 @@ class Tuning:
     projector_share: float = 0.0
     """Share of the steps, the first ones, that train the projector alone."""
     batch_norm: Literal["adapt", "keep"] = "adapt"
-    """Statistics of BatchNorm: of the new images, or as they were."""
+    """BatchNorm statistics: adapt to the new images, or keep the weights' own."""
     average: float = 1.0
     """Final weights: start + average · (end − start); 1 is the end."""
 

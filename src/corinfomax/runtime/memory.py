@@ -26,7 +26,7 @@ def set_limit(gigabytes: float | None) -> None:
 
 
 def room(device: torch.device) -> float:
-    """Bytes that this process may still take on the device, within the limit; infinite where no system tells."""
+    """Bytes that this process may still take on the device, within the limit; infinite where none is reported."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         available, used = float(torch.cuda.mem_get_info(device)[0] + held), torch.cuda.memory_allocated(device)

@@ -13,7 +13,7 @@ Json = dict[str, Any]  # a JSON object
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How often a run logs, saves and measures; nothing here changes its result. A resumed run keeps them."""
+    """Intervals of logging, saving and measuring; none of them changes the result. A resumed run keeps them."""
 
     log_steps: int = 10
     """Steps between rows of metrics.jsonl."""
@@ -52,9 +52,9 @@ class WeightsOptions:
     small_stem: bool = False
     """It has a 3×3 first convolution and no max-pool."""
     prefix: str | None = None
-    """Start of its tensors' names in a file of several networks."""
+    """Prefix of its tensor names, in a file with several networks."""
     size: int | None = None
-    """Side of its images in pixels; this and the next default to timm's."""
+    """Side of its images in pixels; this and the options below default to timm's."""
     mean: tuple[float, float, float] | None = None
     """Mean of red, green and blue in [0, 1]."""
     std: tuple[float, float, float] | None = None
@@ -114,7 +114,7 @@ class DataMeasures(NamedTuple):
     views_differ: float  # mean squared distance between two views of an image, relative to views of two images
     images_differ: float  # mean variance of a pixel over the images, relative to the variance of all pixels
     twins: float  # share of the images that nearly equal another one
-    better_input: str | None = None  # flags of the normalisation that the weights of the start expect, if it is another
+    better_input: str | None = None  # flags for the normalisation that the starting weights expect, if it differs
 
 
 class Measures(NamedTuple):

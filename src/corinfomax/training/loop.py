@@ -228,7 +228,7 @@ class Recorder:
             run_folder.append_metrics(self.run, row)
 
     def save_due(self, *, best: bool) -> bool:
-        """Whether a checkpoint is due: some minutes after the last, or at the `best` look so far."""
+        """True if a checkpoint is due: some minutes after the last, or at the `best` look so far."""
         late = time.monotonic() - self._saved_at > 60 * self.options.checkpoint_minutes
         return late or (best and verdict.best_step(self.rows, (row.step for row in self.rows)) == self.done)
 

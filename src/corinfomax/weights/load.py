@@ -26,7 +26,7 @@ from corinfomax.weights.match import Tensors, check_values, identify, match_name
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder in timm's layout
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
-NO_NETWORKS = ("optimizer", "optim", "scheduler", "scaler")  # keys of training scripts that hold other tensors
+NO_NETWORKS = ("optimizer", "optim", "scheduler", "scaler")  # keys under which training scripts keep optimiser state
 
 
 class LoadedBackbone(NamedTuple):

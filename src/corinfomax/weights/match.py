@@ -188,7 +188,7 @@ def _of_timm(tensors: Tensors, model: nn.Module) -> tuple[Tensors, str] | None:
         return None
     try:
         converted = convert(dict(tensors), model)
-    except Exception:  # of other layouts timm's functions raise anything
+    except Exception:  # timm's functions raise anything for layouts they do not know
         return None
 
     # timm also resamples patches of another size: that is another network
@@ -221,7 +221,7 @@ def _misfit(tensors: Tensors, fits: list[_Fit], model: nn.Module, source: str) -
 
 
 def check_values(tensors: Mapping[str, Tensor], model: nn.Module, *, source: str) -> None:
-    """ValueError for weights that are no floats, not finite, or the same number everywhere."""
+    """ValueError for weights that are not floats, not finite, or constant."""
     for name, wanted in model.state_dict().items():
         if wanted.is_floating_point() and not tensors[name].is_floating_point():
             raise ValueError(f"{source} holds integers ({tensors[name].dtype}) instead of weights, first in {name}")
