@@ -79,12 +79,8 @@ def _write_folder(path: Path, backbone: nn.Module, saved: Checkpoint, results: R
     recipe, timms = saved.recipe, timm.get_pretrained_cfg(saved.recipe.backbone.name)
     assert timms is not None
     inputs = {"input_size": [3, recipe.test_side, recipe.test_side], "fixed_input_size": timms.fixed_input_size}
-    inputs |= {
-        "interpolation": recipe.interpolation,
-        "crop_pct": 0.875,
-        "crop_mode": "center",
-    }  # timm resizes to ⌊size · 8/7⌋
-    inputs |= {"mean": recipe.mean, "std": recipe.std}
+    inputs |= {"crop_pct": 0.875, "crop_mode": "center"}  # timm resizes to ⌊size · 8/7⌋
+    inputs |= {"interpolation": recipe.interpolation, "mean": recipe.mean, "std": recipe.std}
     layers = {"num_classes": 0, "first_conv": timms.first_conv, "classifier": timms.classifier}
     network = {"architecture": recipe.backbone.name.partition(".")[0], "num_classes": 0}
     network |= {"num_features": backbone.num_features, "model_args": _timm_arguments(recipe.backbone, recipe.size)}
