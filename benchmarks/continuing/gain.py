@@ -29,6 +29,7 @@ from corinfomax.images.sources import Data
 from corinfomax.recipes import published
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import WeightsOptions
 from corinfomax.weights.load import load_backbone
 
 Record = dict[str, Any]
@@ -46,7 +47,7 @@ def measure(data: str, options: argparse.Namespace) -> None:
     """Run and record what is not yet recorded on one set of images."""
     images = str(options.root / data) if (options.root / data).exists() else data
     survey = Data(images).survey()
-    loaded = load_backbone(options.init, architecture=options.architecture or None)
+    loaded = load_backbone(options.init, WeightsOptions(architecture=options.architecture or None))
     one_size = network.has_fixed_size(loaded.recipe.backbone)
     _, adapted = published.adapt(one_size, loaded.recipe.size, survey.images, survey.short_side, cuda=False)
     _, chosen, _ = published.choose(images, survey.images, survey.short_side, cuda=False)

@@ -27,6 +27,7 @@ from benchmarks.objectives.methods import (
     merged,
 )
 from benchmarks.speed import machine
+from benchmarks.speed.views import make_views
 from corinfomax.images.cache import Splits
 from corinfomax.network import Network, autocast, choose_precision
 from corinfomax.recipes.fields import Projector, Recipe
@@ -54,7 +55,7 @@ class Stepper:
             def advance() -> object:
                 indices = batches.indices(recipe, self.step, len(splits.train))
                 pixels, sizes = splits.train.batch(indices)
-                views = batches.make_views(recipe, pixels, sizes, self.step, CPU)
+                views = make_views(recipe, pixels, sizes, self.step, CPU)
                 return update(recipe, learner, views, self.step, CPU)
 
             self.advance = advance

@@ -29,6 +29,7 @@ from corinfomax.evaluation import features, probes, table
 from corinfomax.images import cache
 from corinfomax.images.sources import Data
 from corinfomax.recipes.fields import Backbone, Recipe
+from corinfomax.runtime.records import WeightsOptions
 from corinfomax.runtime.seeds import generator
 from corinfomax.weights.load import load_backbone
 
@@ -54,7 +55,7 @@ def extract(name: str, options: argparse.Namespace) -> dict[str, Tensor]:
         model, recipe = table.random_backbone(train, RANDOM, device=CPU), RANDOM
     else:
         of_timm = {"architecture": options.architecture, "size": options.size} if Path(name).is_file() else {}
-        model, recipe, *_ = load_backbone(name, **of_timm)
+        model, recipe, *_ = load_backbone(name, WeightsOptions(**of_timm))
     x, y = (features.extract_features(model, images, recipe, progress=name) for images in (train, test))
     found = {"train": x, "labels": train.labels, "test": y, "truth": test.labels}
     torch.save(found, path)

@@ -12,9 +12,9 @@ from torchvision import transforms as T
 from benchmarks.speed.clock import Effort, alternate
 from benchmarks.speed.machine import installed
 from benchmarks.speed.metrics import Metric, metric
+from benchmarks.speed.views import make_views
 from corinfomax.recipes.fields import IMAGENET_STATS, PAPER_VIEWS, Recipe, View
 from corinfomax.runtime.seeds import generator
-from corinfomax.training import batches
 
 MEAN, STD = IMAGENET_STATS
 IMAGES = {32: (32, 256), 64: (64, 128), 224: (256, 32)}
@@ -73,7 +73,7 @@ def ours(pixels: Tensor, size: int) -> Callable[[], object]:
     recipe = Recipe(size=size, views=PAPER_VIEWS, mean=MEAN, std=STD)
     sizes = torch.tensor(pixels.shape[2:]).expand(len(pixels), 2)
     steps = iter(range(10**9))
-    return lambda: batches.make_views(recipe, pixels, sizes, next(steps), torch.device("cpu"))
+    return lambda: make_views(recipe, pixels, sizes, next(steps), torch.device("cpu"))
 
 
 def pil_transform(view: View, size: int, *, pillow_blur: bool) -> Callable[[Image.Image], Tensor]:

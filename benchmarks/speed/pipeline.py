@@ -12,8 +12,8 @@ from benchmarks.speed.augmentation import pictures
 from benchmarks.speed.clock import Effort, alternate
 from benchmarks.speed.metrics import Metric, metric
 from benchmarks.speed.steps import CPU, as_images, body, whole
+from benchmarks.speed.views import make_views
 from corinfomax.recipes.fields import Recipe
-from corinfomax.training import batches
 from corinfomax.training.step import build, update
 
 
@@ -29,7 +29,7 @@ def run(effort: Effort) -> Iterator[Metric]:
         images = as_images(pictures(8 * recipe.batch, recipe.cache_side))
         learner = build(recipe, CPU)
         pixels, sizes = images.batch(torch.arange(recipe.batch))
-        pair = batches.make_views(recipe, pixels, sizes, 0, CPU)
+        pair = make_views(recipe, pixels, sizes, 0, CPU)
         contestants = {
             "ours": body(recipe, images),
             "bare": lambda recipe=recipe, learner=learner, pair=pair: update(recipe, learner, pair, 0, CPU),

@@ -16,6 +16,7 @@ from benchmarks.speed.clock import Effort, now, of_workers
 from benchmarks.speed.loss import Plain
 from benchmarks.speed.machine import installed
 from benchmarks.speed.metrics import Metric, metric
+from benchmarks.speed.views import make_views
 from corinfomax import network as networks
 from corinfomax.images.cache import Images
 from corinfomax.recipes.fields import Backbone, Projector, Recipe
@@ -94,7 +95,7 @@ def body(recipe: Recipe, images: Images) -> Callable[[], object]:
     def call() -> None:
         step = next(steps)
         pixels, sizes = images.batch(batches.indices(recipe, step, len(images)))
-        update(recipe, learner, batches.make_views(recipe, pixels, sizes, step, CPU), step, CPU)
+        update(recipe, learner, make_views(recipe, pixels, sizes, step, CPU), step, CPU)
 
     return call
 

@@ -18,6 +18,7 @@ from corinfomax.images.cache import Images, Splits
 from corinfomax.images.sources import Data
 from corinfomax.recipes.fields import IMAGENET_STATS, Recipe, View
 from corinfomax.recipes.published import RECIPES
+from corinfomax.runtime.records import WeightsOptions
 from corinfomax.weights.load import LoadedBackbone, load_backbone
 
 GOOD = frozenset(verdict.GOOD)
@@ -56,7 +57,7 @@ class Case:
         """The weights that it continues from."""
         if self.init is None:
             return None
-        return load_backbone(str(weights / self.init), architecture=NETWORKS.get(self.init))
+        return load_backbone(str(weights / self.init), WeightsOptions(architecture=NETWORKS.get(self.init)))
 
     def splits(self, root: Path, cache: Path | None) -> Splits:
         """The images: a fixed slice of the training split, spoilt if so wanted, and the test split."""

@@ -1,7 +1,5 @@
 """Self-supervised pretraining by maximising a log-determinant mutual information (CorInfoMax, arXiv 2209.07999)."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

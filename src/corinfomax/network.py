@@ -1,7 +1,5 @@
 """The network in training: a timm backbone, a projector on top, and the precision they run in."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import functools
@@ -19,7 +17,7 @@ from corinfomax.recipes.fields import Backbone, Projector, Recipe, Tuning
 from corinfomax.runtime import memory
 from corinfomax.runtime.seeds import generator
 
-SIDES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)  # that networks are made for, in pixels
+SIDES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)  # usual input sides of networks, in pixels
 
 
 class Network(nn.Module):
@@ -42,11 +40,11 @@ class Network(nn.Module):
 
 def is_described(backbone: nn.Module, recipe: Recipe) -> bool:
     """Whether the recipe builds this very backbone, in eval mode: a folder of timm may have arguments of its own."""
-    built, given = build_backbone(recipe.backbone, size=recipe.size).eval(), backbone.state_dict()
+    built, state = build_backbone(recipe.backbone, size=recipe.size).eval(), backbone.state_dict()
     shapes = {name: tensor.shape for name, tensor in built.state_dict().items()}
-    if shapes != {name: tensor.shape for name, tensor in given.items()}:
+    if shapes != {name: tensor.shape for name, tensor in state.items()}:
         return False
-    built.load_state_dict(given)
+    built.load_state_dict(state)
     x = torch.randn(2, 3, recipe.size, recipe.size, generator=generator(0, "same network"))
     with torch.inference_mode():
         return torch.allclose(built(x), backbone(x), rtol=1e-3, atol=1e-5)
@@ -69,8 +67,8 @@ def freeze(backbone: nn.Module, tuning: Tuning) -> None:
         parameter.requires_grad_(name not in names)
     for module in backbone.modules():
         trained = [parameter.requires_grad for parameter in module.parameters()]
-        kept = tuning.batch_norm == "keep" and isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if kept or (trained and not any(trained)):
+        keeps_statistics = tuning.batch_norm == "keep" and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if keeps_statistics or (trained and not any(trained)):
             module.eval()
 
 
@@ -141,7 +139,7 @@ def measure(backbone: Backbone, side: int) -> Size | None:
         with torch.device("meta"):
             model = build_backbone(backbone, size=side).eval()
             features = model(torch.empty(2, 3, side, side)).shape[1]
-    except (RuntimeError, AssertionError, IndexError):  # whatever timm's layers and torch's kernels say
+    except (RuntimeError, AssertionError, IndexError):  # timm and torch raise any of these for views that are too small
         return None
     return Size(sum(weight.numel() for weight in model.parameters()), features)
 

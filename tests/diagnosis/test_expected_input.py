@@ -34,7 +34,7 @@ def recipe_with(statistics, name="test_resnet"):
     return replace(tiny.RECIPE, size=32, test_scale=1.0, backbone=Backbone(name=name), mean=mean, std=std)
 
 
-def trained_on(images, statistics, name="test_resnet"):
+def trained_on(images, statistics, name="test_resnet", interpolation="bicubic"):
     """A network whose BatchNorm has the statistics of these images, normalised so."""
     torch.manual_seed(1)
     model = timm.create_model(name, num_classes=0)
@@ -44,7 +44,7 @@ def trained_on(images, statistics, name="test_resnet"):
     pixels, sizes = images.batch(torch.arange(len(images)))
     mean, std = statistics
     with torch.no_grad():
-        model(operations.centre_view(pixels, sizes, size=32, mean=mean, std=std))
+        model(operations.centre_view(pixels, sizes, size=32, mean=mean, std=std, interpolation=interpolation))
     return model.eval()
 
 
@@ -62,6 +62,13 @@ def test_another_usual_normalisation_is_named_only_where_it_fits_and_the_own_doe
 def test_nothing_is_said_where_no_usual_normalisation_fits(images):
     odd = ((0.9, 0.1, 0.5), (0.05, 0.9, 0.3))
     assert expected_input.better_input(trained_on(images, odd), images, recipe_with(HALF), device=CPU) is None
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_images_are_resized_as_for_features(images, interpolation):
+    model, recipe = trained_on(images, HALF, interpolation=interpolation), recipe_with(HALF)
+    recipe = replace(recipe, interpolation=interpolation)
+    assert expected_input.shift(model, model.bn1, images, recipe, device=CPU) < 1e-6  # bicubic: 8e-3
 
 
 def test_networks_without_batch_norm_cannot_tell(images):
@@ -83,7 +90,7 @@ def test_evaluate_warns_of_foreign_weights_alone(images, folder, tmp_path, capsy
     words = ["evaluate", str(tmp_path / "weights.pth"), str(folder), "--architecture", "test_resnet", "--size", "32"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "warning: these weights were probably not trained on such input" in out
+    assert "warning: these weights probably expect another normalisation" in out
     flags = out.partition("): try ")[2].splitlines()[0]
     assert flags == "--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
 

@@ -1,5 +1,7 @@
 """Principal components against scikit-learn, rows reduced to the leading ones, and PaCMAP where it is installed."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from sklearn.decomposition import PCA
@@ -41,7 +43,7 @@ def test_leading_directions_keep_cosines():
     assert maps.leading(x, dims=9) is x
 
 
-@pytest.mark.skipif(not maps.pacmap_installed(), reason="PaCMAP is not installed: the extra map")
+@pytest.mark.skipif(find_spec("pacmap") is None, reason="PaCMAP is not installed: the extra map")
 def test_a_neighbour_map_keeps_clusters_together():
     clusters = torch.arange(90) % 3
     x = torch.randn(90, 10, generator=torch.Generator().manual_seed(0)) * 0.1 + 4 * torch.eye(10)[clusters]

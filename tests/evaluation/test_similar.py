@@ -88,14 +88,6 @@ def test_too_few_images_have_no_duplicates(count):
     assert duplicates.complete
 
 
-def test_groups_are_connected_pairs_with_their_lowest_correlation():
-    pairs = torch.tensor([[5, 9], [1, 2], [2, 3], [8, 9], [3, 1]])
-    groups, correlations = similar.group_duplicates(pairs, torch.tensor([0.999, 0.995, 0.992, 1.0, 0.998]))
-    assert groups == [[5, 8, 9], [1, 2, 3]]  # highest correlation first
-    assert correlations == pytest.approx([0.999, 0.992])
-    assert similar.group_duplicates(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0)) == ([], [])
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is in KiB on Linux alone")
 def test_nearest_neighbours_and_knn_take_one_block_of_memory_at_a_time():
     """Blocks made anew fragmented the heap that a command keeps: 100,000 images took up to 8 GB."""

@@ -151,8 +151,8 @@ def test_a_rival_sees_the_same_images(splits, backbone):
             [0] * 20,
             [0] * 10 + [1] * 10,
             [
-                "All training images are of one class: every classifier predicts it, whatever the features.",
-                "10 of 20 test images are of classes without a training image: always wrong.",
+                "All training images belong to one class, so every classifier predicts it.",
+                "10 of 20 test images belong to classes without training images: always wrong.",
             ],
         ),
         (
@@ -194,14 +194,16 @@ def test_baselines_are_a_random_network_and_the_pixels(splits, backbone, result)
         assert result.table[name]["kNN"].mean == pytest.approx(probes.accuracy(predicted, splits.test.labels))
 
 
-def test_the_random_network_is_no_straw_man(splits):
-    model = evaluate.random_backbone(splits.train, tiny.RECIPE, **CPU)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_random_network_is_no_straw_man(splits, interpolation):
+    recipe = replace(tiny.RECIPE, interpolation=interpolation)
+    model = evaluate.random_backbone(splits.train, recipe, **CPU)
     assert not model.training
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert all((norm.weight == 1).all() for norm in norms)  # timm starts each block's last one at 0
     seen = []
     model.bn1.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
-    features.extract_features(model, splits.train, tiny.RECIPE)
+    features.extract_features(model, splits.train, recipe)
     variance, mean = torch.var_mean(seen[-1], (0, 2, 3))  # the 60 images were one batch, after trials of its memory
     torch.testing.assert_close(model.bn1.running_mean, mean)
     torch.testing.assert_close(model.bn1.running_var, variance)

@@ -27,6 +27,7 @@ from corinfomax.objective.covariance import CorInfoMaxLoss
 from corinfomax.recipes import fields
 from corinfomax.recipes.published import RECIPES
 from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import Facts, WeightsOptions
 from corinfomax.weights import checkpoint, load
 
 settings.register_profile(
@@ -173,10 +174,8 @@ def saved(tmp_path_factory):
     """The bytes of a checkpoint, and what is in it."""
     path = tmp_path_factory.mktemp("saved") / "step-00000001.safetensors"
     network = networks.Network(tiny.RECIPE.backbone, tiny.RECIPE.projector)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    checkpoint.save_checkpoint(
-        path, network=network, criterion=CorInfoMaxLoss(8), optimizer=optimizer, step=1, recipe=tiny.RECIPE
-    )
+    states = network.state_dict(), CorInfoMaxLoss(8).state_dict(), {}
+    checkpoint.save_checkpoint(path, checkpoint.Checkpoint(tiny.RECIPE, 1, Facts(), *states))
     return path.read_bytes(), checkpoint.load_checkpoint(path)
 
 
@@ -207,7 +206,7 @@ def test_weights_are_read_or_refused_with_a_reason(tmp_path, saved, ending, data
     path = tmp_path / f"a{ending}"
     path.write_bytes(data.draw(damaged(content)))
     with contextlib.suppress(*CLEAR):
-        load.load_backbone(str(path), architecture="resnet18")
+        load.load_backbone(str(path), WeightsOptions(architecture="resnet18"))
 
 
 @given(st.data())

@@ -320,14 +320,14 @@ def test_a_table_with_labels_and_splits(tmp_path: Path) -> None:
         ("path,split\na.png,train\nb.png,tests\n", r"line 3 .*'tests'; choose from train"),
         ("path,split\na.png,test\n", r"t\.csv .*split train"),
         ("path\n", r"no image to train on"),
-        ('path\n"a.png\n' + "b.png\n" * 30_000, r"line \d+ of .*quotation mark"),
+        ('path\n"a.png\n' + "b.png\n" * 30_000, r"line \d+ of .*quote left open"),
         ("path,label\na.png,x\n,y\n", r"line 3 .* no path"),
         ("path\na.png\nb.png\na.png\n", r"a\.png twice, in lines 2 and 4"),
         ("path\na.png\nb.png\n./a.png\n", r"one file as a\.png and \./a\.png, twice, in lines 2 and 4"),
         ("path\nlink/a.png\nb.png\na.png\n", r"one file as link/a\.png and a\.png, twice"),
         ("path,split\na.png,train\n./a.png,test\n", r"one file as a\.png and \./a\.png"),
         ("path,label\na.png,cat, big\nb.png,dog\n", r"line 2 of .* has 3 cells and the first line 2"),
-        ('path,label\na.png,"x\nb.png,y\nc.png,"x\n', r"line \d of .* a cell of several lines; is a quotation"),
+        ('path,label\na.png,"x\nb.png,y\nc.png,"x\n', r"line \d of .* a cell of several lines: is a quote"),
         ('path,label\n"a.png,x\nb.png",y\n', r"a cell of several lines"),
         ("path,label,Label\na.png,x,y\n", r"has 2 columns called 'label'"),
         ("path,split,label,split\na.png,train,x,train\n", r"has 2 columns called 'split'"),
@@ -392,7 +392,7 @@ def test_an_unknown_name_gets_a_suggestion(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"'cifar-10' here.* named sets mnist5k.*; did you mean 'cifar10'\?"):
         find("cifar-10")
-    with pytest.raises(DataError, match=r"images\.npz is a file, but no list"):
+    with pytest.raises(DataError, match=r"images\.npz is not a list"):
         find(touch(tmp_path, "images.npz") / "images.npz")
 
 

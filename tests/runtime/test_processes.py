@@ -106,7 +106,7 @@ def test_a_failure_in_one_process_stops_all_and_saves_the_batch(tmp_path):
     first, second = ((tmp_path / f"2-{rank}").read_text() for rank in (0, 1))
     assert "the loss became nan in step 5" in second
     # nan reaches the first process in BatchNorm, whose statistics all processes share
-    assert "; the first bad output is backbone.conv1, in forward pass 1; a lower learning rate" in second
+    assert "; the first bad output is backbone.conv1; a lower learning rate" in second
     assert first == f"{second}; the batch is saved in {tmp_path / 'failed' / 'failed-step-5.safetensors'}"
     saved = checkpoint.load_checkpoint(tmp_path / "failed" / "failed-step-5.safetensors")
     assert len(saved.loop["pixels"]) == tiny.RECIPE.batch

@@ -9,6 +9,7 @@ from PIL import Image
 
 import absent
 import tiny
+from benchmarks.speed.views import make_views
 from corinfomax.cli.main import main
 from corinfomax.evaluation import probes
 from corinfomax.images import cache
@@ -47,7 +48,7 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_never_waits(monkeypatch, name):
         for step in range(2):
             sizes = torch.tensor([[40, 36], [36, 40]] * 4)
             pixels = torch.zeros((8, 3, 40, 40), dtype=torch.uint8, device=CUDA)
-            views = batches.make_views(recipe, pixels, sizes, step, CUDA)
+            views = make_views(recipe, pixels, sizes, step, CUDA)
             numbers = update(recipe, learner, views, step, CUDA)
         assert {view.device.type for view in views} == {numbers.device.type} == {"cuda"}
         assert [tuple(view.shape) for view in views] == [(8, 3, recipe.size, recipe.size)] * recipe.n_views
@@ -86,7 +87,7 @@ def test_how_many_launches_views_take_does_not_grow_with_the_images(monkeypatch,
             sizes = torch.full((count, 2), side)
             before = there.launched
             pixels = torch.zeros((count, 3, side, side), dtype=torch.uint8, device=CUDA)
-            batches.make_views(recipe, pixels, sizes, 0, CUDA)
+            make_views(recipe, pixels, sizes, 0, CUDA)
             return there.launched - before
 
     assert launches(256) < 1.5 * launches(64)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tiny
+from benchmarks.speed.views import make_views
 from corinfomax import network as networks
 from corinfomax.images import cache
 from corinfomax.network import Network
@@ -66,7 +67,7 @@ def test_metrics_are_the_loss_of_the_step_by_hand(splits, tmp_path, n_views):
     losses = []
     for step in range(2):
         pixels, sizes = splits.train.batch(batches.indices(recipe, step, 40))
-        views = batches.make_views(recipe, pixels, sizes, step, CPU)
+        views = make_views(recipe, pixels, sizes, step, CPU)
         for group in optimizer.param_groups:
             # five steps an epoch, half an epoch of warm-up: the second step is at 1/2.5 of the rise
             group["lr"] = 3e-3 + (0.05 - 3e-3) * step / 2.5
@@ -106,12 +107,12 @@ def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(splits, 
 def test_a_run_of_four_views(splits, tmp_path):
     recipe = replace(tiny.RECIPE, n_views=4)
     pixels, sizes = splits.train.batch(torch.arange(8))
-    views = batches.make_views(recipe, pixels, sizes, 3, CPU)
+    views = make_views(recipe, pixels, sizes, 3, CPU)
     assert len(views) == 4
     for one, other in itertools.combinations(views, 2):
         assert not torch.allclose(one, other)
     # The first two are those of a run with two.
-    for one, other in zip(views[:2], batches.make_views(tiny.RECIPE, pixels, sizes, 3, CPU), strict=True):
+    for one, other in zip(views[:2], make_views(tiny.RECIPE, pixels, sizes, 3, CPU), strict=True):
         assert one.equal(other)
     solarised = replace(recipe, views=(replace(recipe.views[0], solarize=0.0), replace(recipe.views[1], solarize=1.0)))
     drawn = batches.draw_views(solarised, sizes, 3)

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import tiny
+from benchmarks.speed.views import make_views
 from corinfomax.cli.main import main
 from corinfomax.objective.covariance import Terms
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.records import Facts, Options
-from corinfomax.training import batches, loop
+from corinfomax.training import loop
 from corinfomax.training import step as learner
 from corinfomax.weights import checkpoint
 
@@ -125,7 +126,7 @@ def test_the_scale_changes_nothing_but_what_overflows(splits):
     """The update of a scaled gradient is that of float16 without a scale, up to what float16 cannot hold."""
     recipe = replace(tiny.RECIPE, precision="float16")
     pixels, sizes = splits.train.batch(torch.arange(8))
-    pair = batches.make_views(recipe, pixels, sizes, 0, CPU)
+    pair = make_views(recipe, pixels, sizes, 0, CPU)
     numbers, states = [], []
     for scale in (1.0, 2.0**8, 2.0**60):
         learns = halved(recipe, CPU)._replace(scaler=torch.amp.GradScaler("cpu", init_scale=scale))

@@ -77,7 +77,7 @@ def test_medians_and_quartiles_are_those_of_the_rounds():
 
 def test_notes_on_the_machine():
     busy = as_text(timings(), SETTING._replace(load=6.0))
-    assert "other programs want 6.0 of the 2 cores" in busy
+    assert "other programs use about 6.0 of the 2 cores" in busy
     assert "40 µs an image on all cores" in as_text(timings(), SETTING._replace(decode=4e-5))
 
 

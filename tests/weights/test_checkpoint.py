@@ -39,8 +39,9 @@ def state(name="sgd", steps=2):
 
 def save(path, name="sgd", **changes):
     network, criterion, optimizer = state(name)
-    rest = {"step": 2, "recipe": tiny.RECIPE, "facts": FACTS} | changes
-    checkpoint.save_checkpoint(path, network=network, criterion=criterion, optimizer=optimizer, **rest)
+    states = network.state_dict(), criterion.state_dict(), checkpoint.optimizer_tensors(optimizer, network)
+    saved = checkpoint.Checkpoint(tiny.RECIPE, 2, FACTS, *states)
+    checkpoint.save_checkpoint(path, saved._replace(**changes))
     return network, criterion, optimizer
 
 
@@ -209,10 +210,8 @@ def test_a_checkpoints_backbone_loads_strictly_into_timm_in_a_fresh_process(tmp_
     recipe = RECIPES[name].recipe
     torch.manual_seed(1)
     network = Network(recipe.backbone, recipe.projector).eval()
-    criterion = CorInfoMaxLoss(recipe.projector.widths[-1])
-    optimizer = optim.build(network, recipe.optim)
     path = tmp_path / "a.safetensors"
-    checkpoint.save_checkpoint(path, network=network, criterion=criterion, optimizer=optimizer, step=0, recipe=recipe)
+    checkpoint.save_checkpoint(path, checkpoint.Checkpoint(recipe, 0, FACTS, network.state_dict(), {}, {}))
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         save_file({"x": x, "y": network.backbone(x)}, tmp_path / "features.safetensors")

@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from corinfomax.runtime.records import WeightsOptions
 from corinfomax.weights.load import load_backbone
 
 Tensors = dict[str, Tensor]
@@ -118,7 +119,7 @@ def test_a_layout_of_another_tool_loads_whole(tmp_path, monkeypatch, name, optio
     model = trained(name, **options)
     path = tmp_path / "a.pth"
     torch.save(layout(model, model.state_dict()), path)
-    loaded = load_backbone(str(path), architecture=name, **loading)
+    loaded = load_backbone(str(path), WeightsOptions(architecture=name, **loading))
     size = loaded.recipe.size
     torch.testing.assert_close(outputs(loaded.backbone, size), outputs(model, size), rtol=0, atol=0)
     assert words in loaded.summary
@@ -136,7 +137,7 @@ def test_a_layout_of_another_tool_is_recognised(tmp_path, layout):
 def test_position_embeddings_are_resized_and_it_is_said(tmp_path):
     model = trained("vit_tiny_patch16_224", img_size=64)
     torch.save(named("backbone.", model.state_dict()), tmp_path / "a.pth")
-    loaded = load_backbone(str(tmp_path / "a.pth"), architecture="vit_tiny_patch16_224", size=32)
+    loaded = load_backbone(str(tmp_path / "a.pth"), WeightsOptions(architecture="vit_tiny_patch16_224", size=32))
     assert "resized by timm: pos_embed" in loaded.summary
     ours, theirs = loaded.backbone.state_dict(), model.state_dict()
     assert ours["pos_embed"].shape == (1, 5, 192)
@@ -148,14 +149,14 @@ def test_position_embeddings_are_resized_and_it_is_said(tmp_path):
 def test_patches_of_another_size_are_another_network(tmp_path):
     torch.save(trained("vit_small_patch32_224", img_size=64).state_dict(), tmp_path / "a.pth")  # timm would resample
     with pytest.raises(ValueError, match=r"is no vit_small_patch16_224.*patch_embed\.proj\.weight: 384×3×32×32 for "):
-        load_backbone(str(tmp_path / "a.pth"), architecture="vit_small_patch16_224", size=32)
+        load_backbone(str(tmp_path / "a.pth"), WeightsOptions(architecture="vit_small_patch16_224", size=32))
 
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_a_first_convolution_of_other_channels_is_adapted_and_it_is_said(tmp_path, channels):
     model = trained("resnet18", in_chans=channels)
     torch.save(model.state_dict(), tmp_path / "a.pth")
-    loaded = load_backbone(str(tmp_path / "a.pth"), architecture="resnet18", size=32)
+    loaded = load_backbone(str(tmp_path / "a.pth"), WeightsOptions(architecture="resnet18", size=32))
     assert f"conv1.weight adapted from {channels} to 3 input channels" in loaded.summary
     image = torch.randn(2, 1, 32, 32)
     if channels == 1:  # a grey image gives what it gave
@@ -167,5 +168,5 @@ def test_a_first_convolution_of_other_channels_is_adapted_and_it_is_said(tmp_pat
 def test_weights_that_were_never_trained_are_refused(tmp_path, value):
     state = {name: torch.full_like(tensor, value) for name, tensor in trained("resnet18").state_dict().items()}
     torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=rf"was never trained: all weights of 20 layers are {value:g}, first conv1"):
-        load_backbone(str(tmp_path / "a.pth"), architecture="resnet18")
+    with pytest.raises(ValueError, match=rf"was never trained: all weights of 20 layers are {value:g}, as conv1"):
+        load_backbone(str(tmp_path / "a.pth"), WeightsOptions(architecture="resnet18"))

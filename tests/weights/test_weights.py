@@ -16,6 +16,7 @@ from corinfomax.cli.main import main
 from corinfomax.evaluation import features
 from corinfomax.images import cache
 from corinfomax.recipes.fields import Backbone
+from corinfomax.runtime.records import WeightsOptions
 from corinfomax.weights import load as weights
 
 NAME = "test_resnet"  # tiny, from timm
@@ -43,7 +44,7 @@ def same_features(model: nn.Module, other: nn.Module) -> bool:
 
 
 def load(path, **options) -> weights.LoadedBackbone:
-    return weights.load_backbone(str(path), **{"architecture": NAME, **options})
+    return weights.load_backbone(str(path), WeightsOptions(**{"architecture": NAME, **options}))
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth", ".pt", ".PTH", ".SafeTensors"])
@@ -195,7 +196,7 @@ def test_weights_of_ours_know_their_input(tmp_path, capsys):
 def test_a_network_of_timm_is_named_once(option):
     flag = next(iter(option)).replace("_", "-")
     with pytest.raises(ValueError, match=f"^timm:resnet18 records its network: --{flag} is for weights that do not"):
-        weights.load_backbone("timm:resnet18", **option)
+        weights.load_backbone("timm:resnet18", WeightsOptions(**option))
 
 
 def test_an_input_too_small_for_the_network_names_one_that_is_not(tmp_path):
@@ -279,7 +280,7 @@ def test_a_folder_in_timms_layout_loads(model, tmp_path):
     assert same_features(model, loaded.backbone)
     assert loaded.recipe.size == model.pretrained_cfg["input_size"][-1]
     assert loaded.recipe.mean == tuple(model.pretrained_cfg["mean"])
-    assert weights.load_backbone(str(tmp_path / "hub"), size=64).recipe.size == 64
+    assert weights.load_backbone(str(tmp_path / "hub"), WeightsOptions(size=64)).recipe.size == 64
 
 
 def test_timms_weights_have_timms_input_size(monkeypatch):
@@ -328,9 +329,9 @@ def test_a_small_stem_loads_on_request(tmp_path):
     network = networks.build_backbone(stem).eval()
     save_file(network.state_dict(), tmp_path / "cifar.safetensors")
     with pytest.raises(ValueError, match=r"conv1.weight: 64×3×3×3 for 64×3×7×7"):
-        weights.load_backbone(str(tmp_path / "cifar.safetensors"), architecture="resnet18")
+        weights.load_backbone(str(tmp_path / "cifar.safetensors"), WeightsOptions(architecture="resnet18"))
     loaded = weights.load_backbone(
-        str(tmp_path / "cifar.safetensors"), architecture="resnet18", small_stem=True, size=32
+        str(tmp_path / "cifar.safetensors"), WeightsOptions(architecture="resnet18", small_stem=True, size=32)
     )
     assert same_features(network, loaded.backbone)
     assert loaded.recipe == replace(loaded.recipe, size=32, backbone=stem)
@@ -373,7 +374,7 @@ def test_integer_tensors_are_refused(tmp_path):
     state = {name: x.long() for name, x in timm.create_model(NAME, num_classes=0).state_dict().items()}
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"holds integers .*int64.* instead of weights, first in"):
-        weights.load_backbone(str(tmp_path / "a.safetensors"), architecture=NAME)
+        weights.load_backbone(str(tmp_path / "a.safetensors"), WeightsOptions(architecture=NAME))
 
 
 @pytest.mark.parametrize("recipe", ["not json", "[]", '{"not": 1}'])

@@ -1,14 +1,13 @@
 """Options that several commands share. Nothing here imports torch, so that --help answers at once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 from corinfomax.recipes.fields import Recipe
+from corinfomax.runtime.records import WeightsOptions
 
 GROUP = arg(name="")  # the flags of a group carry no prefix
 PATH = Annotated[Path | None, arg(metavar="PATH")]
@@ -40,26 +39,6 @@ class DataOptions:
     """cpu, cuda, cuda:1 or mps; auto takes the fastest."""
     memory: float | None = None
     """Most memory to use on it, in GB; default what is free."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsOptions:
-    """The network of weights whose file does not record it."""
-
-    architecture: str | None = None
-    """timm network of a plain state dict, such as resnet18."""
-    small_stem: bool = False
-    """It has a 3×3 first convolution and no max-pool."""
-    prefix: str | None = None
-    """Start of its tensors' names in a file of several networks."""
-    size: int | None = None
-    """Side of its images in pixels; this and the next default to timm's."""
-    mean: tuple[float, float, float] | None = None
-    """Mean of red, green and blue in [0, 1]."""
-    std: tuple[float, float, float] | None = None
-    """Standard deviation of red, green and blue."""
-    interpolation: Literal["bicubic", "bilinear"] | None = None
-    """Filter that resizes its images."""
 
 
 IMAGES = Annotated[DataOptions, GROUP]

@@ -1,7 +1,5 @@
 """`corinfomax bench`: the time of a training step on this machine, part by part."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """`corinfomax doctor`: problems in the images, and the forecast of training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -48,9 +46,8 @@ class Doctor:
 
         # The forecast comes first: on a CPU the peak of memory is then that of training.
         name, recipe, reason = published.choose(self.data, survey.images, survey.short_side, cuda=device.type == "cuda")
-        recipe = fit.fit_batch(
-            replace(recipe, precision=network.choose_precision(recipe, device, training=True)), survey.images
-        )
+        precision = network.choose_precision(recipe, device, training=True)
+        recipe = fit.fit_batch(replace(recipe, precision=precision), survey.images)
         too_large = footprint.warning(recipe, device) if self.seconds else None
         if too_large is not None:
             print(too_large)

@@ -1,12 +1,11 @@
 """`corinfomax embed`: the features of every image, in a file."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from corinfomax.cli.arguments import DATA, IMAGES, NETWORK, WEIGHTS, DataOptions, WeightsOptions
+from corinfomax.cli.arguments import DATA, IMAGES, NETWORK, WEIGHTS, DataOptions
+from corinfomax.runtime.records import WeightsOptions
 
 
 @dataclass(frozen=True, kw_only=True)

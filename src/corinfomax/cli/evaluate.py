@@ -1,12 +1,11 @@
 """`corinfomax evaluate`: scores of frozen features beside baselines and other weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tyro.conf import UseAppendAction
 
-from corinfomax.cli.arguments import DATA, IMAGES, NETWORK, PATH, WEIGHTS, DataOptions, WeightsOptions
+from corinfomax.cli.arguments import DATA, IMAGES, NETWORK, PATH, WEIGHTS, DataOptions
+from corinfomax.runtime.records import WeightsOptions
 
 
 @dataclass(frozen=True, kw_only=True)

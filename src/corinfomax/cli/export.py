@@ -1,7 +1,5 @@
 """`corinfomax export`: the trained backbone for use without this package, verified."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,8 +13,8 @@ from corinfomax.cli.arguments import PATH
 class Export:
     """Write the trained backbone for use without this package.
 
-    A run that did not improve on the weights it started from gives those; name a checkpoint for its own. A fresh
-    process loads what is written and compares the features. timm is a folder with a model card, for
+    A run that did not improve on its starting weights exports those; name a checkpoint to get its own. A fresh process
+    loads what is written and compares the features. timm is a folder with a model card, for
     timm.create_model("local-dir:…", pretrained=True), or for its own load.py when timm has no such network. state-dict
     is one .safetensors file with timm's names, which are torchvision's for its ResNets. onnx needs the onnx extra.
     """

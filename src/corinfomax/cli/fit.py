@@ -1,11 +1,8 @@
 """A recipe chosen and fitted to what it meets: typed settings, the network, the images, the device."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
 
 import timm
 import torch
@@ -15,6 +12,7 @@ from corinfomax.images.sources import Data
 from corinfomax.recipes import fields, published
 from corinfomax.recipes.fields import Backbone, Recipe
 from corinfomax.recipes.published import RECIPES
+from corinfomax.runtime.records import Start, WeightsOptions
 from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone
 
 
@@ -45,17 +43,14 @@ def choose_recipe(
 def load_init(name: str, prefix: str | None, typed: Recipe, flags: Collection[str]) -> LoadedBackbone:
     """The weights of --init, printed; typed settings tell what weights of others do not record."""
     # what was typed of the network and its input
-    options: dict[str, Any] = {"prefix": prefix}
-    inputs = ("size", "mean", "std", "interpolation")
-    options |= {option: getattr(typed, option) for option in inputs if option in flags}
-    if "backbone.name" in flags:
-        options["architecture"] = typed.backbone.name
-    if "backbone.small-stem" in flags:
-        options["small_stem"] = typed.backbone.small_stem
+    names = {"backbone.name": "architecture", "backbone.small-stem": "small_stem"}
+    names |= {flag: flag for flag in ("size", "mean", "std", "interpolation")}
+    values = fields.flags(typed)
+    options = WeightsOptions(prefix=prefix, **{names[flag]: values[flag] for flag in flags & names.keys()})
 
     # weights that record both leave these settings to the run
     try:
-        loaded = load_backbone(name, **options)
+        loaded = load_backbone(name, options)
     except RecordedError:
         if prefix is not None:
             raise
@@ -107,6 +102,13 @@ def fit_start(start: LoadedBackbone, recipe: Recipe) -> LoadedBackbone:
         print(f"position embeddings resized from {start.recipe.size} to {recipe.size} px")
         start.backbone.set_input_size(img_size=recipe.size)  # type: ignore[operator]
     return start
+
+
+def start_record(start: LoadedBackbone, name: str, prefix: str | None, recipe: Recipe, flags: Collection[str]) -> Start:
+    """The record of the weights of --init, with the typed words that load them again."""
+    words = {"backbone.name": ["--backbone.name", recipe.backbone.name], "prefix": ["--prefix", prefix or ""]}
+    words["backbone.small-stem"] = ["--backbone.small-stem"] if recipe.backbone.small_stem else []
+    return start.start(name, *(word for flag in words if flag in flags for word in words[flag]))
 
 
 def fit_batch(recipe: Recipe, count: int) -> Recipe:

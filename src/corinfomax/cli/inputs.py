@@ -1,7 +1,5 @@
 """Steps that the commands share: device, weights, images, and lines about what was read and skipped."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 
 from corinfomax.cli import messages
-from corinfomax.cli.arguments import DataOptions, WeightsOptions
+from corinfomax.cli.arguments import DataOptions
 from corinfomax.diagnosis.expected_input import better_input
 from corinfomax.evaluation import table
 from corinfomax.images import cache, files, tables
@@ -21,7 +19,7 @@ from corinfomax.images.sources import Data
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import memory, processes, run_folder
-from corinfomax.runtime.records import Facts, Results
+from corinfomax.runtime.records import Facts, Results, WeightsOptions
 from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone, load_start
 
 
@@ -47,7 +45,7 @@ def choose_device(name: str, *, gigabytes: float | None = None) -> torch.device:
 
 def load_weights(name: str, options: WeightsOptions, device: torch.device, *, last: bool = False) -> LoadedBackbone:
     """The backbone of a run, a file or timm, on the device; prints what was loaded. `last` as in `load_backbone`."""
-    loaded = load_backbone(name, last=last, **vars(options))
+    loaded = load_backbone(name, options, last=last)
     print(f"loaded {loaded.summary}")
     return loaded._replace(backbone=loaded.backbone.to(device).to(memory_format=torch.channels_last))
 
@@ -58,19 +56,17 @@ def load_several(names: Sequence[str], options: WeightsOptions, device: torch.de
     A run that continued from weights gives its last checkpoint, even where it gives back the start elsewhere.
     """
     loaded: list[LoadedBackbone] = []
-    refused: list[RecordedError] = []
+    refused: dict[str, RecordedError] = {}  # by name, the refusal of all options
     of_input = replace(options, architecture=None, small_stem=False, prefix=None)
     for name in names:
-        try:
-            loaded.append(load_weights(name, options, device, last=True))
-        except RecordedError as error:
-            refused.append(error)
+        for choice in (options, of_input, WeightsOptions()):
             try:
-                loaded.append(load_weights(name, of_input, device, last=True))
-            except RecordedError:
-                loaded.append(load_weights(name, WeightsOptions(), device, last=True))
-    if len(refused) == len(names):
-        raise refused[0]
+                loaded.append(load_weights(name, choice, device, last=True))
+                break
+            except RecordedError as error:
+                refused.setdefault(name, error)
+    if refused.keys() >= set(names):
+        raise refused[names[0]]
     return loaded
 
 
@@ -113,18 +109,16 @@ def load_splits(data: Data, recipe: Recipe, options: DataOptions) -> Splits:
     if train.unlabelled:
         print(f"no scores: {train.unlabelled}")
     if train.labels is not None and test is not None and test.labels is None:
-        reason = (
-            test.unlabelled or "the test images have no labels; --holdout 0.1 scores on some of the training images"
-        )
-        print(f"no scores: {reason}")
+        remedy = "--holdout 0.1 scores on some of the training images"
+        print(f"no scores: {test.unlabelled or f'the test images have no labels; {remedy}'}")
     return splits
 
 
 def warn_of_input(loaded: LoadedBackbone, images: Images, recipe: Recipe, device: torch.device) -> None:
     """Print a warning if weights of others seem to expect images of another mean and standard deviation."""
     if not loaded.ours and (flags := better_input(loaded.backbone.to(device), images, recipe, device=device)):
-        expected = "the statistics of their first BatchNorm fit images of another mean or standard deviation"
-        print(f"warning: these weights were probably not trained on such input ({expected}): try {flags}")
+        reason = "the statistics of their first BatchNorm fit another mean or standard deviation"
+        print(f"warning: these weights probably expect another normalisation ({reason}): try {flags}")
 
 
 def print_skipped(data: Data, skip_list: Path | None, splits: Mapping[str, Images]) -> None:
@@ -190,7 +184,7 @@ def are_own_images(name: str, options: DataOptions, loaded: LoadedBackbone) -> b
 
 
 def before(run: Path, splits: Splits, recipe: Recipe, device: torch.device) -> list[table.Contender]:
-    """The weights that a run started from, to score beside its own; none if they are gone."""
+    """Starting weights of a run as a contender; an empty list if they are missing."""
     try:
         backbone = load_start(run).backbone.to(device).to(memory_format=torch.channels_last)
     except (OSError, ValueError) as error:

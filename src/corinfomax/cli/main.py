@@ -1,7 +1,5 @@
 """The command line: run the typed command and turn its end into an exit code."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import logging

@@ -1,7 +1,5 @@
 """Sentences for the user: a mistake in one line, and the command to type next."""
 
-from __future__ import annotations
-
 import os
 import shlex
 

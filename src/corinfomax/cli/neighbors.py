@@ -1,13 +1,12 @@
 """`corinfomax neighbors`: the images most similar to given ones, as text and as a page."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
 from tyro.conf import UseAppendAction
 
-from corinfomax.cli.arguments import DATA, IMAGES, NETWORK, WEIGHTS, DataOptions, WeightsOptions
+from corinfomax.cli.arguments import DATA, IMAGES, NETWORK, WEIGHTS, DataOptions
+from corinfomax.runtime.records import WeightsOptions
 
 
 @dataclass(frozen=True, kw_only=True)

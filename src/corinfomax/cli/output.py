@@ -1,7 +1,5 @@
 """Standard output and error that never cost the work: what cannot be written is dropped."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """The words of the command line, read once: the command with its options, and the flags that were typed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import make_dataclass
 from typing import Annotated, Any, get_args

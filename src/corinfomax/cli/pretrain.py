@@ -1,7 +1,5 @@
 """`corinfomax pretrain`: from images to weights, verdict, scores and page."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os
@@ -42,7 +40,7 @@ class Pretrain:
     init: str | None = None
     """Weights to start from: a run, a file, a folder, or timm:NETWORK."""
     prefix: str | None = None
-    """Start of their tensors' names in a file of several networks."""
+    """Prefix of their tensor names, in a file with several networks."""
     out: PATH = None
     """Run folder; default is a new one in ./runs."""
     resume: PATH = None
@@ -93,7 +91,7 @@ class Pretrain:
         return train.conclude(trained, plan.data, device) if first else 0
 
 
-def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Plan:
+def _plan(command: Pretrain, typed: frozenset[str], device: "torch.device") -> "Plan":
     """The run as typed, or as recorded when it is resumed; ValueError for a flag that would make it another run."""
     from corinfomax.cli import fit, inputs, train
     from corinfomax.training import loop, trackers
@@ -102,17 +100,7 @@ def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Pla
     # what a resumed run has recorded
     name, options, images, resumed = command.data, command.options, command.images, None
     if command.resume is not None:
-        fixed = {
-            *fields.flags(Recipe()),
-            "recipe",
-            "init",
-            "prefix",
-            "out",
-            "holdout",
-            "test-split",
-            "skip",
-            "download",
-        }
+        fixed = {*fields.flags(Recipe()), *"recipe init prefix out holdout test-split skip download".split()}
         if changing := sorted(typed & fixed):
             rule = f"a resumed run keeps its recipe and its splits: --{changing[0]} cannot go with --resume"
             raise ValueError(f"{rule}. It takes DATA, --root, --cache, --device, --memory and how to log and save")
@@ -155,10 +143,5 @@ def _plan(command: Pretrain, typed: frozenset[str], device: torch.device) -> Pla
         start = fit.fit_start(start, recipe)
     record = None if resumed is None else resumed.facts.start
     if start is not None and command.init is not None:
-        named = {
-            "backbone.name": ["--backbone.name", recipe.backbone.name],
-            "prefix": ["--prefix", command.prefix or ""],
-        }
-        named["backbone.small-stem"] = ["--backbone.small-stem"] if recipe.backbone.small_stem else []
-        record = start.start(command.init, *(word for flag in named if flag in typed for word in named[flag]))
+        record = fit.start_record(start, command.init, command.prefix, recipe, typed)
     return train.Plan(data, images, recipe, recipe_name, options, resumed, start, record)

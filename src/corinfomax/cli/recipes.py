@@ -1,7 +1,5 @@
 """`corinfomax recipes`: the named recipes, or every setting of one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """The work of `corinfomax pretrain` in its run folder: images, training, verdict, scores and page."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

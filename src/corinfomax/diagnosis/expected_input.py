@@ -1,10 +1,8 @@
 """The mean and standard deviation that weights expect of their input, read off their first BatchNorm.
 
-Its running statistics come from images normalised as in training. On photographs normalised alike they hold again;
-under another usual normalisation they do not. Networks without BatchNorm cannot tell.
+Its running statistics come from images normalised as in training. Photographs normalised the same way reproduce them;
+another common normalisation does not. Networks without BatchNorm give no hint.
 """
-
-from __future__ import annotations
 
 from dataclasses import replace
 
@@ -44,20 +42,19 @@ def better_input(backbone: nn.Module, images: Images, recipe: Recipe, *, device:
     if norm is None or norm.running_mean is None:
         return None
     sample = images.select(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:IMAGES])
-    own = shift(backbone, norm, sample, recipe, device=device)
-    if own < FAR:
+    current = shift(backbone, norm, sample, recipe, device=device)
+    if current < FAR:
         return None
-    others = [replace(recipe, mean=mean, std=std) for mean, std in USUAL]
-    shifts = [shift(backbone, norm, sample, other, device=device) for other in others]
-    best = min(range(len(others)), key=shifts.__getitem__)
-    return " ".join(fields.difference(others[best], recipe)) if shifts[best] < FITS else None
+    candidates = [replace(recipe, mean=mean, std=std) for mean, std in USUAL]
+    shifts = [shift(backbone, norm, sample, candidate, device=device) for candidate in candidates]
+    best = min(range(len(candidates)), key=shifts.__getitem__)
+    return " ".join(fields.difference(candidates[best], recipe)) if shifts[best] < FITS else None
 
 
 @torch.inference_mode()
 def shift(backbone: nn.Module, norm: _BatchNorm, images: Images, recipe: Recipe, *, device: torch.device) -> float:
     """Kullback-Leibler divergence in nats of `norm`'s input from its running statistics, the median over channels."""
-    pixels, sizes = images.batch(torch.arange(len(images)))
-    x = operations.centre_view(pixels.to(device), sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
+    x = operations.test_view(*images.batch(torch.arange(len(images))), recipe, device)
 
     # the network runs up to the layer, and no further
     def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -4,8 +4,6 @@ Features and projections are (images, views, dimensions) tensors, or (rows, dime
 Everything is float64: the measures take logarithms of small eigenvalues.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator
@@ -29,7 +27,7 @@ from corinfomax.views import operations
 VIEWS = 4  # per image: two pairs for LDMI, and enough variation within an image for LiDAR
 LEAST_IMAGES = 256
 IMAGES_PER_DIM = 4  # two views have 2·D columns; with fewer rows than twice that, LDMI measures the sample size
-REQ_RANKS = (3, 50)  # counted from 1: the first directions are few and special, the last are noise of a finite sample
+REQ_RANKS = (3, 50)  # counted from 1: the first few directions are atypical, the last are sampling noise
 DEAD = 0.01  # standard deviation of a dimension, relative to the root mean square over dimensions
 DUPLICATE = 0.95  # |correlation| of two dimensions
 TWIN = 0.02  # squared distance between two images, relative to the mean over pairs
@@ -39,7 +37,7 @@ LEAST_LOOKS = 10  # even in runs so short that they cost more; three fall into t
 
 
 class Sample(NamedTuple):
-    """The images that every look measures."""
+    """Fixed sample of images, measured at every look."""
 
     images: Images
     held_out: bool  # training never uses them
@@ -101,8 +99,8 @@ def _outputs(
     batches = torch.arange(len(images)).split(recipe.micro_batch or max(recipe.batch, LEAST_IMAGES))
     features, projections = [], []
     with evaluating(backbone, projector):
-        whole = nn.Sequential(backbone, projector).eval()  # as written, if the network is compiled
-        at_once = images_at_once(whole, recipe, device, side=recipe.size, most=len(batches[0]))
+        model = nn.Sequential(backbone, projector).eval()  # as written, if the network is compiled
+        at_once = images_at_once(model, recipe, device, side=recipe.size, most=len(batches[0]))
         for view, rows in itertools.product(range(VIEWS), batches):
             for x in _view(images, recipe, view, rows, device, at_once):
                 with autocast(recipe, device):
@@ -123,9 +121,9 @@ def _view(
     pixels, sizes = images.batch(rows)
     parameters = operations.draw(recipe.views[view % 2], sizes, generator(0, f"diagnosis view {view}", int(rows[0])))
     for start in range(0, len(rows), at_once):
-        part = slice(start, start + at_once)
-        x, chosen = pixels[part].to(device), parameters.take(part)
-        yield operations.apply(x, sizes[part], chosen, size=recipe.size, mean=recipe.mean, std=recipe.std)
+        chunk = slice(start, start + at_once)
+        x, chosen = pixels[chunk].to(device), parameters.take(chunk)
+        yield operations.apply(x, sizes[chunk], chosen, size=recipe.size, mean=recipe.mean, std=recipe.std)
 
 
 def _float64(x: Tensor) -> Tensor:

@@ -4,8 +4,6 @@ It follows from the rows of metrics.jsonl and the recipe alone. docs/verdict.md 
 and how often the verdict is right.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import get_args
@@ -122,8 +120,8 @@ def _data_problem(data: DataMeasures) -> Verdict | None:
         flags = "--views.0.crop-area 0.25 1 --views.0.jitter 0.8, and the same for --views.1"
         advice = f"Without augmentation there is nothing to learn: try {flags}."
     elif data.better_input is not None:
-        evidence = f"The first BatchNorm of the weights fits images normalised by {data.better_input}, and not these."
-        advice = "The weights were trained on other input: start again with those flags."
+        evidence = f"The first BatchNorm of the weights matches images normalised with {data.better_input}, not these."
+        advice = "The weights expect other input: start again with these flags."
     else:
         return None
     numbers = {name: value for name, value in data._asdict().items() if name != "better_input"}
@@ -140,15 +138,15 @@ def big_bang_range(recipe: Recipe, step: int) -> tuple[float, float]:
     if loss.name == "kernel":
         log_det = math.log(n + loss.shift) + (n - 1) * math.log(loss.shift)
         return -2 * math.log1p(loss.shift), -2 * log_det / n
-    left = loss.cov_decay**step
-    rest = left * loss.cov_init + loss.shift
-    return -2 * math.log((1 - left) * (1 / _dim(recipe)) + rest), -2 * math.log(rest)
+    remaining = loss.cov_decay**step
+    rest = remaining * loss.cov_init + loss.shift
+    return -2 * math.log((1 - remaining) * (1 / _dim(recipe)) + rest), -2 * math.log(rest)
 
 
 def _collapse(big_bang: float, step: int, measures: Measures, recipe: Recipe) -> Verdict | None:
     # The place of the big bang between even spread and none; an eps larger than all else hides both.
     even, collapsed = big_bang_range(recipe, step)
-    way = (big_bang - even) / (collapsed - even) if collapsed > even else 0.0
+    collapsed_share = (big_bang - even) / (collapsed - even) if collapsed > even else 0.0
     place = f"the big bang is {big_bang:.3g}, between {even:.3g} for even spread and {collapsed:.3g} for none"
 
     # The held-out gap without the projections' overall scale, and exp of the entropy of the variance shares.
@@ -157,8 +155,8 @@ def _collapse(big_bang: float, step: int, measures: Measures, recipe: Recipe) ->
     used = math.exp(-sum(share * math.log(share) for share in shares))
 
     numbers = {name: getattr(measures, name) for name in ("spread", "spread_gap", "rank")}
-    numbers |= {"big_bang": big_bang, "way": way, "uneven": gap, "directions": used}
-    if step > YOUNG and way > COLLAPSED and measures.spread < ONE_POINT:
+    numbers |= {"big_bang": big_bang, "way": collapsed_share, "uneven": gap, "directions": used}
+    if step > YOUNG and collapsed_share > COLLAPSED and measures.spread < ONE_POINT:
         evidence = f"The projections of all images coincide (spread {measures.spread:.0e}); {place}."
         return Verdict("complete collapse", evidence, _cause_of_collapse(recipe), numbers)
     if step <= LAGGING:
@@ -166,13 +164,13 @@ def _collapse(big_bang: float, step: int, measures: Measures, recipe: Recipe) ->
 
     # A kernel spreads images instead of directions, so its own matrix tells of a collapse.
     kernel = recipe.loss.name == "kernel"
-    if kernel and way > CROWDED:
+    if kernel and collapsed_share > CROWDED:
         evidence = f"Most images can be predicted from the others' projections: {place}."
     elif kernel and used < min(FEW_DIRECTIONS, dim / 4):
         evidence = f"The projections vary in only about {used:.1f} of {dim} dimensions."
     elif not kernel and gap > UNEVEN:
-        uneven = f"{_percent(measures.spectrum[0])} of the variance, and the spectrum is {gap:.1f} nats per dimension"
-        evidence = f"The projections hardly use most of their {dim} dimensions: one holds {uneven} from an even one."
+        rest = f"of the variance ({gap:.1f} nats per dimension from an even spectrum)"
+        evidence = f"Most of the {dim} dimensions are hardly used: one holds {_percent(measures.spectrum[0])} {rest}."
     else:
         return None
     advice = _cause_of_collapse(recipe, few_images=measures.ldmi is None)
@@ -204,7 +202,7 @@ def _invariance(last: Row, measures: Measures, recipe: Recipe, share: float) -> 
     flags = "--views.0.crop-area 0.25 1 and --views.1.crop-area 0.25 1"
     advice = f"The views have too little in common, or the network is too small for them: try {flags}."
     if alpha < usual / 2:
-        advice = f"An alpha of {alpha:g} hardly pulls views together: try the usual --loss.alpha {usual:.0f}."
+        advice = f"With an alpha of {alpha:g} views are hardly pulled together: try the usual --loss.alpha {usual:.0f}."
     return Verdict("under-invariant", evidence, advice, numbers)
 
 
@@ -269,12 +267,12 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
     if ended and best is None:
         steps = "one step" if last.step == 1 else f"{last.step} steps"
         short = f", in a run of only {steps}" if last.step < ENOUGH else ""
-        few = f"Fewer than {2 * dim} images were measured, too few to tell how much views share{short}: add images."
-        return Verdict("too few to say", f"Nothing looks wrong: {used}.", few, numbers)
+        advice = f"Fewer than {2 * dim} images were measured, too few to tell how much views share{short}: add images."
+        return Verdict("too few to say", f"Nothing looks wrong: {used}.", advice, numbers)
 
     # Too early to compare with the last look of the first two thirds.
-    known = [(row.step, value) for row in looks if (value := _best(row)) is not None and row.step > LAGGING]
-    before = [(step, value) for step, value in known if step <= last.step * 2 / 3]
+    measured = [(row.step, value) for row in looks if (value := _best(row)) is not None and row.step > LAGGING]
+    before = [(step, value) for step, value in measured if step <= last.step * 2 / 3]
     if best is None or not before or (share < SETTLED and not ended):
         shared = "" if best is None else f"two views of {image} share {best:.2f} nats per dimension; "
         epochs = math.ceil(recipe.epochs * ENOUGH / last.step)
@@ -286,7 +284,7 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
         return Verdict("still warming up", evidence, longer if ended else "Nothing looks wrong so far.", numbers)
 
     # The gain since then, and the step with the most.
-    (then, earlier), (top, _) = before[-1], max(known, key=lambda pair: pair[1])
+    (then, earlier), (top, _) = before[-1], max(measured, key=lambda pair: pair[1])
     gain = (best - earlier) / max(abs(earlier), 1e-3)
     change = f"{_percent(gain, sign='+')} since step {then}"
     evidence = f"Two views of {image} share {best:.2f} nats per dimension ({change}); {used}."

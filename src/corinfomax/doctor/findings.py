@@ -1,7 +1,5 @@
 """Findings: problems in the inspected images, as sentences, and the list of images to skip."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence

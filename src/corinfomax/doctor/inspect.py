@@ -1,7 +1,5 @@
 """Inspection of each image in a split: readable or not, size, format, colours, and a thumbnail to compare."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from contextlib import closing
@@ -98,16 +96,16 @@ def _inspect_image(
         deep = Levels(0.0, min(float(pixels.max()) * 257 + 256, DEEPEST), floating=False)
 
     # Images are compared as they are in the file: with few levels left, different ones would look the same.
-    whole = pixels if deep is None or image.mode == "RGB" else _stretched(image, deep)
+    compared = pixels if deep is None or image.mode == "RGB" else _stretched(image, deep)
 
     # Two matrix products: for small images Pillow's resize would spend its time on three copies.
     levels = pixels.astype(np.float32)
-    thumbnail = _area_weights(whole.shape[1]) @ whole.astype(np.float32) @ _area_weights(whole.shape[2]).T
+    thumbnail = _area_weights(compared.shape[1]) @ compared.astype(np.float32) @ _area_weights(compared.shape[2]).T
     flat, x = pixels.reshape(3, -1), levels.reshape(3, -1) / 255
     moments = np.stack((x.mean(1), (x * x).mean(1)))
 
     # The shape goes into the hash: the same bytes in another shape are another image.
-    digest = hashlib.blake2b(whole.data, digest_size=16, salt=b"%d %d" % whole.shape[1:]).digest()
+    digest = hashlib.blake2b(compared.data, digest_size=16, salt=b"%d %d" % compared.shape[1:]).digest()
     flat_range = (flat.max(1) - flat.min(1)).max() if deep is None else deep.high - deep.low
     blank = bool(flat_range <= (3 if deep is None else 0))  # levels of 255: JPEG rounding
     grey = np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[1], pixels[2])

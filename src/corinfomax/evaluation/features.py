@@ -1,11 +1,8 @@
 """Feature vectors of images from a trained backbone, and their files."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +43,8 @@ def feature_blocks(
     model: nn.Module, images: Images, recipe: Recipe, *, device: torch.device | str = "cpu", progress: str | None = None
 ) -> Iterator[Float[Tensor, "_ f"]]:
     """The rows of `extract_features` a batch at a time, for sets larger than memory."""
-    batches = torch.arange(len(images)).split(
-        images_at_once(model, recipe, torch.device(device), side=recipe.test_side, most=BATCH)
-    )
+    size = images_at_once(model, recipe, torch.device(device), side=recipe.test_side, most=BATCH)
+    batches = torch.arange(len(images)).split(size)
     for rows in tqdm(batches, progress, unit="batch", leave=False, disable=None if progress else True):
         pixels, sizes = images.batch(rows)
         yield features_of_pixels(model, pixels, sizes, recipe, torch.device(device))
@@ -58,10 +54,8 @@ def features_of_pixels(
     model: nn.Module, pixels: UInt8[Tensor, "n 3 h w"], sizes: Int[Tensor, "n 2"], recipe: Recipe, device: torch.device
 ) -> Float[Tensor, "n f"]:
     """The rows of `extract_features` for padded images of these heights and widths."""
-    pixels = pixels.to(device)
     with evaluating(model), torch.inference_mode(), autocast(recipe, device):
-        filtered = partial(operations.centre_view, interpolation=recipe.interpolation)
-        x = filtered(pixels, sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
+        x = operations.test_view(pixels, sizes, recipe, device)
         return model(match_dtype(x, model)).float().cpu()
 
 

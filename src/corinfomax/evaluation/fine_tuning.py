@@ -1,7 +1,5 @@
 """Training with labels: the published linear probe, and fine-tuning with few labels."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable, Iterator
@@ -74,10 +72,10 @@ def fine_tune(
     Raises FloatingPointError if it diverges.
     """
     assert train.labels is not None
-    few = train.select(labelled_share(train.labels, share, recipe.seed))
-    epochs = max(TUNING_EPOCHS, math.ceil(FEWEST_STEPS / max(1, len(few) // TUNING_BATCH)))
+    labelled = train.select(labelled_share(train.labels, share, recipe.seed))
+    epochs = max(TUNING_EPOCHS, math.ceil(FEWEST_STEPS / max(1, len(labelled) // TUNING_BATCH)))
     crop = replace(recipe.views[0], jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)
-    title = f"fine-tuning on {len(few)} labels"
+    title = f"fine-tuning on {len(labelled)} labels"
 
     # The copy and its head, from zeros: a random head's first gradients would disturb the backbone.
     model = copy.deepcopy(backbone).train()
@@ -89,10 +87,10 @@ def fine_tune(
     head_lr = HEAD_LR[share] * recipe.probe.lr
     optimizer = torch.optim.SGD([{"params": net.parameters()} for net in (head, model)], lr=head_lr, momentum=0.9)
 
-    parts = _parts(nn.Sequential(model, head), recipe, device)
-    for epoch, x, y in _batches(few, crop, recipe, "fine-tuning", TUNING_BATCH, epochs, device, title):
+    chunks = _chunks(nn.Sequential(model, head), recipe, device)
+    for epoch, x, y in _batches(labelled, crop, recipe, "fine-tuning", TUNING_BATCH, epochs, device, title):
         quarter = 4 * epoch // epochs
-        losses = _losses(nn.Sequential(model, head), x, y, recipe, parts)
+        losses = _losses(nn.Sequential(model, head), x, y, recipe, chunks)
         _step(optimizer, losses, head_lr * 0.1**quarter, BACKBONE_LR * 0.2**quarter)
 
     if not all(weights.isfinite().all() for weights in (*head.parameters(), *model.parameters())):
@@ -100,8 +98,8 @@ def fine_tune(
     return head.cpu()(extract_features(model, test, recipe, device=device)).argmax(1)
 
 
-def _parts(model: nn.Module, recipe: Recipe, device: torch.device) -> int:
-    """Parts of a batch, one if its gradient fits into half of the free memory; BatchNorm sees a part at a time."""
+def _chunks(model: nn.Module, recipe: Recipe, device: torch.device) -> int:
+    """Chunks of a batch, one if its gradient fits into half of the free memory; BatchNorm sees a chunk at a time."""
     side = recipe.test_side
 
     def both_ways(count: int) -> None:
@@ -110,18 +108,18 @@ def _parts(model: nn.Module, recipe: Recipe, device: torch.device) -> int:
             model(x).float().sum().backward()
 
     model.eval()  # so that BatchNorm's statistics stay
-    each = memory.growth(both_ways)
+    bytes_per_image = memory.growth(both_ways)
     model.train().zero_grad(set_to_none=True)
-    fitting = max(2.0, memory.room(device) / 2 // each)
+    fitting = max(2.0, memory.room(device) / 2 // bytes_per_image)
     return math.ceil(TUNING_BATCH / fitting)
 
 
 def _losses(
-    model: nn.Module, x: Float[Tensor, "n 3 s s"], y: Int[Tensor, " n"], recipe: Recipe, parts: int
+    model: nn.Module, x: Float[Tensor, "n 3 s s"], y: Int[Tensor, " n"], recipe: Recipe, chunks: int
 ) -> Iterator[Float[Tensor, ""]]:
-    """The mean cross-entropy as a sum over parts of the batch, each with two images at least."""
-    parts = max(1, min(parts, len(x) // 2))
-    for images, labels in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+    """The mean cross-entropy as a sum over chunks of the batch, each with two images at least."""
+    chunks = max(1, min(chunks, len(x) // 2))
+    for images, labels in zip(x.tensor_split(chunks), y.tensor_split(chunks), strict=True):
         with autocast(recipe, x.device):
             logits = model(images).float()
         yield F.cross_entropy(logits, labels) * (len(labels) / len(y))

@@ -1,7 +1,5 @@
 """Certainty of a score: bootstrap intervals over test images, retrieval, and whether pretraining helped."""
 
-from __future__ import annotations
-
 import math
 from statistics import NormalDist
 from typing import Literal
@@ -50,16 +48,16 @@ def resample_means(values: Float[Tensor, "m c"], *, seed: int) -> Float[Tensor, 
     All columns share the draws, so the difference of two columns' means is that of paired rows.
     """
     m, rng = len(values), generator(seed, "bootstrap")
-    both = torch.cat([values.nan_to_num(), (~values.isnan()).to(values)], 1).double().cpu()
-    one = torch.ones((), dtype=torch.float64)
+    values_and_counts = torch.cat([values.nan_to_num(), (~values.isnan()).to(values)], 1).double().cpu()
+    unit = torch.ones((), dtype=torch.float64)
 
     means, size = [], max(1, COSINES // m)
     for first in range(0, RESAMPLES, size):
-        # How often each row is drawn, so that a mean is a matrix product.
+        # Count the draws of each row: a mean is then a matrix product.
         count = min(size, RESAMPLES - first)
         rows = torch.randint(m, (count, m), generator=rng)
-        times = torch.zeros(count, m, dtype=torch.float64).scatter_add_(1, rows, one.expand(count, m))
-        total, number = (times @ both).chunk(2, 1)
+        times = torch.zeros(count, m, dtype=torch.float64).scatter_add_(1, rows, unit.expand(count, m))
+        total, number = (times @ values_and_counts).chunk(2, 1)
         means.append(total / number)
     return torch.cat(means).to(values)
 
@@ -78,16 +76,16 @@ def wilson(percent: float, count: int) -> tuple[float, float]:
     return 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0)
 
 
-def compare(ours: Float[Tensor, " m"], others: dict[str, Float[Tensor, " m"]], *, seed: int) -> Comparison:
-    """`ours` against the best of `others`; each row is 1 for an image classified correctly, else 0.
+def compare(ours: Float[Tensor, " m"], alternatives: dict[str, Float[Tensor, " m"]], *, seed: int) -> Comparison:
+    """`ours` against the best of `alternatives`; each row is 1 for an image classified correctly, else 0.
 
     The verdict is unclear when the 95 % interval of the paired difference holds 0, or the exact sign test of the images
     decided differently exceeds 5 %: on few images a bootstrap interval is too narrow.
     """
-    # The best of the others, and the paired difference from it.
-    score = {name: 100 * float(values.mean()) for name, values in others.items()}
-    other = max(score, key=score.__getitem__)
-    paired = ours - others[other]
+    # The best alternative, and the paired difference from it.
+    score = {name: 100 * float(values.mean()) for name, values in alternatives.items()}
+    best = max(score, key=score.__getitem__)
+    paired = ours - alternatives[best]
     low, high = central_intervals(100 * resample_means(paired[:, None], seed=seed))[0]
     wins, losses = int((paired > 0).sum()), int((paired < 0).sum())
 
@@ -95,7 +93,7 @@ def compare(ours: Float[Tensor, " m"], others: dict[str, Float[Tensor, " m"]], *
     if not low <= 0 <= high and sign_test(wins, losses) <= 1 - LEVEL:
         verdict = "better" if low > 0 else "worse"
     mean = 100 * float(ours.mean())
-    return Comparison(verdict, mean, other, score[other], mean - score[other], low, high, wins + losses, len(ours))
+    return Comparison(verdict, mean, best, score[best], mean - score[best], low, high, wins + losses, len(ours))
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -112,8 +110,8 @@ def pretraining_sentence(c: Comparison, nearest: Comparison) -> str:
     """
     scores = f"the linear probe reaches {c.score:.1f} % on these features and {c.other_score:.1f} % on {c.other}"
     if c.verdict == "unclear" and c.decided < FEWEST:
-        few = f"only {c.decided} of {c.images:,} test images are decided differently"
-        return f"Too little to say whether pretraining helped: {scores}, and {few}."
+        reason = f"only {c.decided} of {c.images:,} test images are decided differently"
+        return f"Too little to say whether pretraining helped: {scores}, and {reason}."
 
     sentence = f"Pretraining {HELPED[c.verdict]}: {scores}, {_points(c)}"
     if nearest.verdict not in (c.verdict, "unclear"):

@@ -1,8 +1,5 @@
 """Feature vectors in fewer dimensions: principal components, and PaCMAP with the extra `map`."""
 
-from __future__ import annotations
-
-import importlib.util
 import logging
 
 import numpy as np
@@ -34,11 +31,6 @@ def principal(x: Float[Tensor, "n f"], *, dims: int = 2) -> tuple[Float[Tensor, 
 def leading(x: Float[Tensor, "n f"], *, dims: int) -> Float[Tensor, "n g"]:
     """Unit rows reduced to at most `dims` principal directions: nearly the same cosines at a fraction of the cost."""
     return x if x.shape[1] <= dims else normalize(principal(x, dims=dims)[0], dim=1)
-
-
-def pacmap_installed() -> bool:
-    """True with the extra `map`."""
-    return importlib.util.find_spec("pacmap") is not None
 
 
 def neighbour_map(x: Float[Tensor, "n f"], *, seed: int) -> Float[Tensor, "n 2"]:

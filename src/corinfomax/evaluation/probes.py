@@ -4,8 +4,6 @@ Class ids count from 0 and may have gaps: an id without a training row is never 
 type. Nearest neighbours run in float32, fits in float64.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Similar images: exact nearest neighbours by cosine, and near-duplicates by pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -151,25 +149,3 @@ def pairs_within(x: Float[Tensor, "n f"], distance: float) -> Iterator[Int[Tenso
             a, b = torch.ge(tile, least, out=near).nonzero().unbind(1)
             pairs = torch.stack((a + start, b + column), 1)
             yield order[pairs[pairs[:, 0] < pairs[:, 1]]]
-
-
-class DuplicateGroups(NamedTuple):
-    """Groups of ascending rows that probably show the same image, highest correlation first."""
-
-    groups: list[list[int]]
-    correlations: list[float]  # the lowest correlation among the pairs that connect each group
-
-
-def group_duplicates(pairs: Int[Tensor, "m 2"], correlations: Float[Tensor, " m"]) -> DuplicateGroups:
-    """Connected components of the pairs."""
-    rows, ends = pairs.unique(return_inverse=True)
-
-    # pass the lowest row number along the pairs until nothing changes
-    group, previous = torch.arange(len(rows)), torch.arange(0)
-    while not group.equal(previous):
-        previous, group = group, group.scatter_reduce(0, ends.T.flatten(), group[ends].amin(1).repeat(2), "amin")
-
-    # order the groups by their lowest correlation
-    lowest = torch.ones(len(rows)).scatter_reduce(0, group[ends[:, 0]], correlations, "amin")
-    order = sorted(group.unique().tolist(), key=lambda row: -lowest[row])
-    return DuplicateGroups([rows[group == row].tolist() for row in order], lowest[order].tolist())

@@ -1,7 +1,5 @@
 """Scores of frozen features: the same probes on trained, rival and untrained networks and on raw pixels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -127,7 +125,7 @@ def probe_features(
     device = device if has_room(device, OTHER_BYTES + FEATURE_COPIES * (train.nbytes + test.nbytes)) else CPU
     train, labels, test, truth = (x.to(device) for x in (train, splits.train.labels, test, splits.test.labels))
 
-    # all labels, then few; each gives back what it took, which the next would otherwise add to
+    # all labels, then few; memory is returned after each probe, so that peaks do not add up
     fits: dict[str, Callable[[], Tensor]] = {
         "kNN": lambda: probes.knn(train, labels, test),
         "ridge": lambda: probes.ridge(train, labels, test).predicted,
@@ -177,8 +175,8 @@ def tabulate(outcomes: dict[str, Outcomes], *, seed: int) -> Table:
 def compare_all(outcomes: dict[str, Outcomes], *, seed: int) -> tuple[tuple[Comparison, ...], tuple[str, ...]]:
     """Pretrained features against their start, or the better baseline, and each rival; then a sentence for each."""
 
-    def against(probe: str, *others: str) -> Comparison:
-        rows = {name: outcomes[name][probe][0] for name in others}
+    def against(probe: str, *names: str) -> Comparison:
+        rows = {name: outcomes[name][probe][0] for name in names}
         return intervals.compare(outcomes["pretrained"][probe][0], rows, seed=seed)
 
     # The linear probe decides; kNN speaks up when it disagrees. A run that continued is compared with its start.
@@ -186,8 +184,8 @@ def compare_all(outcomes: dict[str, Outcomes], *, seed: int) -> tuple[tuple[Comp
     bases = (BEFORE,) if BEFORE in outcomes else BASELINES
     helped, nearest = against("linear", *bases), against("kNN", *bases)
     sentence = intervals.continuing_sentence if BEFORE in outcomes else intervals.pretraining_sentence
-    others = [against("linear", name) for name in rivals if name != BEFORE]
-    return (helped, *others), (sentence(helped, nearest), *map(intervals.rival_sentence, others))
+    comparisons = [against("linear", name) for name in rivals if name != BEFORE]
+    return (helped, *comparisons), (sentence(helped, nearest), *map(intervals.rival_sentence, comparisons))
 
 
 @torch.no_grad()
@@ -208,13 +206,11 @@ def random_backbone(images: Images, recipe: Recipe, *, device: torch.device) -> 
     order = torch.randperm(len(images), generator=generator(recipe.seed, "calibration"))[:1024]
     # The statistics of small batches are as good: their variances are unbiased, and 8 images have many pixels.
     # Their size depends on the network alone: scores must not change with the memory that is free.
-    each = network.activations(model, recipe, device, side=recipe.test_side)
-    size = min(CALIBRATED, max(8, memory.ACTIVATIONS // each))
+    bytes_per_image = network.activations(model, recipe, device, side=recipe.test_side)
+    size = min(CALIBRATED, max(8, memory.ACTIVATIONS // bytes_per_image))
     for indices in order.split(size):
         if len(indices) > 1:
-            pixels, sizes = images.batch(indices)
-            x = pixels.to(device)
-            model(operations.centre_view(x, sizes, size=recipe.test_side, mean=recipe.mean, std=recipe.std))
+            model(operations.test_view(*images.batch(indices), recipe, device))
     memory.give_back()
     return model.eval()
 
@@ -241,12 +237,12 @@ def remarks_on(train: Int[Tensor, " n"], test: Int[Tensor, " m"], classes: Seque
     if len(train) == len(classes) == len(present) > 1:
         remarks.append("Every class has one training image: the scores say little about the features.")
     elif len(train) < 2 * len(classes):
-        few = f"{len(classes)} classes for {len(train)} training images, fewer than two a class"
-        remarks.append(f"{few}: the scores say little about the features.")
+        reason = f"{len(classes)} classes for {len(train)} training images, fewer than two a class"
+        remarks.append(f"{reason}: the scores say little about the features.")
     if len(present) == 1:
-        remarks.append("All training images are of one class: every classifier predicts it, whatever the features.")
+        remarks.append("All training images belong to one class, so every classifier predicts it.")
     if unseen := int((~torch.isin(test, present)).sum()):
-        remarks.append(f"{unseen} of {len(test)} test images are of classes without a training image: always wrong.")
+        remarks.append(f"{unseen} of {len(test)} test images belong to classes without training images: always wrong.")
 
     # test images
     if len(test) < FEWEST_TEST:
@@ -276,8 +272,8 @@ def distinct_names(names: Sequence[str]) -> list[str]:
     for name in names:
         short = name if name.startswith("timm:") else PurePath(name).stem or name
         candidates = (short, name, *(f"{name} ({i})" for i in range(2, 99)))
-        taken = {"pretrained", BEFORE, *BASELINES, *short_names}
-        short_names.append(next(candidate for candidate in candidates if candidate not in taken))
+        reserved = {"pretrained", BEFORE, *BASELINES, *short_names}
+        short_names.append(next(candidate for candidate in candidates if candidate not in reserved))
     return short_names
 
 

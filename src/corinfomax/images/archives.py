@@ -1,7 +1,5 @@
 """Images inside zip and tar files, located by the archive's index and read in place."""
 
-from __future__ import annotations
-
 import os
 import posixpath
 import tarfile
@@ -99,9 +97,7 @@ def _as_shards(root: Path, archives: Sequence[Path], members: Sequence[Member]) 
     notes = []
     if "train" not in names and len({*names} - {None}) > 1:
         have = files.listed(sorted({archive.name for archive in archives}))
-        raise DataError(
-            f"{root} has no training images: no shard of {have} has train in its name; rename those to train on"
-        )
+        raise DataError(f"{root} has no training images: no shard of {have} has train in its name: rename some")
     if "train" not in names and (only := next(filter(None, names), None)):
         notes.append(f"no shard has train in its name: those of {only} are training images too")
         names = [None] * len(names)
@@ -178,7 +174,7 @@ def _read_tar(archive: Path, unread: Unread) -> tuple[dict[str, Position], dict[
             linked = positions.get(_target(name, info)) if info.islnk() or info.issym() else None
             if not linked and (not info.isreg() or info.issparse()):
                 if not info.isdir():
-                    unread.member(name, "sparse file" if info.issparse() else "link" if info.linkname else "device")
+                    unread.add("sparse file" if info.issparse() else "link" if info.linkname else "device", name)
                 continue
             position = linked or (info.offset_data, info.size, files.PLAIN)
             if name.endswith(".cls"):
@@ -217,12 +213,12 @@ def _is_image(name: str, unread: Unread) -> bool:
     """True for an image; others are counted as they would be in a folder."""
     folders = name.split("/")
     if ".." in folders:
-        unread.member(name, "outside path")
+        unread.add("outside path", name)
         return False
     if any(folder.startswith((".", "__MACOSX")) for folder in folders):
         return False
     if system := [folder for folder in folders[:-1] if folder.lower() in files.SYSTEM_FOLDERS]:
-        unread.system_folder(name[: name.index(system[0]) + len(system[0])])
+        unread.add("system folder", name[: name.index(system[0]) + len(system[0])])
         return False
     if not name.lower().endswith(files.EXTENSIONS):
         unread.file(name)

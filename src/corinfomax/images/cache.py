@@ -1,7 +1,5 @@
 """Cached images: decoded once, read through a memory map, batched in any order."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -57,7 +55,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def select(self, indices: Int[Tensor, " m"]) -> Images:
+    def select(self, indices: Int[Tensor, " m"]) -> "Images":
         """The images at `indices`, which share `pixels`; `skipped` stays that of the whole split."""
         return replace(
             self,
@@ -123,7 +121,7 @@ class Images:
             return pixels, self.sizes[indices]
         return grid.index_select(0, rows.to(grid.device, non_blocking=True)), self.sizes[indices]
 
-    def on(self, device: torch.device) -> Images:
+    def on(self, device: torch.device) -> "Images":
         """The same images with `pixels` on a device, copied in blocks so that the map never stands in memory whole."""
         pixels = torch.empty_like(self.pixels, device=device)
         for source, target in zip(self.pixels.split(COPIED_AT_ONCE), pixels.split(COPIED_AT_ONCE), strict=True):

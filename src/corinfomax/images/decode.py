@@ -1,7 +1,5 @@
 """Decoding: image files and arrays to upright RGB bytes, whole or in crops, many at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Float, Int, Int64, UInt8
+from jaxtyping import Int, Int64, Num, UInt8
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 from tqdm import tqdm
@@ -42,14 +40,9 @@ UPRIGHT |= {5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSV
 Task = Callable[[Any], Any]
 T = TypeVar("T")
 Crop = tuple[UInt8[np.ndarray, "3 _ _"], tuple[float, ...]]  # whole pixels that cover a crop, and its box among them
-
-
-class Crops(NamedTuple):
-    """One crop of each image, at the top left of zeros, or of undefined pixels if the images are cached."""
-
-    pixels: UInt8[np.ndarray, "n 3 h w"]
-    sizes: Int[np.ndarray, "n 2"]  # height and width of each image's part of the pixels
-    boxes: Float[np.ndarray, "n 4"] | Int[np.ndarray, "n 4"]  # top, left, height, width; edges may lie inside a pixel
+Crops = tuple[UInt8[np.ndarray, "n 3 h w"], Int[np.ndarray, "n 2"], Num[np.ndarray, "n 4"]]
+"""One crop of each image: pixels, at the top left of zeros or, if cached, of anything; their height and width; boxes of
+top, left, height and width, whose edges may lie inside a pixel."""
 
 
 def open_image(content: Path | io.BytesIO | UInt8[np.ndarray, "h w *rgb"]) -> Image.Image:
@@ -320,7 +313,7 @@ def crop_cached(images: Sequence[UInt8[np.ndarray, "3 _ _"]], boxes: Int[np.ndar
 
 def _batch(crops: Sequence[Crop], new: Callable[..., np.ndarray] = np.zeros) -> Crops:
     pixels, sizes = padded([pixels for pixels, _ in crops], new)
-    return Crops(pixels, sizes, np.array([box for _, box in crops]))
+    return pixels, sizes, np.array([box for _, box in crops])
 
 
 @contextlib.contextmanager

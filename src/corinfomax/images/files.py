@@ -1,7 +1,5 @@
 """Image files on disk: found, counted and located, without opening one."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import io
@@ -23,9 +21,10 @@ EXTENSIONS: tuple[str, ...] = (".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2",
 EXTENSIONS += (".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 NO_IMAGES = frozenset(".cls .csv .db .htm .html .ini .ipynb .json .jsonl .log .md .pdf .py .rst .sh .tsv .txt".split())
 NO_IMAGES |= frozenset(".xls .xlsx .xml .yaml .yml".split())
-"""Endings of files that lie beside images in most data sets; nothing is said of them."""
+"""Endings of files that most data sets hold beside images; they are ignored silently."""
 SYSTEM_FOLDERS = frozenset(("@eadir", "@recycle", "#recycle", "$recycle.bin", "__macosx", "system volume information"))
 """Folders that storage devices and archivers make, with thumbnails and deleted files; in lower case."""
+ABOUT = {"system folder": " with thumbnails or deleted files", "folder": " without permission"}  # not read
 LARGEST = 2**30  # bytes of one unpacked file: above any image, below a bomb
 PLAIN, ZIPPED, DEFLATED = range(3)  # raw bytes; raw bytes after a zip header; compressed bytes after a zip header
 
@@ -76,7 +75,7 @@ class Source:
             return self.array()[row]
         return Path(self.root, self.paths[row]) if self.stored is None else io.BytesIO(self.stored.read(row))
 
-    def take(self, rows: Sequence[int]) -> Source:
+    def take(self, rows: Sequence[int]) -> "Source":
         """The images in these rows."""
         read, stored = self.array, self.stored
         return replace(
@@ -88,7 +87,7 @@ class Source:
             stored=stored and stored._replace(positions=stored.positions[rows]),
         )
 
-    def without(self, names: Collection[str]) -> Source | None:
+    def without(self, names: Collection[str]) -> "Source | None":
         """The images whose paths are not in `names`; None if no image is left."""
         rows = [row for row, path in enumerate(self.paths) if path not in names]
         if len(rows) == len(self.paths):
@@ -128,9 +127,7 @@ class Unread:
     def __init__(self) -> None:
         self._files: Counter[str] = Counter()  # by ending, in lower case
         self._first: dict[str, str] = {}
-        self._system: set[str] = set()  # an archive names a folder with each of its files
-        self._refused: list[str] = []
-        self._members: dict[str, list[str]] = {}  # of an archive, by their kind
+        self._others: dict[str, set[str]] = {}  # paths by their kind
 
     def file(self, path: str) -> None:
         """Count a file without an image extension."""
@@ -141,17 +138,9 @@ class Unread:
         self._files[ending] += 1
         self._first[ending] = min(path, self._first.get(ending, path))
 
-    def system_folder(self, path: str) -> None:
-        """Note a folder of thumbnails or deleted files."""
-        self._system.add(path)
-
-    def refused_folder(self, path: str) -> None:
-        """Note a folder that this user may not read."""
-        self._refused.append(path)
-
-    def member(self, path: str, kind: str) -> None:
-        """Note a member of an archive that is no plain file, such as a link."""
-        self._members.setdefault(kind, []).append(path)
+    def add(self, kind: str, path: str) -> None:
+        """Note a folder that is not entered, or a member of an archive that is no plain file, such as a link."""
+        self._others.setdefault(kind, set()).add(path)  # an archive names a folder with each of its files
 
     def notes(self) -> list[str]:
         """A sentence for each kind, with an example; none if every file was an image."""
@@ -160,14 +149,8 @@ class Unread:
             by_count = sorted(self._files.items(), key=lambda pair: (-pair[1], pair[0]))
             kinds = [f"{count:,} {_kind(ending, count)}" for ending, count in by_count]
             notes.append(f"not read: {listed(kinds)}, first {quoted(self._first[by_count[0][0]])}")
-        if self._system:
-            folders = some(len(self._system), "system folder")
-            notes.append(f"not read: {folders} with thumbnails or deleted files, first {quoted(min(self._system))}")
-        if self._refused:
-            folders = some(len(self._refused), "folder")
-            notes.append(f"not read: {folders} without permission, first {quoted(min(self._refused))}")
-        for kind, paths in self._members.items():
-            notes.append(f"not read: {some(len(paths), kind)}, first {quoted(min(paths))}")
+        for kind, paths in sorted(self._others.items()):
+            notes.append(f"not read: {some(len(paths), kind)}{ABOUT.get(kind, '')}, first {quoted(min(paths))}")
         return notes
 
 
@@ -201,7 +184,7 @@ def scan(root: Path, below: str = "", unread: Unread | None = None) -> Stamps:
         except PermissionError:
             if not parents:
                 raise
-            unread.refused_folder(prefix)
+            unread.add("folder", prefix)
             continue
         folder = (status.st_dev, status.st_ino)
         if folder in parents:  # a link led back
@@ -220,7 +203,7 @@ def scan(root: Path, below: str = "", unread: Unread | None = None) -> Stamps:
                         stamps[path] = 0, 0, 0, 0
                     continue
                 if stat.S_ISDIR(status.st_mode) and entry.name.lower() in SYSTEM_FOLDERS:
-                    unread.system_folder(path)
+                    unread.add("system folder", path)
                 elif stat.S_ISDIR(status.st_mode):
                     pending.append((f"{path}/", parents | {folder}))
                 elif is_image and stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever

@@ -1,7 +1,5 @@
 """The meaning of folder names: splits, classes, and folders that are not read."""
 
-from __future__ import annotations
-
 import itertools
 import posixpath
 import re
@@ -40,7 +38,7 @@ def from_folder(root: Path) -> Located:
     if not files["train"]:
         raise no_images(f"{root} or its folders", unread)
 
-    # labels, and what could be meant otherwise
+    # labels, and notes on ambiguous names
     empty = list(_empty_splits(root / layout.start, layout.start, list(stamps)))
     if layout.folders["train"] == "" and (trains := [place for place in empty if split_in(place.name) == "train"]):
         raise no_images(trains[0], unread)
@@ -89,10 +87,6 @@ def _split_of_word(word: str) -> str | None:
     return None
 
 
-def _is_split_name(name: str) -> bool:
-    return name.lower() in SPLIT_NAMES
-
-
 def rest_of(name: str) -> tuple[str, ...]:
     """Words of a split's name that say neither split nor content: those of seg_train are `seg`."""
     return tuple(word for word in _words(name) if _split_of_word(word) is None and word not in CONTENT)
@@ -114,7 +108,7 @@ def arrange(paths: Sequence[str], place: object) -> Layout:
     """
     # down to a folder that is a split
     around = common_folder(paths).rstrip("/").split("/")
-    outer = list(itertools.takewhile(lambda folder: folder and not _is_split_name(folder), around))
+    outer = list(itertools.takewhile(lambda folder: folder and folder.lower() not in SPLIT_NAMES, around))
     start = "".join(f"{folder}/" for folder in outer)
     counts = Counter(path[len(start) :].partition("/")[0] if "/" in path[len(start) :] else "" for path in paths)
     loose = counts.pop("", 0)
@@ -123,16 +117,16 @@ def arrange(paths: Sequence[str], place: object) -> Layout:
     # which of the folders are splits
     named = {name: split for name in tops if (split := _split_or_none(name)) is not None}
     aside = [name for name in tops if name not in named and not BESIDE.isdisjoint(_words(name))]
-    others = [name for name in tops if name not in named and name not in aside]
-    chosen = _choose_splits(named, others, [path[len(start) :] for path in paths], place)
+    class_folders = [name for name in tops if name not in named and name not in aside]
+    chosen = _choose_splits(named, class_folders, [path[len(start) :] for path in paths], place)
     if chosen is None:
         inside = [path[len(start) :] for path in paths]
-        notes = [*_class_notes(named, aside, others), *_nested_split_notes(inside), *_alike_notes(inside)]
+        notes = [*_class_notes(named, aside, class_folders), *_nested_split_notes(inside), *_alike_notes(inside)]
         return Layout(start, {"train": ""}, tuple(notes))
 
     # what is said of them
     notes = []
-    if renamed := [f"{name} as {split}" for split, name in chosen.items() if not _is_split_name(name)]:
+    if renamed := [f"{name} as {split}" for split, name in chosen.items() if name.lower() not in SPLIT_NAMES]:
         notes.append(f"folders read as splits: {listed(renamed)}")
     unread = [name for name in tops if name not in chosen.values()]
     if unread or loose:
@@ -151,16 +145,16 @@ def _split_or_none(name: str) -> str | None:
 
 
 def _choose_splits(
-    named: Mapping[str, str], others: Sequence[str], paths: Sequence[str], place: object
+    named: Mapping[str, str], class_folders: Sequence[str], paths: Sequence[str], place: object
 ) -> dict[str, str] | None:
     """Folder of each split; None if no folder is a split. `named` are folders with a split in their names."""
-    plain = {name: split for name, split in named.items() if _is_split_name(name)}
+    plain = {name: split for name, split in named.items() if name.lower() in SPLIT_NAMES}
     trains = [name for name, split in plain.items() if split == "train"]
-    if trains and (len(set(plain.values())) > 1 or _train_is_split(trains[0], others, paths)):
+    if trains and (len(set(plain.values())) > 1 or _train_is_split(trains[0], class_folders, paths)):
         # plain names win over others: train/ over train_old/
-        more = {name: split for name, split in named.items() if split not in plain.values()}
-        return _by_split(plain | more, place)
-    if trains or others or not named:
+        additional = {name: split for name, split in named.items() if split not in plain.values()}
+        return _by_split(plain | additional, place)
+    if trains or class_folders or not named:
         return None
 
     # every folder has a split in its name
@@ -171,23 +165,27 @@ def _choose_splits(
         raise DataError(f"{place} has {listed(list(named))} and no training images: {advice}")
     if len({rest_of(name) for name in named}) > 1:
         names = listed(list(named))
-        raise DataError(
-            f"it is not clear which images of {place} to train on: {names}; name one of them, or rename them"
-        )
+        raise DataError(f"it is not clear which images of {place} to train on: {names}; name one, or rename them")
     return _by_split(named, place)
 
 
-def _train_is_split(train: str, others: Sequence[str], paths: Sequence[str]) -> bool:
-    """True unless the folder `train`, without val or test beside it, looks like the `others`: a class."""
-    if not others:
+def _train_is_split(train: str, class_folders: Sequence[str], paths: Sequence[str]) -> bool:
+    """True unless the folder `train`, without val or test beside it, looks like the `class_folders`: a class."""
+    if not class_folders:
         return True
-    inner: dict[str, set[str]] = {name: set() for name in (train, *others)}
+    inner = _inner_folders(paths)
+    own, around = inner.get(train, set()), [inner[name] for name in class_folders if name in inner]
+    return len(own) > 1 and (not around or any(own & folders for folders in around))
+
+
+def _inner_folders(paths: Sequence[str]) -> dict[str, set[str]]:
+    """The folders inside each top folder that has any."""
+    inner: dict[str, set[str]] = {}
     for path in paths:
         top, _, below = path.partition("/")
-        if top in inner and "/" in below:
-            inner[top].add(below.partition("/")[0])
-    around = [inner[name] for name in others]
-    return len(inner[train]) > 1 and (not any(around) or any(inner[train] & folders for folders in around))
+        if "/" in below:
+            inner.setdefault(top, set()).add(below.partition("/")[0])
+    return inner
 
 
 def _by_split(named: Mapping[str, str], place: object) -> dict[str, str]:
@@ -199,15 +197,15 @@ def _by_split(named: Mapping[str, str], place: object) -> dict[str, str]:
     return folders
 
 
-def _class_notes(named: Mapping[str, str], aside: Sequence[str], others: Sequence[str]) -> Iterator[str]:
-    """Sentences about folders whose names suggest that they are no classes."""
-    doubtful, tops = sorted({*named, *aside}), sorted({*named, *aside, *others})
+def _class_notes(named: Mapping[str, str], aside: Sequence[str], class_folders: Sequence[str]) -> Iterator[str]:
+    """Notes on folders whose names suggest that they are not classes."""
+    doubtful, tops = sorted({*named, *aside}), sorted({*named, *aside, *class_folders})
     if not doubtful:
         return
     if len(tops) == 1:
         yield f"{tops[0]} is the only folder: its images are training images"
         return
-    like = f", like {listed([name for name in tops if name not in doubtful], most=3)}" if others else ""
+    like = f", like {listed([name for name in tops if name not in doubtful], most=3)}" if class_folders else ""
     classes = "is read as a class" if len(doubtful) == 1 else "are read as classes"
     remedy = "if wrong, put the training images into a folder train, or name their folder"
     yield f"{listed(doubtful)} {classes}{like} ({remedy})"
@@ -248,14 +246,11 @@ def _folders(paths: Sequence[str], depth: int) -> list[str]:
 
 def _alike_notes(paths: Sequence[str]) -> Iterator[str]:
     """A sentence about folders that are read as classes but look like several views of the same images."""
-    folders: dict[str, set[str]] = {}  # inside each top folder
-    endings: dict[str, dict[str, str]] = {}  # of the files in it, by their names without them
+    folders = _inner_folders(paths)
+    endings: dict[str, dict[str, str]] = {}  # of the files in each top folder, by their names without them
     for path in paths:
         top, _, below = path.partition("/")
-        inner, slash, _ = below.partition("/")
-        if slash:
-            folders.setdefault(top, set()).add(inner)
-        elif below and len(files := endings.setdefault(top, {})) < MOST_FILES:
+        if below and "/" not in below and len(files := endings.setdefault(top, {})) < MOST_FILES:
             stem, ending = posixpath.splitext(below)
             files[stem] = ending.lower()
     tops = sorted({*folders, *endings})
@@ -279,14 +274,9 @@ def _alike_notes(paths: Sequence[str]) -> Iterator[str]:
 
 def _nested_split_notes(paths: Sequence[str]) -> Iterator[str]:
     """A sentence about splits inside classes, <class>/<split>/…, which are not told apart."""
-    inner: dict[str, set[str]] = {}
-    for path in paths:
-        top, _, below = path.partition("/")
-        if "/" in below:
-            inner.setdefault(top, set()).add(below.partition("/")[0])
-    for name, folders in sorted(inner.items()):
+    for name, folders in sorted(_inner_folders(paths).items()):
         splits = sorted(folder for folder in folders if _split_or_none(folder))
         if len({_split_or_none(folder) for folder in splits}) > 1:
-            meant = "all their images are training images (splits come first: train/<class>/…)"
+            meant = "all their images are used for training (put the split first: train/<class>/…)"
             yield f"{listed(splits)} in {quoted(name)} are not read as splits: {meant}"
             return  # one example tells all

@@ -1,7 +1,5 @@
 """A memory-mapped file whose pages are given back while it is read."""
 
-from __future__ import annotations
-
 import mmap
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """Named sets: published data sets with their own splits, complete or refused."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from importlib import resources
@@ -38,9 +36,8 @@ def _mnist5k(name: str, root: Path, download: bool) -> dict[str, Source]:
     # 100 of each class to test
     order = torch.randperm(5000, generator=generator(0, "mnist5k"))
     by_class = order[digits[order].argsort(stable=True)].view(10, 500)
-    stamp = np.array(
-        [[Path(mnist.DATA_PATH).stat().st_size, 0, 0, 0]], np.int64
-    )  # its mtime is that of the installation
+    size = Path(mnist.DATA_PATH).stat().st_size  # its mtime is that of the installation
+    stamp = np.array([[size, 0, 0, 0]], np.int64)
 
     def split(rows: torch.Tensor) -> Source:
         rows = rows.flatten().sort().values

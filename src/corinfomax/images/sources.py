@@ -1,7 +1,5 @@
 """DATA: images named by one argument, a folder, list, table, archive or named set."""
 
-from __future__ import annotations
-
 import difflib
 import statistics
 from dataclasses import dataclass
@@ -47,8 +45,8 @@ class Data:
         if self.holdout is not None and not 0 <= self.holdout < 1:
             raise ValueError(f"holdout is {self.holdout}; it is a share of the training images, at least 0 and below 1")
         if self.holdout and self.test_split:
-            both = f"holdout {self.holdout} and test_split {self.test_split!r}"
-            raise ValueError(f"{both} both say what to test on; give one of them")
+            choices = f"holdout {self.holdout} and test_split {self.test_split!r}"
+            raise ValueError(f"{choices} exclude each other: give one of them")
 
     def splits(self) -> dict[str, Source]:
         """Splits by name without the skipped images: train always, val and test if they have images.
@@ -148,8 +146,8 @@ def _from_file(place: Path) -> Located:
         return from_list(place) if suffix == ".txt" else from_table(place)
     if place.name.lower().endswith(PACKED):
         raise DataError(f"images in {place} cannot be read in place; unpack it, or make it a .tar or .zip")
-    kinds = "list of images (.txt), table (.csv, .tsv) or archive (.zip, .tar)"
-    raise DataError(f"{place} is a file, but no {kinds}; give one of those or a folder")
+    kinds = "a list of images (.txt), a table (.csv, .tsv) or an archive (.zip, .tar)"
+    raise DataError(f"{place} is not {kinds}: give one of those, or a folder")
 
 
 def _from_folder(place: Path) -> Located:
@@ -170,5 +168,5 @@ def _from_folder(place: Path) -> Located:
     count = sum(len(source.paths) for source in located.splits.values())
     if len(shards) >= count:
         holds = f"{count:,} images and also {len(shards):,} archives, first {shards[0].name}"
-        raise DataError(f"{place} holds {holds}: move what is not meant, or name the archive")
+        raise DataError(f"{place} holds {holds}: move the unwanted ones elsewhere, or name the archive")
     return located

@@ -1,7 +1,5 @@
 """Lists of images, tables with labels and splits, and lists of images to skip."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import functools
@@ -12,18 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from corinfomax.images.files import (
-    DataError,
-    Located,
-    MissingDataError,
-    Source,
-    Stamp,
-    Stamps,
-    from_files,
-    listed,
-    quoted,
-    stamp,
-)
+from corinfomax.images import files
+from corinfomax.images.files import DataError, Located, MissingDataError, Source, quoted
 from corinfomax.images.layout import SPLIT_NAMES, rest_of, split_in
 
 PATH_COLUMNS = ("path", "file", "filename", "image", "filepath", "file_name", "file_path", "image_path", "img_path")
@@ -48,9 +36,8 @@ def from_list(file: Path) -> Located:
         meaning = "line that starts with # is a comment"
         if len(comments) > 1:
             meaning = "lines that start with # are comments"
-        notes = (
-            f"{len(comments):,} {meaning} in {file.name}, first {quoted(comments[0])} (a path may start with ./#)",
-        )
+        count, first = len(comments), quoted(comments[0])
+        notes = (f"{count:,} {meaning} in {file.name}, first {first} (a path may start with ./#)",)
     return Located(_from_lines(file, [Line(number, path) for number, path in lines]), notes)
 
 
@@ -80,8 +67,8 @@ def from_table(file: Path) -> Located:
     notes: tuple[str, ...] = ()
     if unread := [name for name in columns if columns[name] not in (path, label, split) and name]:
         named = {"paths": path, "labels": label, "splits": split}
-        read = listed([f"{content} from {column.strip()}" for content, column in named.items() if column])
-        notes = (f"columns of {file.name}: {read}; not read: {listed(unread)}",)
+        read = files.listed([f"{content} from {column.strip()}" for content, column in named.items() if column])
+        notes = (f"columns of {file.name}: {read}; not read: {files.listed(unread)}",)
     return Located(_from_lines(file, lines), notes)
 
 
@@ -113,12 +100,10 @@ def _read_rows(file: Path, text: str) -> tuple[list[tuple[int, dict[str, str]]],
             surplus = cells.pop(None, [])
             if any(surplus):
                 excess = f"line {reader.line_num} of {file} has {len(names) + len(surplus)} cells"
-                raise DataError(
-                    f"{excess} and the first line {len(names)}: put text with {delimiter!r} in quotation marks"
-                )
+                raise DataError(f"{excess} and the first line {len(names)}: put text with {delimiter!r} in quotes")
             rows.append((reader.line_num, cells))
     except csv.Error as error:
-        raise DataError(f"line {reader.line_num} of {file}: {error}; is a quotation mark left open?") from error
+        raise DataError(f"line {reader.line_num} of {file}: {error}; is a quote left open?") from error
     return rows, dict(zip(names, reader.fieldnames or (), strict=True))
 
 
@@ -140,9 +125,7 @@ def _from_lines(file: Path, lines: Sequence[Line]) -> dict[str, Source]:
     splits: dict[str, list[Line]] = {}
     for line in lines:
         if "\n" in line.path + line.label + line.split:
-            raise DataError(
-                f"line {line.number} of {file} ends a cell of several lines; is a quotation mark left open?"
-            )
+            raise DataError(f"line {line.number} of {file} ends a cell of several lines: is a quote left open?")
         if not line.path.strip():
             raise DataError(f"line {line.number} of {file} has no path; fill it in or remove the line")
         if (split := _split_of(line.split)) is None:
@@ -166,7 +149,7 @@ def _from_lines(file: Path, lines: Sequence[Line]) -> dict[str, Source]:
     return {split: _source(file, split, splits[split], dict(stamps)) for split, stamps in located.items()}
 
 
-def _locate(file: Path, split: str, lines: Sequence[Line]) -> list[tuple[str, Stamp]]:
+def _locate(file: Path, split: str, lines: Sequence[Line]) -> list[tuple[str, files.Stamp]]:
     """Path and stamp of each line's file; MissingDataError for files that do not exist."""
     places = [_find(file.parent, line.path) for line in lines]
     missing = [line for line, place in zip(lines, places, strict=True) if place is None]
@@ -177,22 +160,22 @@ def _locate(file: Path, split: str, lines: Sequence[Line]) -> list[tuple[str, St
     return [place for place in places if place is not None]
 
 
-def _find(folder: Path, path: str) -> tuple[str, Stamp] | None:
+def _find(folder: Path, path: str) -> tuple[str, files.Stamp] | None:
     # as it stands, without spaces around it, with the slashes of this system
     bare = path.strip()
     for name in dict.fromkeys((path, bare, bare.replace("\\", "/"))):
         with contextlib.suppress(OSError, ValueError):  # a NUL in a path is a ValueError
-            return name, stamp((folder / name).stat())
+            return name, files.stamp((folder / name).stat())
     return None
 
 
-def _source(file: Path, split: str, lines: Sequence[Line], stamps: Stamps) -> Source:
+def _source(file: Path, split: str, lines: Sequence[Line], stamps: files.Stamps) -> Source:
     """The images of one split, with labels for all of them or none."""
     bare = [line for line in lines if not line.label]
     if 0 < len(bare) < len(lines):
         first = f"the first without a label is {bare[0].path} in line {bare[0].number}: label all of a split or none"
         raise DataError(f"{file} labels {len(lines) - len(bare)} of its {len(lines)} {split} images; {first}")
-    return from_files(file.parent, stamps, None if bare else tuple(line.label for line in lines))
+    return files.from_files(file.parent, stamps, None if bare else tuple(line.label for line in lines))
 
 
 def _text_lines(file: Path) -> tuple[list[tuple[int, str]], list[str]]:

@@ -7,8 +7,6 @@ The paper has two views. For V views `plain_loss` is the mean of its loss over a
 Σ_{u<v} ‖z_u−z_v‖² = V Σ_v ‖z_v−z̄‖². Any number of views has the same bounds and wants the same alpha.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,7 +29,7 @@ class Moments(NamedTuple):
     mu: Float[Tensor, "v d"]
 
     @classmethod
-    def initial(cls, dim: int, *, views: int = 2, cov_init: float = 1.0, device: Device = None) -> Moments:
+    def initial(cls, dim: int, *, views: int = 2, cov_init: float = 1.0, device: Device = None) -> "Moments":
         """The moments before the first step: R = cov_init·I and mu = 0, in `moment_dtype(device)`."""
         dtype = moment_dtype(device)
         R = cov_init * torch.eye(dim, dtype=dtype, device=device)
@@ -241,7 +239,7 @@ class CorInfoMaxLoss(nn.Module):
         numbers = ", ".join(f"{name}={getattr(self, name):g}" for name in ("alpha", "cov_decay", "mean_decay", "eps"))
         return f"dim={self.mu.shape[1]}, views={len(self.mu)}, {numbers}, normalize={self.normalize}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CorInfoMaxLoss:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CorInfoMaxLoss":
         # .half() and .to(bfloat16) cast every floating buffer; the moments follow the device only.
         def move(moment: Tensor) -> Tensor:
             device = fn(moment.new_empty(0, dtype=torch.float32)).device
@@ -301,10 +299,10 @@ def check_views(views: Sequence[Tensor], *, dim: int | None = None) -> None:
     """
     # shapes
     first, names = views[0], [f"z{v}" for v in range(1, len(views) + 1)]
-    both, got = " and ".join(names), f"got {' and '.join(str(tuple(z.shape)) for z in views)}"
+    view_names, got = " and ".join(names), f"got {' and '.join(str(tuple(z.shape)) for z in views)}"
     same_rows = all(z.ndim == 2 and len(z) == len(first) > 0 for z in views)
-    require(same_rows, f"{both} must be matrices with the same rows (n, d), n ≥ 1; {got}")
-    require(all(z.shape == first.shape for z in views), f"{both} must have the same dimension; {got}")
+    require(same_rows, f"{view_names} must be matrices with the same rows (n, d), n ≥ 1; {got}")
+    require(all(z.shape == first.shape for z in views), f"{view_names} must have the same dimension; {got}")
     require(dim in (None, first.shape[1]), f"the loss is of dimension {dim}, the projections {first.shape[1]}; {got}")
 
     # values: a sum costs a tenth of checking each, and is enough unless it overflows
@@ -312,9 +310,7 @@ def check_views(views: Sequence[Tensor], *, dim: int | None = None) -> None:
         return
     for name, z in zip(names, views, strict=True):
         if not z.detach().sum().isfinite() and (bad := int((~z.detach().isfinite()).any(1).sum())):
-            raise NotFiniteInputError(
-                f"{name} has nan or infinity in {bad} of {len(z)} rows; all values must be finite"
-            )
+            raise NotFiniteInputError(f"{name} has nan or infinity in {bad} of {len(z)} rows; all must be finite")
 
 
 def require(fits: bool, message: str) -> None:

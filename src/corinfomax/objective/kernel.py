@@ -15,8 +15,6 @@ det of features of all orders: it keeps images apart, as many as there are, inst
 log det K sums how badly the earlier images predict each: the better one is predicted, the harder it is pushed away.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

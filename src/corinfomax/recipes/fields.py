@@ -4,8 +4,6 @@ The docstring of a field is its line in `corinfomax pretrain --help`, which leav
 comment instead. `corinfomax recipes NAME` lists all of a recipe.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import inspect
@@ -152,7 +150,7 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How much of the backbone is trained; for runs that start from weights (--init)."""
+    """Training of the backbone in runs that start from weights (--init)."""
 
     blocks: float = 1.0
     """Share of the backbone's blocks to train, the last ones; 1 is all."""
@@ -163,9 +161,9 @@ class Tuning:
     projector_share: float = 0.0
     """Share of the steps, the first ones, that train the projector alone."""
     batch_norm: Literal["adapt", "keep"] = "adapt"
-    """Statistics of BatchNorm: of the new images, or as they were."""
+    """BatchNorm statistics: adapt to the new images, or keep the weights' own."""
     pull: float = 0.0
-    """Weight decay towards the weights of the start (L2-SP)."""
+    """Weight decay towards the starting weights (L2-SP)."""
     average: float = 1.0
     """Final weights: start + average · (end − start); 1 is the end."""
 
@@ -351,11 +349,6 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 def from_json(content: Any) -> Recipe:
     """The recipe that `to_json` wrote; ValueError that names a missing, unknown or ill-typed field."""
-    if isinstance(content, dict):
-        # not recorded before version 0.2
-        content = {"interpolation": "bicubic", "tuning": dataclasses.asdict(Tuning()), **content}
-        if isinstance(content.get("backbone"), dict):
-            content["backbone"] = {"drop_path": 0.0, **content["backbone"]}
     return _from_json(Recipe, content, "recipe")
 
 

@@ -1,7 +1,5 @@
 """The named recipes, with the paper's score and ours, and the choice of one for a set of images."""
 
-from __future__ import annotations
-
 import difflib
 from dataclasses import replace
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Charts of a run's metrics: a list of curves per chart, thinned for the screen."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -80,16 +78,6 @@ def charts(rows: Sequence[Row], recipe: Recipe) -> list[Chart]:
             numbers.pop("spread_gap", None)
         points.append((row.step, numbers))
     return list(filter(None, (_chart(plot, points) for plot in PLOTS)))
-
-
-def speed_chart(rows: Sequence[Row], batch: int) -> Chart | None:
-    """Images per second over the run; a resumed run continues its clock."""
-    points, step, seconds = list[Point](), 0, 0.0
-    for row in rows:
-        if row.seconds > seconds:
-            points.append((row.step, {"speed": batch * (row.step - step) / (row.seconds - seconds)}))
-        step, seconds = row.step, row.seconds
-    return _chart(Plot("Images per second", "measurements and checkpoints included", {"images/s": "speed"}), points)
 
 
 def _chart(plot: Plot, points: Sequence[Point]) -> Chart | None:

@@ -1,7 +1,5 @@
 """The content of a run's page: gathered once, then rendered."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,24 +58,6 @@ class Neighbourhood(NamedTuple):
     neighbours: list[Card]
 
 
-class DuplicateCards(NamedTuple):
-    """A group of near-duplicates: its first few cards, its size, and the lowest correlation that connects it."""
-
-    cards: list[Card]
-    images: int
-    correlation: float
-
-
-class DuplicateGallery(NamedTuple):
-    """A few groups of near-duplicates to show, and counts over all groups."""
-
-    shown: list[DuplicateCards]
-    groups: int
-    images: int
-    across_splits: int  # groups with images from more than one split
-    mixed_classes: int  # groups with images of more than one class
-
-
 class SheetRow(NamedTuple):
     """An image of the contact sheet, with the WebP of each view and its random operations in words."""
 
@@ -100,6 +80,4 @@ class Content(NamedTuple):
     colours: UInt8[Tensor, "n 3"]  # mean colour of each image of the pool
     thumbnails: dict[int, str]  # WebP by row of the pool, for some or all images of the map
     neighbourhoods: list[Neighbourhood]
-    duplicates: DuplicateGallery
     outliers: list[Card]
-    seconds: dict[str, float]  # time that each stage of the page took

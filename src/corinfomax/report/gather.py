@@ -1,10 +1,6 @@
 """The parts of a run's page, computed from its network and images: features, neighbours, maps and thumbnails."""
 
-from __future__ import annotations
-
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +11,7 @@ from torch import Tensor
 from corinfomax.diagnosis import measures
 from corinfomax.evaluation import maps, similar
 from corinfomax.evaluation.features import extract_features
-from corinfomax.evaluation.similar import DuplicateGroups, Neighbours
+from corinfomax.evaluation.similar import Neighbours
 from corinfomax.recipes.fields import Recipe, View
 from corinfomax.report import content, page
 from corinfomax.report.content import Card, Content, Layout, Subject
@@ -32,11 +28,9 @@ MAP_BUDGET = 3_500_000  # characters of the map's thumbnails: the page of 50,000
 GALLERY_BUDGET = 800_000  # characters of all thumbnails in the galleries
 SHEET_IMAGES, SHEET_SIDE = 16, 128  # the contact sheet: images, and pixels of each
 QUERIES, NEIGHBOURS = 12, 6  # nearest neighbours to show: queries, and images per query
-SHOWN_GROUPS, GROUP_IMAGES = 12, 6  # near-duplicates to show: groups, and images per group
 SHOWN_OUTLIERS, CROWD = 18, 10  # outliers to show, and neighbours that decide whether an image is one
 DIRECTIONS = 128  # leading directions of the features in the search among all images
-COARSE, COARSE_DIRECTIONS = 8, 48  # pixels of the side at which near-duplicates are searched first, and directions
-COARSE_CORRELATION = 0.95  # least pixel correlation of near-duplicates there
+COLOUR_SIDE = 8  # pixels of the side of the thumbnails whose mean is an image's colour
 
 
 def write_page(subject: Subject, out: Path, *, device: torch.device) -> Path:
@@ -56,40 +50,27 @@ def gather_content(subject: Subject, *, device: torch.device) -> Content:
         results = results._replace(best_checkpoint=None)
 
     # features and projections of a sample of all images
-    recipe, seconds = subject.recipe, dict[str, float]()
+    recipe = subject.recipe
     splits = {name: images for name, images in subject.splits._asdict().items() if images is not None}
     pool = Pool(splits).sample(MAX_EMBEDDED, generator(recipe.seed, "report"))
-    with _timed(seconds, "features"):
-        features, spectra = _spectra(subject, pool, device)
+    features, spectra = _spectra(subject, pool, device)
 
     # relations between the images; the crowd decides on outliers, the queries are shown
-    with _timed(seconds, "neighbours, near-duplicates, outliers"):
-        coarse = pool.thumbnails(torch.arange(len(pool)), side=COARSE)
-        unit = similar.centred(features)
-        crowd = similar.nearest_neighbours(maps.leading(unit, dims=DIRECTIONS), k=CROWD)
-        groups = _near_duplicates(pool, coarse, crowd)
-        queries = torch.linspace(0, len(pool) - 1, min(QUERIES, len(pool))).round().long().unique()
-        nearest = similar.nearest_neighbours(unit, k=NEIGHBOURS, queries=queries)
-    with _timed(seconds, "maps"):
-        layouts = _layouts(features, recipe)
-        colours = (255 * coarse.mean((2, 3))).round().byte()
+    unit = similar.centred(features)
+    crowd = similar.nearest_neighbours(maps.leading(unit, dims=DIRECTIONS), k=CROWD)
+    queries = torch.linspace(0, len(pool) - 1, min(QUERIES, len(pool))).round().long().unique()
+    nearest = similar.nearest_neighbours(unit, k=NEIGHBOURS, queries=queries)
+    galleries = _galleries(pool, queries.tolist(), nearest, crowd)
 
-    # thumbnails
-    with _timed(seconds, "thumbnails"):
-        mapped = _spread_rows(layouts[0].plane, MAX_THUMBNAILS, generator(recipe.seed, "pictured"))
-        thumbnails = dict(zip(mapped, webp_thumbnails(pool, mapped, budget=MAP_BUDGET), strict=True))
-        shown = _galleries(pool, queries.tolist(), nearest, groups, crowd)
-        sheet = contact_sheet(subject, device=device) if subject.same_images else []
+    # maps, with thumbnails of some images and the colour of all
+    layouts = _layouts(features, recipe)
+    small = pool.thumbnails(torch.arange(len(pool)), side=COLOUR_SIDE)
+    colours = (255 * small.mean((2, 3))).round().byte()
+    mapped = _spread_rows(layouts[0].plane, MAX_THUMBNAILS, generator(recipe.seed, "pictured"))
+    thumbnails = dict(zip(mapped, webp_thumbnails(pool, mapped, budget=MAP_BUDGET), strict=True))
 
-    total = sum(map(len, splits.values()))
-    return Content(subject, results, rows, spectra, sheet, pool, total, layouts, colours, thumbnails, *shown, seconds)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    seconds[stage] = time.monotonic() - started
+    sheet, total = contact_sheet(subject, device=device) if subject.same_images else [], sum(map(len, splits.values()))
+    return Content(subject, results, rows, spectra, sheet, pool, total, layouts, colours, thumbnails, *galleries)
 
 
 def _spectra(subject: Subject, pool: Pool, device: torch.device) -> tuple[Float[Tensor, "n f"], list[content.Spectrum]]:
@@ -119,13 +100,13 @@ def _layouts(features: Float[Tensor, "n f"], recipe: Recipe) -> list[Layout]:
     layouts = [Layout("PCA", f"{100 * share.sum().item():.0f} % of the variance", _unit_square(plane))]
 
     # a neighbour map: PaCMAP needs more rows than a row's neighbours, and a distance above 0
-    if maps.pacmap_installed() and len(features) > 3 * CROWD and bool((features != features[0]).any()):
+    if find_spec("pacmap") is not None and len(features) > 3 * CROWD and bool((features != features[0]).any()):
         order = torch.randperm(len(features), generator=generator(recipe.seed, "map"))
         rows = order[:MAX_MAPPED].sort().values
         plane = maps.neighbour_map(features[rows], seed=key(recipe.seed, "map"))
-        some = len(rows) < len(features)
-        caption = "near images stay near" + (f"; {len(rows):,} of {len(features):,} images" if some else "")
-        layouts.append(Layout("PaCMAP", caption, _unit_square(plane), rows if some else None))
+        is_sample = len(rows) < len(features)
+        caption = "near images stay near" + (f"; {len(rows):,} of {len(features):,} images" if is_sample else "")
+        layouts.append(Layout("PaCMAP", caption, _unit_square(plane), rows if is_sample else None))
     return layouts
 
 
@@ -145,39 +126,16 @@ def _spread_rows(plane: Float[Tensor, "n 2"], count: int, generator: torch.Gener
 
     # the first of each cell is a random member
     _, first = np.unique(cell.numpy(), return_index=True)
-    others = np.setdiff1d(np.arange(len(plane)), first)
-    return sorted(order[np.concatenate((first, others))[:count]].tolist())
-
-
-def _near_duplicates(pool: Pool, coarse: Float[Tensor, "n 3 s s"], crowd: Neighbours) -> DuplicateGroups:
-    """Groups of probably equal images, mirrored or not, among each image's nearest by features and by pixels."""
-    # candidates: the nearest neighbours that are alike at low resolution
-    pixels = maps.leading(similar.centred(coarse.flatten(1)), dims=COARSE_DIRECTIONS)
-    by_pixels = similar.nearest_neighbours(pixels, k=1)
-    rows = torch.arange(len(pool))
-    pairs = torch.cat([torch.stack((rows, nearest.rows[:, 0]), 1) for nearest in (crowd, by_pixels)])
-    pairs = pairs.sort(1).values.unique(dim=0)
-    pairs = pairs[_correlations(coarse, pairs) >= COARSE_CORRELATION]
-
-    # those that are alike at high resolution too
-    rows, places = pairs.unique(return_inverse=True)
-    correlations = _correlations(pool.thumbnails(rows, side=similar.THUMBNAIL), places)
-    alike = correlations >= similar.MIN_CORRELATION
-    return similar.group_duplicates(pairs[alike], correlations[alike])
-
-
-def _correlations(thumbnails: Float[Tensor, "n 3 s s"], pairs: Int[Tensor, "m 2"]) -> Float[Tensor, " m"]:
-    blocks = (block.unbind(1) for block in pairs.split(4096))
-    return torch.cat([similar.pixel_correlation(thumbnails[a], thumbnails[b]) for a, b in blocks])
+    remaining = np.setdiff1d(np.arange(len(plane)), first)
+    return sorted(order[np.concatenate((first, remaining))[:count]].tolist())
 
 
 def _galleries(
-    pool: Pool, queries: list[int], nearest: Neighbours, groups: DuplicateGroups, crowd: Neighbours
-) -> tuple[list[content.Neighbourhood], content.DuplicateGallery, list[Card]]:
-    """The neighbourhoods, the near-duplicates and the outliers, with all their images within one budget."""
+    pool: Pool, queries: list[int], nearest: Neighbours, crowd: Neighbours
+) -> tuple[list[content.Neighbourhood], list[Card]]:
+    """The neighbourhoods and the outliers, with all their images within one budget."""
     outliers = crowd.cosine.mean(1).argsort()[:SHOWN_OUTLIERS].tolist()
-    shown = [group[:GROUP_IMAGES] for group in groups.groups[:SHOWN_GROUPS]]
-    rows = sorted({*queries, *outliers}.union(*nearest.rows.tolist(), *shown))
+    rows = sorted({*queries, *outliers}.union(*nearest.rows.tolist()))
     webps = webp_thumbnails(pool, rows, budget=GALLERY_BUDGET)
     cards = {row: Card(pool.path(row), pool.label(row), text) for row, text in zip(rows, webps, strict=True)}
 
@@ -186,16 +144,8 @@ def _galleries(
         neighbours = [cards[row]._replace(cosine=c) for row, c in zip(rows, cosines, strict=True)]
         neighbourhoods.append(content.Neighbourhood(cards[query], neighbours))
 
-    # the first groups with their cards, counts over all
-    duplicates = []
-    for i, rows in enumerate(shown):
-        size, correlation = len(groups.groups[i]), groups.correlations[i]
-        duplicates.append(content.DuplicateCards([cards[row] for row in rows], size, correlation))
-    across_splits = sum(len({pool.place(row)[0] for row in group}) > 1 for group in groups.groups)
-    mixed_classes = sum(len({pool.label(row) for row in group}) > 1 for group in groups.groups)
-    counts = len(groups.groups), sum(map(len, groups.groups)), across_splits, mixed_classes
     lonely = [cards[row]._replace(cosine=float(crowd.cosine[row].mean())) for row in outliers]
-    return neighbourhoods, content.DuplicateGallery(duplicates, *counts), lonely
+    return neighbourhoods, lonely
 
 
 def contact_sheet(subject: Subject, *, device: torch.device) -> list[content.SheetRow]:

@@ -1,7 +1,5 @@
 """Exact search for the images most similar to a query, in one pass over a set of any size."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The page of a run as self-contained HTML: assets inlined, text escaped, nothing fetched."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json
@@ -23,7 +21,7 @@ from corinfomax.diagnosis.verdict import GOOD
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
 from corinfomax.recipes.published import RECIPES
-from corinfomax.report.charts import charts, speed_chart
+from corinfomax.report.charts import charts
 from corinfomax.report.content import Content, Neighbourhood
 from corinfomax.runtime.records import Facts, Options, Verdict
 
@@ -42,8 +40,7 @@ def render(content: Content) -> str:
     # curves, maps and spectra go to the scripts, all else to the template
     recipe, facts = content.subject.recipe, content.subject.facts
     run_charts = charts(content.rows, recipe)
-    speed = speed_chart(content.rows, recipe.batch)
-    payload = {"charts": run_charts, "speed": speed, "spectra": content.spectra, "map": _map_payload(content)}
+    payload = {"charts": run_charts, "spectra": content.spectra, "map": _map_payload(content)}
     values = {**content._asdict(), **content.subject._asdict(), "best_scores": best_scores, "charts": run_charts}
     values |= {"steps": recipe.steps(facts.images), "settings": settings(recipe, facts.recipe_name)}
     values |= {"tone": tone(content.results.verdict), "payload": as_script(payload)}

@@ -1,7 +1,5 @@
 """Images of several splits as one pool, and their thumbnails: pixels to compare, WebP to show."""
 
-from __future__ import annotations
-
 import io
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,7 +61,7 @@ class Pool:
                 squares.append(operations.resized_crop(pixels, box, unflipped, size=side).contiguous().cpu())
         return torch.cat(squares)
 
-    def sample(self, count: int, generator: torch.Generator) -> Pool:
+    def sample(self, count: int, generator: torch.Generator) -> "Pool":
         """At most `count` images, drawn evenly from all splits, in the same order."""
         if len(self) <= count:
             return self

@@ -1,7 +1,5 @@
 """Memory: what is free, the user's limit, how much tensors take at their worst moment, and giving it back."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 import weakref
@@ -28,13 +26,13 @@ def set_limit(gigabytes: float | None) -> None:
 
 
 def room(device: torch.device) -> float:
-    """Bytes that this process may still take on the device, within the limit; infinite where no system tells."""
+    """Bytes that this process may still take on the device, within the limit; infinite where none is reported."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free, used = float(torch.cuda.mem_get_info(device)[0] + held), torch.cuda.memory_allocated(device)
+        available, used = float(torch.cuda.mem_get_info(device)[0] + held), torch.cuda.memory_allocated(device)
     else:
-        free, used = min(_free_on_machine(), free_in_cgroup()), resident()
-    return max(0.0, min(free, _limit - used))
+        available, used = min(_free_on_machine(), free_in_cgroup()), resident()
+    return max(0.0, min(available, _limit - used))
 
 
 def resident() -> int:
@@ -59,7 +57,7 @@ def free_in_cgroup(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
     """Bytes left to this process by the control groups above it, of version 1 or 2; infinite without a limit."""
     if not own.exists():
         return inf
-    free = inf
+    available = inf
     for line in own.read_text().splitlines():
         _, kinds, group = line.split(":", 2)
         if kinds not in ("", "memory"):
@@ -70,8 +68,8 @@ def free_in_cgroup(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
         # A container may see the names of the host's groups below the root of its own.
         path = PurePosixPath(group.lstrip("/"))
         for folder in {root / kinds / ancestor for ancestor in (path, *path.parents)}:
-            free = min(free, _free_in_group(folder, *names))
-    return free
+            available = min(available, _free_in_group(folder, *names))
+    return available
 
 
 def _free_in_group(folder: Path, limit: str, usage: str, cached: str) -> float:
@@ -99,9 +97,9 @@ class Tally(TorchDispatchMode):  # torch shows its operations to subclasses only
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
-            if isinstance(made, torch.Tensor):
-                self._add(made.untyped_storage())
+        for output in tree_leaves(result):
+            if isinstance(output, torch.Tensor):
+                self._add(output.untyped_storage())
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -125,8 +123,8 @@ def growth(run: Callable[[int], object], *, first: int = 1) -> int:
     return max(1, peaks[1] - peaks[0])
 
 
-def images_at_once(each: int, device: torch.device, *, most: int) -> int:
-    """Images in a batch without gradients, at `each` bytes per image: from 1 to `most`."""
-    free = room(device)
-    budget = GPU_SHARE * free if device.type == "cuda" else min(ACTIVATIONS, free / 2)
-    return int(min(most, max(1, budget // each)))
+def images_at_once(bytes_per_image: int, device: torch.device, *, most: int) -> int:
+    """Images in a batch without gradients, at `bytes_per_image` bytes per image: from 1 to `most`."""
+    available = room(device)
+    budget = GPU_SHARE * available if device.type == "cuda" else min(ACTIVATIONS, available / 2)
+    return int(min(most, max(1, budget // bytes_per_image)))

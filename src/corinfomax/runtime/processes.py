@@ -3,8 +3,6 @@
 The only file that knows torch.distributed. In a single process none of it changes anything.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -3,8 +3,6 @@
 Each is made once and handed to the terminal, the page, the model card and the tests. JSON appears at the disk alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf, nan
@@ -15,7 +13,7 @@ Json = dict[str, Any]  # a JSON object
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How often a run logs, saves and measures; nothing here changes its result. A resumed run keeps them."""
+    """Intervals of logging, saving and measuring; none of them changes the result. A resumed run keeps them."""
 
     log_steps: int = 10
     """Steps between rows of metrics.jsonl."""
@@ -43,6 +41,26 @@ class Options:
             raise ValueError("--log-steps and --keep must be at least 1, --scores and --diagnoses at least 0")
         if not 0 <= self.checkpoint_minutes < inf:
             raise ValueError(f"--checkpoint-minutes is {self.checkpoint_minutes:g}; it must be at least 0, and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsOptions:
+    """The network and the input of weights that do not record them; None is timm's own."""
+
+    architecture: str | None = None
+    """timm network of a plain state dict, such as resnet18."""
+    small_stem: bool = False
+    """It has a 3×3 first convolution and no max-pool."""
+    prefix: str | None = None
+    """Prefix of its tensor names, in a file with several networks."""
+    size: int | None = None
+    """Side of its images in pixels; this and the options below default to timm's."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of red, green and blue in [0, 1]."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of red, green and blue."""
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    """Filter that resizes its images."""
 
 
 class Start(NamedTuple):
@@ -79,18 +97,15 @@ class Facts(NamedTuple):
         return {**self._asdict(), "options": asdict(self.options), "start": start}
 
     @classmethod
-    def from_json(cls, content: Json) -> Facts:
+    def from_json(cls, content: Json) -> "Facts":
         """The facts that `to_json` wrote; ValueError that names a missing one."""
         for name in ("data", "recipe_name", "images", "fingerprint", "options"):
             if name not in content:
                 raise ValueError(f"the facts of the run lack {name!r}: it was not started by corinfomax, or is damaged")
-        fields = {name: content[name] for name in cls._fields if name in content}
-        start = (
-            None
-            if fields.get("start") is None
-            else Start(**{**fields["start"], "words": tuple(fields["start"].get("words", ()))})
-        )
-        return cls(**{**fields, "options": Options(**content["options"]), "start": start})
+        facts = cls(**{name: content[name] for name in cls._fields if name in content})
+        if (start := content.get("start")) is not None:
+            facts = facts._replace(start=Start(**start | {"words": tuple(start["words"])}))
+        return facts._replace(options=Options(**content["options"]))
 
 
 class DataMeasures(NamedTuple):
@@ -99,7 +114,7 @@ class DataMeasures(NamedTuple):
     views_differ: float  # mean squared distance between two views of an image, relative to views of two images
     images_differ: float  # mean variance of a pixel over the images, relative to the variance of all pixels
     twins: float  # share of the images that nearly equal another one
-    better_input: str | None = None  # flags of the normalisation that the weights of the start expect, if it is another
+    better_input: str | None = None  # flags for the normalisation that the starting weights expect, if it differs
 
 
 class Measures(NamedTuple):
@@ -137,8 +152,7 @@ class Look(NamedTuple):
         return {"held_out": self.held_out, **self.data._asdict(), **measures}
 
     @classmethod
-    def from_json(cls, content: Json) -> Look:
-        content = {"better_input": None, "cka": None, **content}  # not recorded before version 0.2
+    def from_json(cls, content: Json) -> "Look":
         data = DataMeasures(*(content[name] for name in DataMeasures._fields))
         finite = content["spread"] is not None
         measures = Measures(*(content[name] for name in Measures._fields)) if finite else None
@@ -172,7 +186,7 @@ class Row(NamedTuple):
         return flat if self.look is None else flat | self.look.to_json()
 
     @classmethod
-    def from_json(cls, content: Json) -> Row:
+    def from_json(cls, content: Json) -> "Row":
         """The row that `to_json` wrote; ValueError when a field is missing or is not a number."""
         if content.get("step") == 0:
             content = {"loss": nan, "attraction": nan, **content}
@@ -266,7 +280,7 @@ class Results(NamedTuple):
         return content
 
     @classmethod
-    def from_json(cls, content: Json) -> Results:
+    def from_json(cls, content: Json) -> "Results":
         rows, table = content.get("comparisons", []), content.get("scores", {})
         return cls(
             verdict=Verdict(**content["verdict"]) if "verdict" in content else None,

@@ -1,7 +1,5 @@
 """The run folder: recipe.json, metrics.jsonl, results.json and checkpoints. Every file is whole or absent."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import glob
@@ -96,7 +94,7 @@ def read_object(path: Path) -> Json:
 
 
 def check_writable(path: Path) -> None:
-    """ValueError or OSError, with the path, unless a file can be written there: asked before hours of work."""
+    """Check, before hours of work, that a file can be written there; ValueError or OSError with the path."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it")
     probe = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -1,7 +1,5 @@
 """Random generators keyed on (seed, purpose, step): a run can stop anywhere and resume with the same numbers."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -4,8 +4,6 @@ All of it follows from the recipe and the step. Parameters are drawn for the glo
 the number of processes changes nothing but rounding.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -40,7 +38,7 @@ class Batch(NamedTuple):
     parameters: tuple[ViewParameters, ...]  # of each view
     pixels: tuple[Pixels, ...] = ()  # whole images for all views, or regions for each view; empty until they are read
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> "Batch":
         """The batch with its pixels on the device; the host does not wait for the copy."""
         moved = (part._replace(images=part.images.to(device, non_blocking=True)) for part in self.pixels)
         return self._replace(pixels=tuple(moved))
@@ -49,11 +47,11 @@ class Batch(NamedTuple):
 # Draw.
 
 
-def draw_batch(recipe: Recipe, images: Images, step: int, part: slice = slice(None)) -> Batch:
-    """The batch of a step without pixels; `part` is this process's slice of the global batch."""
+def draw_batch(recipe: Recipe, images: Images, step: int, share: slice = slice(None)) -> Batch:
+    """The batch of a step without pixels; `share` is this process's slice of the global batch."""
     rows = indices(recipe, step, len(images))
     sizes = images.sizes[rows]
-    return Batch(rows[part], sizes[part], tuple(p.take(part) for p in draw_views(recipe, sizes, step)))
+    return Batch(rows[share], sizes[share], tuple(p.take(share) for p in draw_views(recipe, sizes, step)))
 
 
 def indices(recipe: Recipe, step: int, count: int) -> Int[Tensor, " b"]:
@@ -76,10 +74,10 @@ def draw_views(recipe: Recipe, sizes: Int[Tensor, "b 2"], step: int) -> list[Vie
 # Read.
 
 
-def read_batch(recipe: Recipe, images: Images, step: int, device: torch.device, part: slice = slice(None)) -> Batch:
+def read_batch(recipe: Recipe, images: Images, step: int, device: torch.device, share: slice = slice(None)) -> Batch:
     """The batch of one step with its pixels, read without reading ahead."""
     with contextlib.ExitStack() as stack:
-        return reader(recipe, images, device, stack)(draw_batch(recipe, images, step, part))
+        return reader(recipe, images, device, stack)(draw_batch(recipe, images, step, share))
 
 
 def reader(
@@ -129,12 +127,3 @@ def apply_views(recipe: Recipe, batch: Batch, device: torch.device) -> list[Floa
         p = p if boxes is None else p._replace(box=boxes)
         views.append(operations.apply(images, sizes, p, size=recipe.size, mean=recipe.mean, std=recipe.std))
     return views
-
-
-def make_views(
-    recipe: Recipe, pixels: UInt8[Tensor, "n 3 h w"], sizes: Int[Tensor, "n 2"], step: int, device: torch.device
-) -> list[Float[Tensor, "n 3 s s"]]:
-    """The views that a step would draw of these whole images."""
-    parameters = tuple(draw_views(recipe, sizes, step))
-    batch = Batch(torch.arange(len(sizes)), sizes, parameters, (Pixels(pixels, sizes),))
-    return apply_views(recipe, batch, device)

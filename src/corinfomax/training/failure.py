@@ -1,13 +1,11 @@
 """A failed step: the first layer that went wrong, and a file with everything that the step began with."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,21 +17,12 @@ from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import processes
 from corinfomax.runtime.records import Facts
 from corinfomax.training import batches
-from corinfomax.training.step import NUMBERS, Learner, NotFiniteError, find_fault, put_back, scaler_state
+from corinfomax.training.step import NUMBERS, Learner, NotFiniteError, find_fault, put_back, state_of
 from corinfomax.weights import checkpoint
 from corinfomax.weights.checkpoint import Checkpoint
 
 TrainStep = Callable[[int, Recipe], Float[Tensor, " 4"]]
 """Trains one step by a recipe; gives its NUMBERS."""
-
-
-class Output(NamedTuple):
-    """A module's output in one forward pass of the network."""
-
-    module: str
-    forward_pass: int
-    """Counted from 1; every view, or every micro-batch of a view, is a pass."""
-    finite: bool
 
 
 def explain(
@@ -58,7 +47,7 @@ def explain(
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         reason = f"repeating the step ended with {type(error).__name__}: {first_line}"
-    return NotFiniteError(fault.step, f"{fault.what}; {reason}", *saved)
+    return NotFiniteError(fault.step, f"{fault.problem}; {reason}", *saved)
 
 
 def save_step(run: Path, learner: Learner, fault: NotFiniteError, recipe: Recipe, images: Images, facts: Facts) -> str:
@@ -75,16 +64,8 @@ def save_step(run: Path, learner: Learner, fault: NotFiniteError, recipe: Recipe
                 tensors |= {f"sizes{view}": pixels.sizes, f"boxes{view}": pixels.boxes}
 
         # a checkpoint that has this batch beside the usual state
-        checkpoint.save_checkpoint(
-            path,
-            network=learner.network,
-            criterion=learner.criterion,
-            optimizer=learner.optimizer,
-            step=fault.step,
-            recipe=recipe,
-            facts=facts._replace(failure=str(fault)),
-            loop={**tensors, **scaler_state(learner)},
-        )
+        state = state_of(learner, fault.step, recipe, facts._replace(failure=str(fault)), tensors)
+        checkpoint.save_checkpoint(path, state)
     except (OSError, DataError) as error:
         return f"the batch is not saved: {error}"
     return f"the batch is saved in {path}"
@@ -100,11 +81,10 @@ def first_bad(learner: Learner, take: TrainStep, step: int, recipe: Recipe) -> s
         numbers = take(step, unclipped)
 
     # forward: every process runs the same modules in the same order
-    place = next((i for i, output in enumerate(outputs) if not output.finite), math.inf)
+    place = next((i for i, (_, finite) in enumerate(outputs) if not finite), math.inf)
     (earliest,) = processes.largest(-place)
     if earliest > -math.inf:
-        first = outputs[-int(earliest)]
-        return f"the first bad output is {first.module}, in forward pass {first.forward_pass}"
+        return f"the first bad output is {outputs[-int(earliest)][0]}"
 
     # backward: it reaches the parameters from the last one to the first
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -128,24 +108,18 @@ def overflowing(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 @contextlib.contextmanager
-def watched(network: nn.Module) -> Iterator[list[Output]]:
-    """A list that grows by every module's output as it is computed; the host waits for each one."""
-    outputs: list[Output] = []
-    forward_pass = 0
-
-    def count(module: nn.Module, inputs: Any) -> None:
-        nonlocal forward_pass
-        forward_pass += 1
+def watched(network: nn.Module) -> Iterator[list[tuple[str, bool]]]:
+    """A list that grows by every module's name as it is computed, and True if its output is finite; the host waits."""
+    outputs: list[tuple[str, bool]] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                outputs.append(Output(name or "the whole network", forward_pass, bool(output.isfinite().all())))
+                outputs.append((name or "the whole network", bool(output.isfinite().all())))
 
         return record
 
-    hooks = [network.register_forward_pre_hook(count)]
-    hooks += [module.register_forward_hook(watch(name)) for name, module in network.named_modules()]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in network.named_modules()]
     try:
         with torch.compiler.set_stance("force_eager"):  # else torch would compile the network again, with its hooks
             yield outputs

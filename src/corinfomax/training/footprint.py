@@ -1,12 +1,9 @@
 """Memory of a training step before it is run, and the micro-batch with which it fits."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from corinfomax.network import Network, autocast, freeze, match_dtype
 from corinfomax.recipes.fields import Recipe
@@ -54,11 +51,11 @@ def measure_footprint(recipe: Recipe, device: torch.device) -> Footprint:
     saved_each, peak_each = ((b - a) / (TRIALS[1] - TRIALS[0]) for a, b in (saved, peaks))
 
     # Muon and SGD keep one number for each weight, AdamW two.
-    state = _bytes(network.state_dict().values())
-    trained = _bytes(parameter for parameter in network.parameters() if parameter.requires_grad)
+    state = sum(tensor.nbytes for tensor in network.state_dict().values())
+    trained = sum(parameter.nbytes for parameter in network.parameters() if parameter.requires_grad)
     kept = state + trained * (2 if recipe.optim.name == "adamw" else 1)
     if recipe.tuning.pull:
-        kept += _bytes(parameter for parameter in network.backbone.parameters() if parameter.requires_grad)
+        kept += sum(weight.nbytes for weight in network.backbone.parameters() if weight.requires_grad)
     view = 4 * (3 * recipe.size**2 + 4 * recipe.projector.widths[-1])
     pixels = 3 * recipe.cache_side**2 * (1 + AHEAD) if device.type == "cpu" else 3 * recipe.cache_side**2
     fixed = trained + 2 * kept + (COMPILED / HEAP if device.type == "cpu" else 0)
@@ -71,31 +68,23 @@ def _project(network: Network, recipe: Recipe, device: torch.device, images: int
         return network(match_dtype(x, network))
 
 
-def _bytes(tensors: Iterable[Tensor | nn.Parameter]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
 def warning(recipe: Recipe, device: torch.device) -> str | None:
     """One sentence when a step of the recipe does not fit into memory, with the micro-batch that does; else None."""
     footprint = measure_footprint(recipe, device)
     memory.give_back()
-    own = processes.share(recipe.batch)
-    n, free = own.stop - own.start, memory.room(device)
+    share = processes.share(recipe.batch)
+    n, available = share.stop - share.start, memory.room(device)
     need = footprint.needs(n, recipe.n_views, recipe.micro_batch)
-    if need <= free:
+    if need <= available:
         return None
 
     # the largest power of two that fits and leaves no single image
     sizes = [2**e for e in range(n.bit_length() - 1, 0, -1) if 2**e < n and n % 2**e != 1]
-    fitting = [size for size in sizes if footprint.needs(n, recipe.n_views, size) <= free]
+    fitting = [size for size in sizes if footprint.needs(n, recipe.n_views, size) <= available]
     step = f"a step of {n:,} images" + (f" in parts of {recipe.micro_batch}" if recipe.micro_batch else "")
-    problem = f"{step} needs about {_gigabytes(need)}, but {_gigabytes(free)} are free"
+    problem = f"{step} needs about {need / 1e9:.1f} GB, but {available / 1e9:.1f} GB are free"
     if not fitting:
         return f"{problem}, too little for any --micro-batch: try a smaller --batch, --size or network"
-    least = _gigabytes(footprint.needs(n, recipe.n_views, fitting[0]))
+    least = footprint.needs(n, recipe.n_views, fitting[0])
     exact = "the gradient stays exact, but BatchNorm sees a part at a time"
-    return f"{problem}: --micro-batch {fitting[0]} needs {least} ({exact})"
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{problem}: --micro-batch {fitting[0]} needs {least / 1e9:.1f} GB ({exact})"

@@ -1,7 +1,5 @@
 """The training loop, flat: take a step, do what is due after it, write it down."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import time
@@ -36,7 +34,7 @@ from corinfomax.training.step import (
     capture,
     find_fault,
     put_back,
-    scaler_state,
+    state_of,
     update,
 )
 from corinfomax.weights import checkpoint
@@ -73,19 +71,19 @@ def pretrain(
     Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint of the last step; NotFiniteError when a loss, gradient
     or weight is not finite, with the batch in a file; DataError when an image file is lost, after a checkpoint.
     """
-    part, steps = check_parts(recipe), recipe.steps(len(splits.train))
+    share, steps = check_parts(recipe), recipe.steps(len(splits.train))
     learner = build(recipe, device, compiled=options.compile, criterion=criterion, start=start)
     recorder = Recorder(run, recipe, learner, options, facts, resume, device)
     due = Due(splits, recipe, options, steps, device, start)
     with (
-        prefetch(recipe, splits.train, steps, device, part) as ahead,
+        prefetch(recipe, splits.train, steps, device, share) as ahead,
         Progress(recipe, recorder.done, steps, recorder.rows) as progress,
         stop_signals() as stop,
     ):
         train_step = functools.partial(take_step, learner, ahead, len(splits.train) // recipe.batch, device)
         with recorder.failures(train_step, splits.train):
             # the weights that the run starts from
-            if start is not None and recorder.done == 0 and due.row(0):
+            if start is not None and recorder.done == 0 and 0 in due.rows:
                 row = due.measure(Row(0, nan, nan, None, lr=0.0, seconds=0.0), learner.network)
                 recorder.write(row)
                 on_row(row)
@@ -95,7 +93,7 @@ def pretrain(
                 done, stopping = step + 1, stop.agreed(step + 1)
 
                 # a row of metrics, with a score and a look when they are due
-                if due.row(done):
+                if done in due.rows:
                     row = due.measure(recorder.row(progress.seconds), learner.network)
                     recorder.write(row)
                     progress.show(recorder.rows, ahead.waited)
@@ -146,11 +144,7 @@ class Due:
         if start is not None:  # the weights of the start are measured too
             self.looks |= {0} if options.diagnoses else set()
             self._scores |= {0} if options.scores else set()
-        self._rows = {steps, *range(options.log_steps, steps, options.log_steps)} | self._scores | self.looks
-
-    def row(self, done: int) -> bool:
-        """Whether a row of metrics is due after `done` steps."""
-        return done in self._rows
+        self.rows = {steps, *range(options.log_steps, steps, options.log_steps)} | self._scores | self.looks
 
     def measure(self, row: Row, network: Network) -> Row:
         """The row with a score and a look when they are due; the first process measures, the others wait for it."""
@@ -234,7 +228,7 @@ class Recorder:
             run_folder.append_metrics(self.run, row)
 
     def save_due(self, *, best: bool) -> bool:
-        """Whether a checkpoint is due: some minutes after the last, or at the `best` look so far."""
+        """True if a checkpoint is due: some minutes after the last, or at the `best` look so far."""
         late = time.monotonic() - self._saved_at > 60 * self.options.checkpoint_minutes
         return late or (best and verdict.best_step(self.rows, (row.step for row in self.rows)) == self.done)
 
@@ -243,18 +237,9 @@ class Recorder:
         self._saved_at = time.monotonic()
         if not self.writes or find_fault(self.learner, self.pending, self.done) is not None:
             return
-        network, criterion, optim, *_ = self.learner
         run_folder.sync_metrics(self.run)
-        checkpoint.save_checkpoint(
-            run_folder.checkpoint_path(self.run, self.done),
-            network=network,
-            criterion=criterion,
-            optimizer=optim,
-            step=self.done,
-            recipe=self.recipe,
-            facts=self.facts,
-            loop={"numbers": self.pending, **scaler_state(self.learner)},
-        )
+        state = state_of(self.learner, self.done, self.recipe, self.facts, {"numbers": self.pending})
+        checkpoint.save_checkpoint(run_folder.checkpoint_path(self.run, self.done), state)
 
         saved = run_folder.checkpoints(self.run)
         best = verdict.best_step(self.rows, map(run_folder.step_of, saved))
@@ -279,11 +264,11 @@ class Recorder:
 
 def check_parts(recipe: Recipe) -> slice:
     """This process's slice of a batch; ValueError when processes or micro-batches cannot share it."""
-    part = processes.share(recipe.batch)
+    share = processes.share(recipe.batch)
     check_name(recipe.backbone.name)
     build_criterion(recipe)  # its errors come before the images are decoded
-    n = part.stop - part.start
+    n = share.stop - share.start
     if recipe.micro_batch is not None and n % recipe.micro_batch == 1:
         single = f"{n} images in micro-batches of {recipe.micro_batch} leave one image, and BatchNorm needs 2"
         raise ValueError(f"{single}: choose a --micro-batch that divides them")
-    return part
+    return share

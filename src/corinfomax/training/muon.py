@@ -1,7 +1,5 @@
 """Muon (Jordan et al., 2024): the step of a matrix is its momentum made orthogonal; vectors get AdamW."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

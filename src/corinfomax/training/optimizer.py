@@ -1,7 +1,5 @@
 """Optimisers, and their learning rate as a pure function of the step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from math import inf
@@ -31,9 +29,8 @@ def build(
             by_group.setdefault((scales.get(name), parameter.ndim <= 1), []).append(parameter)
 
     groups = []
-    for (scale, vectors), parameters in sorted(
-        by_group.items(), key=lambda item: (item[0][0] or inf, not item[0][1]), reverse=True
-    ):
+    ordered = sorted(by_group.items(), key=lambda item: (item[0][0] or inf, not item[0][1]), reverse=True)
+    for (scale, vectors), parameters in ordered:
         decay = optim.weight_decay if optim.decay_norms or not vectors else 0.0
         groups.append({"params": parameters, "weight_decay": decay, "lr_scale": scale})
     if optim.name == "adamw":

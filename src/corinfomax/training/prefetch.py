@@ -1,7 +1,5 @@
 """Batches that are ready when a step needs them: images on the GPU from the start, or read ahead by a thread."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -48,27 +46,27 @@ class Prefetch:
 
 @contextlib.contextmanager
 def prefetch(
-    recipe: Recipe, images: Images, steps: int, device: torch.device, part: slice = slice(None)
+    recipe: Recipe, images: Images, steps: int, device: torch.device, share: slice = slice(None)
 ) -> Iterator[Prefetch]:
-    """The batches of `steps` steps; `part` is this process's slice of each global batch.
+    """The batches of `steps` steps; `share` is this process's slice of each global batch.
 
     Images of equal size that fit into ROOM of a GPU's free memory are copied there once. All others are read by a
     thread, at most AHEAD batches before their step.
     """
     if device.type == "cuda" and images.equal:
-        free, _ = torch.cuda.mem_get_info(device)
-        if images.pixels.numel() <= ROOM * free:
+        available, _ = torch.cuda.mem_get_info(device)
+        if images.pixels.numel() <= ROOM * available:
             images = images.on(device)
             with contextlib.ExitStack() as stack:
                 read = reader(recipe, images, device, stack)
-                yield Prefetch(lambda step: read(draw_batch(recipe, images, step, part)), steps, device, None)
+                yield Prefetch(lambda step: read(draw_batch(recipe, images, step, share)), steps, device, None)
             return
 
     with contextlib.ExitStack() as stack:
         read = reader(recipe, images, device, stack)
 
         def load(step: int) -> Batch:
-            batch = read(draw_batch(recipe, images, step, part))
+            batch = read(draw_batch(recipe, images, step, share))
             if device.type != "cuda":
                 return batch
             # A copy from pinned memory runs beside the step before; torch keeps the memory until it is done.

@@ -1,7 +1,5 @@
 """Progress of a run on the terminal."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +32,7 @@ class Progress:
             dynamic_ncols=True,
         )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,22 +56,22 @@ class Progress:
         if due and self._bar.disable and processes.rank() == 0:
             self._printed = now
             speed = (row.step - self.first) / (now - self._started)  # in steps
-            left = (self.steps - row.step) / speed / 60
+            minutes_left = (self.steps - row.step) / speed / 60
             images = f"{speed * self.recipe.batch:.0f} images/s"
-            print(f"step {row.step}/{self.steps} · {images} · {left:.1f} min left · {text}", file=sys.stderr)
+            print(f"step {row.step}/{self.steps} · {images} · {minutes_left:.1f} min left · {text}", file=sys.stderr)
 
     def _text(self, row: Row, waited: float) -> str:
         """Loss, gap, score, verdict, and the share of time spent waiting for images from 1 % on."""
-        parts = [f"loss {row.loss:.3f}", f"attraction {row.attraction:.5f}"]
+        phrases = [f"loss {row.loss:.3f}", f"attraction {row.attraction:.5f}"]
         if row.gap is not None:
-            parts.append(f"{row.gap:.3f} above 2·ln D")
+            phrases.append(f"{row.gap:.3f} above 2·ln D")
         if row.knn is not None:
-            parts.append(f"kNN {row.knn:.1f} %")
+            phrases.append(f"kNN {row.knn:.1f} %")
         if self.kind is not None:
-            parts.append(self.kind)
+            phrases.append(self.kind)
         if (share := waited / (time.monotonic() - self._started)) >= 0.01:
-            parts.append(f"{100 * share:.0f} % of the time waiting for images")
-        return " · ".join(parts)
+            phrases.append(f"{100 * share:.0f} % of the time waiting for images")
+        return " · ".join(phrases)
 
     def _announce_verdict(self, rows: Sequence[Row]) -> None:
         """Print the verdict when its kind has changed; the verdict on the whole run is the command's to print."""

@@ -1,7 +1,5 @@
 """Ctrl-C, SIGTERM and SIGHUP as a question between steps, with one answer in all processes."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading
@@ -26,7 +24,7 @@ class Stop:
         self._requested.set()
 
     def agreed(self, done: int) -> bool:
-        """Whether to stop after `done` steps: the same answer in every process, up to about DELAY late.
+        """True if the run should stop after `done` steps: the same answer in every process, up to about DELAY late.
 
         Every process calls this after every step. Each exchange also agrees on the step of the next one.
         """

@@ -1,9 +1,7 @@
 """One training step: the learner (network, loss, optimiser, scaler), its update, its checks, its copies."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,9 +26,9 @@ CURE = "a lower learning rate or a larger batch usually helps"
 class NotFiniteError(FloatingPointError):
     """Loss, gradient or weights became nan or infinite in `step`, counted from 0."""
 
-    def __init__(self, step: int, what: str, *more: str) -> None:
-        super().__init__("; ".join((what, CURE, *more)))
-        self.step, self.what = step, what
+    def __init__(self, step: int, problem: str, *details: str) -> None:
+        super().__init__("; ".join((problem, CURE, *details)))
+        self.step, self.problem = step, problem
 
 
 class Learner(NamedTuple):
@@ -91,18 +89,11 @@ def build(
 def build_criterion(recipe: Recipe) -> CorInfoMaxLoss | KernelLoss:
     """The recipe's loss; ValueError that names an impossible setting."""
     loss, dim = recipe.loss, recipe.projector.widths[-1]
+    shared: dict[str, Any] = {"alpha": loss.alpha, "eps": loss.shift, "normalize": loss.normalize}
     if loss.name == "kernel":
-        return KernelLoss(dim, alpha=loss.alpha, temperature=loss.temperature, eps=loss.shift, normalize=loss.normalize)
-    return CorInfoMaxLoss(
-        dim,
-        views=recipe.n_views,
-        alpha=loss.alpha,
-        cov_decay=loss.cov_decay,
-        mean_decay=loss.mean_decay,
-        eps=loss.shift,
-        cov_init=loss.cov_init,
-        normalize=loss.normalize,
-    )
+        return KernelLoss(dim, temperature=loss.temperature, **shared)
+    past = {"cov_decay": loss.cov_decay, "mean_decay": loss.mean_decay, "cov_init": loss.cov_init}
+    return CorInfoMaxLoss(dim, views=recipe.n_views, **shared | past)
 
 
 def update(
@@ -123,20 +114,20 @@ def update(
     """
     network, criterion, optim, scaler, start = learner
 
-    def project(x: Tensor, part: int) -> Tensor:
-        # Dropout and stochastic depth get random numbers of their own in each process and part.
-        torch.manual_seed(key(recipe.seed, f"network {processes.rank()} {part}", step))
+    def project(x: Tensor, pass_number: int) -> Tensor:
+        # Dropout and stochastic depth get random numbers of their own in each process and forward pass.
+        torch.manual_seed(key(recipe.seed, f"network {processes.rank()} {pass_number}", step))
         with autocast(recipe, device):
             return network(match_dtype(x, network), projector_alone=projector_alone)
 
     # Forward, loss and backward, all at once or in micro-batches.
     optim.zero_grad(set_to_none=True)
     n = len(views[0])
-    part = n if recipe.micro_batch is None else min(recipe.micro_batch, n)
+    chunk_size = n if recipe.micro_batch is None else min(recipe.micro_batch, n)
     terms: Terms
     try:
-        if part < n:
-            terms = micro_batch.backward(project, network, criterion, views, part, scaler.scale)
+        if chunk_size < n:
+            terms = micro_batch.backward(project, network, criterion, views, chunk_size, scaler.scale)
         else:
             z = [project(x, v) for v, x in enumerate(views)]  # one forward per view: BatchNorm sees one view at a time
             lap("forward")
@@ -217,12 +208,21 @@ def _eigenvalue(criterion: nn.Module) -> list[tuple[str, float]]:
     return [("smallest eigenvalue of the covariances", float(torch.linalg.eigvalsh(criterion.R.cpu()).min()))]
 
 
-def capture(learner: Learner, step: int, recipe: Recipe) -> Checkpoint:
-    """A copy of the learner after `step` steps, on its device; as large as the weights and the optimiser's state."""
+def state_of(
+    learner: Learner, step: int, recipe: Recipe, facts: Facts = Facts(), loop: Mapping[str, Tensor] | None = None
+) -> Checkpoint:
+    """The learner after `step` steps, with these facts and further tensors of the loop; nothing is copied."""
     network, criterion, optim, *_ = learner
     states = network.state_dict(), criterion.state_dict(), checkpoint.optimizer_tensors(optim, network)
-    copies = [{name: x.detach().clone() for name, x in state.items()} for state in (*states, scaler_state(learner))]
-    return Checkpoint(recipe, step, Facts(), *copies)
+    return Checkpoint(recipe, step, facts, *states, {**(loop or {}), **_scaler_state(learner)})
+
+
+def capture(learner: Learner, step: int, recipe: Recipe) -> Checkpoint:
+    """A copy of the learner after `step` steps, on its device; as large as the weights and the optimiser's state."""
+    state = state_of(learner, step, recipe)
+    tensors = {section: getattr(state, section) for section in checkpoint.TENSORS}
+    copies = {section: {name: x.detach().clone() for name, x in xs.items()} for section, xs in tensors.items()}
+    return state._replace(**copies)  # type: ignore[arg-type]
 
 
 def put_back(learner: Learner, saved: Checkpoint) -> None:
@@ -236,7 +236,7 @@ def put_back(learner: Learner, saved: Checkpoint) -> None:
         scaler.load_state_dict(scaler.state_dict() | state)
 
 
-def scaler_state(learner: Learner) -> dict[str, Tensor]:
+def _scaler_state(learner: Learner) -> dict[str, Tensor]:
     """The state of a float16 run's scaler, which makes the host wait; empty in other precisions."""
     if not learner.scaler.is_enabled():
         return {}

@@ -1,7 +1,5 @@
 """Time of a training step on this machine: its parts, what bounds it, and the forecast for a whole run."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools
@@ -221,8 +219,8 @@ def as_text(timings: Timings, setting: Setting) -> str:
     lines.append(f"{rates}: the pipeline's efficiency is {efficiency(timings):.2f}")
     lines.append(f"→ {advice(timings, setting)}")
     if setting.device == "cpu" and setting.threads + setting.load > setting.cores + 1:
-        others = f"other programs want {setting.load:.1f} of the {setting.cores} cores and slow all of this down"
-        lines.append(others + "; one thread may be faster (OMP_NUM_THREADS=1)" * (setting.threads > 1))
+        busy = f"other programs use about {setting.load:.1f} of the {setting.cores} cores and slow this down"
+        lines.append(busy + "; one thread may be faster (OMP_NUM_THREADS=1)" * (setting.threads > 1))
     elif unsteady:
         lines.append("the rounds differ by more than a fifth because the machine is busy: trust only the shares")
     return "\n".join(lines)
@@ -253,7 +251,7 @@ def forecast(measured: Speed, recipe: Recipe, images: int, device: torch.device)
 
 
 def _peak_memory(device: torch.device) -> int | None:
-    """Most bytes so far: on a GPU those of tensors, on a CPU those of the whole process."""
+    """Peak memory in bytes: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type != "cpu" or sys.platform == "win32":

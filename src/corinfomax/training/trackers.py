@@ -1,7 +1,5 @@
 """The metrics in a tracker of the user's choice, beside metrics.jsonl."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib

@@ -8,8 +8,6 @@ the operations an image is float32 (3, size · size), stored column by column: i
 resampling, and both of blur, run along contiguous memory.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import itertools
@@ -255,10 +253,9 @@ def _resample(
                     for i in range(size):
                         column[i] += w0 * c0[i] + w1 * c1[i] + w2 * c2[i] + w3 * c3[i]
 
-    for c in range(3):
-        plane = x[c]
-        for p in range(len(plane)):
-            plane[p] = min(max(plane[p], _0), _1)
+    flat = x.reshape(-1)
+    for p in range(len(flat)):
+        flat[p] = min(max(flat[p], _0), _1)
 
 
 @compiled
@@ -300,10 +297,9 @@ def _blend(x: Planes, adjustment: int, factor: np.float32) -> None:
     remainder = _1 - factor
 
     if adjustment == BRIGHTNESS:  # with black
-        for c in range(3):
-            plane = x[c]
-            for p in range(len(plane)):
-                plane[p] = min(max(factor * plane[p], _0), _1)
+        flat = x.reshape(-1)
+        for p in range(len(flat)):
+            flat[p] = min(max(factor * flat[p], _0), _1)
     elif adjustment == CONTRAST:  # with the mean grey
         total = _0
         for p in range(len(red)):
@@ -398,10 +394,9 @@ def _convolve(source: Vector, kernel: Vector, stride: int, length: int, out: Vec
 
 @compiled
 def _solarize(x: Planes) -> None:
-    for c in range(3):
-        plane = x[c]
-        for p in range(len(plane)):
-            plane[p] = _1 - plane[p] if plane[p] >= _THRESHOLD else plane[p]
+    flat = x.reshape(-1)
+    for p in range(len(flat)):
+        flat[p] = _1 - flat[p] if flat[p] >= _THRESHOLD else flat[p]
 
 
 @compiled

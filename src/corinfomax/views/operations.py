@@ -5,8 +5,6 @@ In a batch of mixed sizes each image stands at the top left of a frame of zeros,
 With the same parameters every operation equals torchvision's on a float image.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num, UInt8
 from torch import Tensor
 
-from corinfomax.recipes.fields import View
+from corinfomax.recipes.fields import Recipe, View
 from corinfomax.views import cpu
 from corinfomax.views.cpu import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, PerChannel, Sizes
 
@@ -40,7 +38,7 @@ class ViewParameters(NamedTuple):
     sigma: Float[Tensor, " n"]  # standard deviation of the blur, pixels of the view
     solarize: Bool[Tensor, " n"]
 
-    def take(self, indices: Int[Tensor, " m"] | slice) -> ViewParameters:
+    def take(self, indices: Int[Tensor, " m"] | slice) -> "ViewParameters":
         """Select images, such as one process's share of the batch."""
         return ViewParameters(*(field[indices] for field in self))
 
@@ -150,6 +148,14 @@ def centre_view(
     windows, linear = torch.stack((start, extent, zeros, sizes)), interpolation == "bilinear"
     x = _resample(images, windows, zeros[:, 0] > 0, size=size, linear=linear)
     return normalize(x, mean=mean, std=std)
+
+
+def test_view(
+    images: UInt8[Tensor, "n 3 h w"], sizes: Sizes, recipe: Recipe, device: torch.device
+) -> Float[Tensor, "n 3 s s"]:
+    """The centre view of a recipe, as features, scores and exports see the images."""
+    mean, std, filtered = recipe.mean, recipe.std, recipe.interpolation
+    return centre_view(images.to(device), sizes, size=recipe.test_side, mean=mean, std=std, interpolation=filtered)
 
 
 def _apply_where(chosen: Bool[Tensor, " n"], x: Tensor, operation: Callable[..., Tensor], *values: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """The state of a run in one safetensors file: weights, moments, optimiser, step, recipe; no pickle anywhere."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys
@@ -21,6 +19,7 @@ from corinfomax.runtime import run_folder
 from corinfomax.runtime.records import Facts
 
 CHECKPOINT_FORMAT = "corinfomax-3"
+TENSORS = ("network", "criterion", "optimizer", "loop")  # the fields of a checkpoint that hold tensors
 
 
 class DamagedError(ValueError):
@@ -40,27 +39,16 @@ class Checkpoint(NamedTuple):
     """`numbers` of the steps since the last row of metrics, float16's gradient `scale`, a failed step's batch."""
 
 
-def save_checkpoint(
-    path: Path,
-    *,
-    network: nn.Module,
-    criterion: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    recipe: Recipe,
-    facts: Facts = Facts(),
-    loop: dict[str, Tensor] | None = None,
-) -> None:
-    """Write the state after `step` steps to `path`, whole or not at all; OSError with the path on failure."""
-    # All tensors, by part and name.
-    state = {"network": network.state_dict(), "criterion": criterion.state_dict(), "loop": loop or {}}
-    state["optimizer"] = optimizer_tensors(optimizer, network)
-    tensors = {f"{part}/{name}": tensor for part, content in state.items() for name, tensor in content.items()}
+def save_checkpoint(path: Path, saved: Checkpoint) -> None:
+    """Write a checkpoint to `path`, whole or not at all; OSError with the path on failure."""
+    # All tensors, by section and name.
+    state = {section: getattr(saved, section) for section in TENSORS}
+    tensors = {f"{section}/{name}": tensor for section, content in state.items() for name, tensor in content.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     # The rest as JSON, and a checksum of everything.
-    rest = {"format": CHECKPOINT_FORMAT, "step": step, "recipe": fields.to_json(recipe), "facts": facts.to_json()}
-    about = json.dumps(rest)
+    rest = {"recipe": fields.to_json(saved.recipe), "facts": saved.facts.to_json()}
+    about = json.dumps({"format": CHECKPOINT_FORMAT, "step": saved.step, **rest})
     metadata = {"corinfomax": about, "digest": digest(tensors, about)}
 
     try:
@@ -85,11 +73,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if about["format"] != CHECKPOINT_FORMAT:
         raise ValueError(f"{path} is of format {about['format']}; this version reads {CHECKPOINT_FORMAT}")
 
-    # Tensors by part and name.
-    state: dict[str, dict[str, Tensor]] = {"network": {}, "criterion": {}, "optimizer": {}, "loop": {}}
+    # Tensors by section and name.
+    state: dict[str, dict[str, Tensor]] = {section: {} for section in TENSORS}
     for full_name, tensor in tensors.items():
-        part, _, name = full_name.partition("/")
-        state[part][name] = tensor
+        section, _, name = full_name.partition("/")
+        state[section][name] = tensor
     return Checkpoint(fields.from_json(about["recipe"]), about["step"], Facts.from_json(about["facts"]), **state)
 
 

@@ -1,7 +1,5 @@
 """A trained backbone in files that load without this package, each verified in a fresh process."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess
@@ -81,12 +79,8 @@ def _write_folder(path: Path, backbone: nn.Module, saved: Checkpoint, results: R
     recipe, timms = saved.recipe, timm.get_pretrained_cfg(saved.recipe.backbone.name)
     assert timms is not None
     inputs = {"input_size": [3, recipe.test_side, recipe.test_side], "fixed_input_size": timms.fixed_input_size}
-    inputs |= {
-        "interpolation": recipe.interpolation,
-        "crop_pct": 0.875,
-        "crop_mode": "center",
-    }  # timm resizes to ⌊size · 8/7⌋
-    inputs |= {"mean": recipe.mean, "std": recipe.std}
+    inputs |= {"crop_pct": 0.875, "crop_mode": "center"}  # timm resizes to ⌊size · 8/7⌋
+    inputs |= {"interpolation": recipe.interpolation, "mean": recipe.mean, "std": recipe.std}
     layers = {"num_classes": 0, "first_conv": timms.first_conv, "classifier": timms.classifier}
     network = {"architecture": recipe.backbone.name.partition(".")[0], "num_classes": 0}
     network |= {"num_features": backbone.num_features, "model_args": _timm_arguments(recipe.backbone, recipe.size)}
@@ -133,61 +127,13 @@ def _timm_arguments(backbone: Backbone, size: int) -> dict[str, int | list[int]]
 
 def loading_code(backbone: Backbone, size: int) -> str:
     """Python source without this package: its `backbone(path)` builds the network with the tensors of that file."""
-    # The network without its classifier.
-    library, name = "timm", backbone.name.partition(".")[0]
+    # after a narrow stem the first block is another too
+    width = len(build_backbone(backbone, size=size).get_parameter("conv1.weight")) if backbone.small_stem else 64
     arguments = ", ".join(f"{key}={value!r}" for key, value in _timm_arguments(backbone, size).items())
-    build = [f'model = timm.create_model("{name}", {arguments})']
-    if backbone in TORCHVISION:
-        library = "torchvision"
-        build = [f"model = torchvision.models.{name}()", "model.fc = torch.nn.Identity()"]
-
-    # A small stem, and after a narrow one the first block too.
-    if backbone.small_stem:
-        width = len(build_backbone(backbone, size=size).get_parameter("conv1.weight"))
-        stem = f"torch.nn.Conv2d(3, {width}, 3, stride={backbone.stem_stride}, padding=1, bias=False)"
-        build += [f"model.conv1 = {stem}", "model.maxpool = torch.nn.Identity()"]
-        if width != 64:
-            first = f"torch.nn.Conv2d({width}, {width}, 3, padding=1, bias=False)"
-            build += [f"model.bn1 = torch.nn.BatchNorm2d({width})", f"model.layer1[0].conv1 = {first}"]
-            build += ["model.layer1[0].downsample = None"]
-
-    # The whole file.
-    lines = "\n    ".join((*build, "model.load_state_dict(load_file(weights))", "return model.eval()"))
-    return f'''"""The backbone with its trained weights: pooled features of normalised images, with {library} alone."""
-
-from pathlib import Path
-
-import {library}
-import torch
-from safetensors.torch import load_file
-
-
-def backbone(weights=Path(__file__).with_name("model.safetensors")):
-    {lines}
-'''
-
-
-LOADERS = {
-    "timm": 'import timm\nfeatures = timm.create_model("local-dir:" + path, pretrained=True).eval()',
-    "load.py": 'import runpy\nfeatures = runpy.run_path(path + "/load.py")["backbone"]()',
-    "state-dict": 'import runpy\nfeatures = runpy.run_path("load.py")["backbone"](path)',
-    "onnx": """import onnxruntime
-session = onnxruntime.InferenceSession(path)
-def features(images):
-    return torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])""",
-}
-"""Code that makes `features(images)` of the file or folder at `path`."""
-SCRIPT = """import sys
-sys.modules["corinfomax"] = None  # importing it is an error
-import torch
-from safetensors.torch import load_file, save_file
-path = sys.argv[1]
-{loader}
-with torch.inference_mode():
-    batches = load_file("images.safetensors")["images"].split({batches})
-    vectors = torch.cat([features(images) for images in batches])
-save_file({{"features": vectors.contiguous()}}, "features.safetensors")
-"""
+    library = "torchvision" if backbone in TORCHVISION else "timm"
+    return card.template("load.py.jinja").render(
+        backbone=backbone, name=backbone.name.partition(".")[0], width=width, arguments=arguments, library=library
+    )
 
 
 def _feature_difference(path: Path, backbone: nn.Module, recipe: Recipe, form: ExportFormat) -> float:
@@ -198,11 +144,12 @@ def _feature_difference(path: Path, backbone: nn.Module, recipe: Recipe, form: E
         before = torch.cat([backbone(x) for x in images.split(TRIAL_BATCHES)])
 
     # Reload in a fresh process without this package, in a folder of its own.
-    loader = LOADERS["load.py" if form == "timm" and recipe.backbone.small_stem else form]
+    loader = "load.py" if form == "timm" and recipe.backbone.small_stem else form
+    script = card.template("verify.py.jinja").render(loader=loader, batches=TRIAL_BATCHES)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_file({"images": images}, folder / "images.safetensors")
-        (folder / "main.py").write_text(SCRIPT.format(loader=loader, batches=TRIAL_BATCHES), encoding="utf-8")
+        (folder / "main.py").write_text(script, encoding="utf-8")
         (folder / "load.py").write_text(loading_code(recipe.backbone, recipe.size), encoding="utf-8")
         command = [sys.executable, "main.py", str(path.absolute())]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

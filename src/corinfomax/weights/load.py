@@ -1,14 +1,13 @@
 """Backbones from trained weights, whole or not at all: our runs and exports, timm's weights, any state dict."""
 
-from __future__ import annotations
-
 import json
 import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -21,15 +20,13 @@ from corinfomax.network import build_backbone, check_name, has_fixed_size, measu
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Backbone, Recipe
 from corinfomax.runtime import run_folder
-from corinfomax.runtime.records import Facts, Start
+from corinfomax.runtime.records import Facts, Start, WeightsOptions
 from corinfomax.weights import checkpoint
 from corinfomax.weights.match import Tensors, check_values, identify, match_names
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder in timm's layout
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
-NO_NETWORKS = ("optimizer", "optim", "scheduler", "scaler")  # keys of training scripts that hold other tensors
-Interpolation = Literal["bicubic", "bilinear"]
-Colours = tuple[float, float, float]
+NO_NETWORKS = ("optimizer", "optim", "scheduler", "scaler")  # keys under which training scripts keep optimiser state
 
 
 class LoadedBackbone(NamedTuple):
@@ -63,52 +60,25 @@ def _line(text: str | None) -> str | None:
     return " ".join(text.split()) if text else None
 
 
-class Foreign(NamedTuple):
-    """The network and the input of weights that do not record them; None is timm's own."""
-
-    architecture: str | None = None
-    small_stem: bool = False
-    prefix: str | None = None
-    size: int | None = None
-    mean: Colours | None = None
-    std: Colours | None = None
-    interpolation: Interpolation | None = None
-
-
-def load_backbone(
-    name: str,
-    *,
-    last: bool = False,
-    architecture: str | None = None,
-    small_stem: bool = False,
-    prefix: str | None = None,
-    size: int | None = None,
-    mean: Colours | None = None,
-    std: Colours | None = None,
-    interpolation: Interpolation | None = None,
-) -> LoadedBackbone:
+def load_backbone(name: str, options: WeightsOptions = WeightsOptions(), *, last: bool = False) -> LoadedBackbone:
     """The backbone of `name`: a path, or `timm:NETWORK` for timm's pretrained weights.
 
     A path is a run folder or its checkpoint, a folder in timm's layout such as an export, or a state dict in
-    .safetensors or a pickle, from which only tensors and plain values are read. `architecture` is the timm network of
-    a state dict that does not record one, `small_stem` its 3×3 first convolution without max-pool, `prefix` the start
-    of its tensors' names when a file holds several networks. `size` (side in pixels), `mean`, `std` and
-    `interpolation` are the input of weights that do not record it; timm's by default. A run that started from other
-    weights and did not improve on them gives those, unless `last` asks for its last checkpoint. Only `timm:` may
-    connect to the internet. Raises ValueError or OSError; ValueError too for options that weights of ours do not take.
+    .safetensors or a pickle, from which only tensors and plain values are read. A run that started from other weights
+    and did not improve on them gives those, unless `last` asks for its last checkpoint. Only `timm:` may connect to the
+    internet. Raises ValueError or OSError; ValueError too for options that weights of ours do not take.
     """
     path = Path(name).expanduser()
-    foreign = Foreign(architecture, small_stem, prefix, size, mean, std, interpolation)
     if name.startswith("timm:"):
-        return _load_timm(name.removeprefix("timm:"), foreign)
+        return _load_timm(name.removeprefix("timm:"), options)
     if (path / "config.json").is_file():
-        return _load_timm_folder(path, foreign)
+        return _load_timm_folder(path, options)
 
     # A run or a checkpoint.
     suffix = path.suffix.lower()
     is_tensors = suffix == ".safetensors" and path.is_file()
     if path.is_dir() or (is_tensors and "corinfomax" in checkpoint.read_safetensors(path)[1]):
-        _refuse_options(foreign, path)
+        _refuse_options(options, path)
         if not last and path.is_dir() and run_folder.read_results(path).keep_start:
             return load_start(path)
         network, saved = checkpoint.load_network(path)
@@ -121,16 +91,18 @@ def load_backbone(
         raise FileNotFoundError(f"no weights at {path}; name a run folder, a file of weights, or timm:NETWORK")
     tensors, recipe, recorded = read_state_dict(path)
     if recipe is not None:
-        _refuse_options(foreign, path)
+        _refuse_options(options, path)
         loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
         return loaded._replace(ours=True)
-    if (architecture := architecture or recorded) is None:
+    if (architecture := options.architecture or recorded) is None:
         likely = identify(tensors)
         hint = f"its tensors are those of {likely}" if likely else "a timm name such as resnet18"
         raise ValueError(f"{path} does not record its network; add --architecture {likely or 'NETWORK'} ({hint})")
-    recipe = _timm_recipe(Backbone(name=architecture, small_stem=small_stem), foreign, _timm_config(architecture))
-    loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path), prefix)
-    assumed = [name for name in ("mean", "std", "interpolation") if getattr(foreign, name) is None]
+    backbone = Backbone(name=architecture, small_stem=options.small_stem)
+    recipe = _timm_recipe(backbone, options, _timm_config(architecture))
+    model = build_backbone(backbone, size=recipe.size)
+    loaded = _load_tensors(model, tensors, recipe, str(path), options.prefix)
+    assumed = [name for name in ("mean", "std", "interpolation") if getattr(options, name) is None]
     flags = listed([f"--{name}" for name in assumed])
     note = f"; these are timm's values for {architecture}: change them with {flags}" if assumed else ""
     return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}{note}")
@@ -156,8 +128,8 @@ class RecordedError(ValueError):
     """Options for weights that record their network and input themselves."""
 
 
-def _refuse_options(foreign: Foreign, source: str | Path, recorded: str = "network and input") -> None:
-    for name, value in foreign._asdict().items():
+def _refuse_options(options: WeightsOptions, source: str | Path, recorded: str = "network and input") -> None:
+    for name, value in vars(options).items():
         if value not in (None, False):
             flag = name.replace("_", "-")
             raise RecordedError(f"{source} records its {recorded}: --{flag} is for weights that do not")
@@ -224,7 +196,7 @@ def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str
             yield from _flatten(value, f"{prefix}{key}.")
 
 
-def _load_timm_folder(folder: Path, foreign: Foreign) -> LoadedBackbone:
+def _load_timm_folder(folder: Path, options: WeightsOptions) -> LoadedBackbone:
     """A backbone from config.json and model.safetensors, as on timm's hub and in an exported folder."""
     file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if file is None:
@@ -232,16 +204,16 @@ def _load_timm_folder(folder: Path, foreign: Foreign) -> LoadedBackbone:
     tensors, recipe, _ = read_state_dict(file)
     config = run_folder.read_json(folder / "config.json")
     spec = {**config, **config.get("pretrained_cfg", {})}
-    made = PretrainedCfg(
-        license=spec.get("license"), origin_url=spec.get("origin_url"), paper_ids=spec.get("paper_ids")
-    )
+    source, papers = spec.get("origin_url"), spec.get("paper_ids")
+    record = PretrainedCfg(license=spec.get("license"), origin_url=source, paper_ids=papers)
     if recipe is not None:  # an export of ours
-        _refuse_options(foreign, folder)
+        _refuse_options(options, folder)
         loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(folder))
-        return loaded._replace(config=made, ours=True)
+        return loaded._replace(config=record, ours=True)
 
     # Any other network of timm.
-    _refuse_options(Foreign(foreign.architecture, foreign.small_stem), folder, "network")
+    network = WeightsOptions(architecture=options.architecture, small_stem=options.small_stem)
+    _refuse_options(network, folder, "network")
     name = config.get("architecture", "")
     if not timm.is_model(name):
         raise ValueError(f"{folder / 'config.json'} names the architecture {name!r}, unknown to timm")
@@ -254,16 +226,17 @@ def _load_timm_folder(folder: Path, foreign: Foreign) -> LoadedBackbone:
         raise ValueError(f"{folder} takes images of {channels} channels, not 3: name its file of weights instead")
     stated = {name: spec[name] for name in ("input_size", "mean", "std", "interpolation") if spec.get(name)}
     model = timm.create_model(name, **arguments)
-    recipe = _timm_recipe(Backbone(name=name), foreign, PretrainedCfg(**stated))
-    loaded = _load_tensors(model, tensors, recipe, str(folder), foreign.prefix)
-    if has_fixed_size(recipe.backbone) and foreign.size is not None:
+    recipe = _timm_recipe(Backbone(name=name), options, PretrainedCfg(**stated))
+    loaded = _load_tensors(model, tensors, recipe, str(folder), options.prefix)
+    if has_fixed_size(recipe.backbone) and options.size is not None:
         loaded.backbone.set_input_size(img_size=recipe.size)  # type: ignore[operator]
-    return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}", config=made)
+    return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}", config=record)
 
 
-def _load_timm(name: str, foreign: Foreign) -> LoadedBackbone:
+def _load_timm(name: str, options: WeightsOptions) -> LoadedBackbone:
     """A network with timm's pretrained weights, or those of a hub's repository, downloaded or from timm's cache."""
-    _refuse_options(Foreign(foreign.architecture, foreign.small_stem, foreign.prefix), f"timm:{name}", "network")
+    network = replace(options, size=None, mean=None, std=None, interpolation=None)
+    _refuse_options(network, f"timm:{name}", "network")
     source, _, repository = name.partition(":")
     if source in ("hf-hub", "hf_hub"):
         config, architecture = _hub_config(repository)
@@ -274,9 +247,9 @@ def _load_timm(name: str, foreign: Foreign) -> LoadedBackbone:
         _check_reachable(name, config)
 
     # timm builds the network and fills it
-    recipe = _timm_recipe(Backbone(name=architecture), foreign, config)
-    options: dict[str, Any] = {"img_size": recipe.size} if config.fixed_input_size else {}
-    model = timm.create_model(name, pretrained=True, num_classes=0, **options)
+    recipe = _timm_recipe(Backbone(name=architecture), options, config)
+    side: dict[str, Any] = {"img_size": recipe.size} if config.fixed_input_size else {}
+    model = timm.create_model(name, pretrained=True, num_classes=0, **side)
     count = len(model.state_dict())
     summary = f"all {count} tensors of timm's {name} at {recipe.size} px, {_input(recipe)}"
     return LoadedBackbone(model.eval(), recipe, summary, config=config)
@@ -290,8 +263,8 @@ def _hub_config(repository: str) -> tuple[PretrainedCfg, str]:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{repository} is no network of timm on the hub: {reason}") from error
-    known = PretrainedCfg.__dataclass_fields__
-    return PretrainedCfg(**{key: value for key, value in described.items() if key in known}), architecture
+    field_names = PretrainedCfg.__dataclass_fields__
+    return PretrainedCfg(**{key: value for key, value in described.items() if key in field_names}), architecture
 
 
 def _check_reachable(name: str, config: PretrainedCfg) -> None:
@@ -319,18 +292,18 @@ def _timm_config(name: str) -> PretrainedCfg:
         raise ValueError(f"timm has no weights {name!r}; it has {tags}") from error
 
 
-def _timm_recipe(backbone: Backbone, foreign: Foreign, config: PretrainedCfg) -> Recipe:
+def _timm_recipe(backbone: Backbone, options: WeightsOptions, config: PretrainedCfg) -> Recipe:
     """A recipe with the typed input of a timm network, or else its own; ValueError for a side that it cannot take."""
-    side = config.input_size[-1] if foreign.size is None else foreign.size
-    if foreign.size is not None and measure(backbone, side) is None:
+    side = config.input_size[-1] if options.size is None else options.size
+    if options.size is not None and measure(backbone, side) is None:
         near = smallest_side(backbone, side)
         raise ValueError(f"{backbone.name} cannot take images of {side} px: try --size {near}")
-    interpolation = foreign.interpolation or ("bilinear" if config.interpolation == "bilinear" else "bicubic")
+    interpolation = options.interpolation or ("bilinear" if config.interpolation == "bilinear" else "bicubic")
     return Recipe(
         size=side,
         cache_side=side * 8 // 7,
-        mean=foreign.mean or tuple(config.mean),  # type: ignore[arg-type]
-        std=foreign.std or tuple(config.std),  # type: ignore[arg-type]
+        mean=options.mean or tuple(config.mean),  # type: ignore[arg-type]
+        std=options.std or tuple(config.std),  # type: ignore[arg-type]
         interpolation=interpolation,
         backbone=backbone,
     )

@@ -1,7 +1,5 @@
 """Tensors of anyone's file under the names of a timm network: whole, or refused with the reason."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -124,16 +122,16 @@ def _fits(tensors: Tensors, model: nn.Module) -> Iterator[_Fit]:
 
     # Every prefix that has enough tensors for a network.
     names = [name.split(".") for name in tensors]
-    every = {".".join([*parts[:depth], ""]) for parts in names for depth in range(min(len(parts), 6))}
+    prefixes = {".".join([*parts[:depth], ""]) for parts in names for depth in range(min(len(parts), 6))}
     many = len(list(model.parameters())) // 2
     converted = []
-    for start in sorted(every):
+    for start in sorted(prefixes):
         if len(under := _under(tensors, start)) >= many:
             for layout in (_named_children, _of_timm):
                 if (renamed := layout(under, model)) is not None:
                     converted.append(_compare(*renamed[:1], model, start, *renamed[1:]))
-    found = [fit for fit in converted if fit.complete and not fit.unexpected]
-    yield from found or plain
+    fitting = [fit for fit in converted if fit.complete and not fit.unexpected]
+    yield from fitting or plain
 
 
 def _under(tensors: Tensors, prefix: str) -> Tensors:
@@ -152,21 +150,21 @@ def _compare(tensors: Tensors, model: nn.Module, prefix: str, *notes: str) -> _F
     missing = [name for name in wanted if name not in tensors and not name.endswith(".num_batches_tracked")]
 
     # Another number of input channels.
-    said = list(notes)
+    remarks = list(notes)
     for name in (f"{layer}.weight" for layer in first):
         have, want = tensors.get(name), wanted.get(name)
         if have is None or want is None or have.ndim != 4 or have.shape == want.shape:
             continue
         if (have.shape[0], *have.shape[2:]) == (want.shape[0], *want.shape[2:]):
             tensors = tensors | {name: adapt_input_conv(want.shape[1], have, have.shape[1])}
-            said.append(f"{name} adapted from {have.shape[1]} to {want.shape[1]} input channels")
+            remarks.append(f"{name} adapted from {have.shape[1]} to {want.shape[1]} input channels")
 
     reshaped = [
         f"{name}: {_shape(tensors[name])} for {_shape(tensor)}"
         for name, tensor in wanted.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
-    return _Fit(prefix, tensors, missing, unexpected, reshaped, ignored, said)
+    return _Fit(prefix, tensors, missing, unexpected, reshaped, ignored, remarks)
 
 
 def _named_children(tensors: Tensors, model: nn.Module) -> tuple[Tensors, str] | None:
@@ -190,7 +188,7 @@ def _of_timm(tensors: Tensors, model: nn.Module) -> tuple[Tensors, str] | None:
         return None
     try:
         converted = convert(dict(tensors), model)
-    except Exception:  # of other layouts timm's functions raise anything
+    except Exception:  # timm's functions raise anything for layouts they do not know
         return None
 
     # timm also resamples patches of another size: that is another network
@@ -223,7 +221,7 @@ def _misfit(tensors: Tensors, fits: list[_Fit], model: nn.Module, source: str) -
 
 
 def check_values(tensors: Mapping[str, Tensor], model: nn.Module, *, source: str) -> None:
-    """ValueError for weights that are no floats, not finite, or the same number everywhere."""
+    """ValueError for weights that are not floats, not finite, or constant."""
     for name, wanted in model.state_dict().items():
         if wanted.is_floating_point() and not tensors[name].is_floating_point():
             raise ValueError(f"{source} holds integers ({tensors[name].dtype}) instead of weights, first in {name}")
@@ -234,9 +232,7 @@ def check_values(tensors: Mapping[str, Tensor], model: nn.Module, *, source: str
     flat = [name for name, tensor in matrices.items() if tensor.min() == tensor.max()]
     if len(flat) > len(matrices) / 2:
         value = matrices[flat[0]].flatten()[0].item()
-        raise ValueError(
-            f"{source} was never trained: all weights of {len(flat)} layers are {value:g}, first {flat[0]}"
-        )
+        raise ValueError(f"{source} was never trained: all weights of {len(flat)} layers are {value:g}, as {flat[0]}")
 
 
 def _shape(tensor: Tensor) -> str:

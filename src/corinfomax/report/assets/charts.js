@@ -78,8 +78,6 @@
       log: values.some(v => v !== null), mark: spectrum.rank, unit: "direction",
     });
   });
-  const speed = document.querySelector("[data-speed]");
-  if (data.speed) add(speed, data.speed); else speed.remove();
   redraw(true);
   theme.onChange(() => redraw(true));
   new ResizeObserver(() => redraw(false)).observe(document.querySelector("main"));
