@@ -29,6 +29,8 @@ PLOTS = (
     Plot("Learning rate", "linear warm-up, then cosine", {"learning rate": "lr"}),
     Plot("kNN score", "top-1 on a sample of the labelled images, %", {"kNN": "knn"}),
     Plot("Effective rank", "dimensions in use (RankMe)", {"backbone features": "rank_features", "projections": "rank"}),
+    Plot("Likeness to the start", "linear CKA of the features with those before the first step; 1 is no change",
+         {"CKA": "cka"}),
     # label-free measures, folded
     Plot("LiDAR", "effective rank of the directions that separate images",
          {"backbone features": "lidar_features", "projections": "lidar"}, folded=True),
