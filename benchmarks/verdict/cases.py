@@ -169,6 +169,9 @@ def continued_cases() -> dict[str, Case]:
         "tuned cifar10 new statistics": from_weights(
             LITE0, CIFAR, FORGOTTEN, True, tuning={"batch_norm": "adapt", "blocks": 1.0}
         ),
+        "tuned mnist5k new statistics": from_weights(
+            LITE0, "mnist5k", FORGOTTEN, False, tuning={"batch_norm": "adapt"}
+        ),
         "tuned tiny-imagenet lr-scale 100": from_weights(LITE0, TINY, FORGOTTEN | COLLAPSE, False, tuning=FAST),
         "tuned tiny-imagenet ImageNet's input": from_weights(
             LITE0, TINY, DATA, False, mean=IMAGENET_STATS[0], std=IMAGENET_STATS[1]

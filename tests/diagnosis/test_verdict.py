@@ -385,16 +385,26 @@ def test_a_run_that_ends_with_the_features_of_its_start_says_what_kept_them():
 
 
 def test_features_with_half_their_dimensions_are_lost():
-    def judged(used, before=400.0, **tuning):
+    def judged(used, before=400.0):
         first = row(0, rank_features=before, loss=math.nan, attraction=math.nan)
-        recipe = replace(RECIPE, tuning=Tuning(**tuning))
+        recipe = replace(RECIPE, tuning=Tuning(lr_scale=3.0))
         return judge(first, *(row(step, rank_features=used) for step in (50, 100, 300, 500)), recipe=recipe)
 
-    lost = judged(190.0, lr_scale=3.0)
+    lost = judged(190.0)
     assert lost.kind == "features lost" and "190 dimensions; those of the start used 400" in lost.evidence
     assert "--tuning.lr-scale 0.3" in lost.advice
-    assert "--tuning.batch-norm keep" in judged(100.0, batch_norm="adapt").advice
     assert judged(210.0).kind != "features lost"
 
     # a run from random weights has no start to compare with
     assert grown(rank_features=1.0).kind == "healthy"
+
+
+@pytest.mark.parametrize(("cka", "share", "kind"), [(0.5, 0.2, "features lost"), (0.95, 0.2, "healthy")])
+def test_features_that_change_while_the_projector_is_trained_alone_are_lost(cka, share, kind):
+    recipe = replace(RECIPE, tuning=Tuning(projector_share=share))
+    first = row(0, loss=math.nan, attraction=math.nan)
+    rows = [first, *(row(step, cka=cka) for step in (50, 150)), *(row(step, cka=0.4) for step in (300, 500))]
+    found = judge(*rows, recipe=recipe)
+    assert found.kind == kind
+    assert ("--tuning.batch-norm keep" in found.advice) == (kind == "features lost")
+    assert judge(*rows, recipe=RECIPE).kind == "healthy"  # the backbone was trained all the time

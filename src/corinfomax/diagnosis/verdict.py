@@ -40,6 +40,7 @@ SETTLED = 0.3  # share of a run after which the scale of the projections has set
 GROWING = 0.05  # relative gain of the best measure over the last third of the steps so far
 STEADY = 0.01
 SAME = 0.9995  # linear CKA with the features of the start; sound runs of 184 steps end at 0.57 to 0.998
+DISTURBED = 0.9  # the same CKA while the backbone is not trained; 0.36 with new statistics, 1 with those of the weights
 FORGOTTEN = 0.5  # effective rank of the features, relative to the start; sound runs end at 0.77 and more
 MOSTLY = 0.9  # share of the steps
 LOST = 0.1  # share of a run in trouble worth a remark after a sound end
@@ -84,7 +85,7 @@ def judge(
     return (
         _collapse(last.big_bang, last.step, measures, recipe)
         or _invariance(last, measures, recipe, share)
-        or _features_lost(rows[0], measures, recipe)
+        or _features_lost(rows, recipe, steps)
         or _rising(rows, recipe)
         or (_recovered(rows, recipe, steps) or _unchanged(measures, recipe) if ended else None)
         or _progress(looks, recipe, share, ended)
@@ -206,18 +207,24 @@ def _invariance(last: Row, measures: Measures, recipe: Recipe, share: float) -> 
     return Verdict("under-invariant", evidence, advice, numbers)
 
 
-def _features_lost(first: Row, measures: Measures, recipe: Recipe) -> Verdict | None:
-    """Features that have lost most of their dimensions since the start of a run from weights."""
-    start = first.look.measures if first.step == 0 and first.look is not None else None
-    if start is None or measures.rank_features >= FORGOTTEN * start.rank_features:
+def _features_lost(rows: Sequence[Row], recipe: Recipe, steps: int) -> Verdict | None:
+    """Features of a run from weights that are no longer those of the start, or use half of their dimensions."""
+    measured = {row.step: row.look.measures for row in rows if row.look is not None and row.look.measures is not None}
+    if 0 not in measured:
         return None
-    used, before = measures.rank_features, start.rank_features
-    evidence = f"The features use about {used:.0f} dimensions; those of the start used {before:.0f}."
-    lr_scale = recipe.tuning.lr_scale
-    advice = f"The backbone's learning rate is too high: try --tuning.lr-scale {lr_scale / 10:.2g}."
-    if recipe.tuning.batch_norm == "adapt" and lr_scale <= 1:
-        advice = "The statistics of BatchNorm belong to the weights of the start: try --tuning.batch-norm keep."
-    return Verdict("features lost", evidence, advice, {"rank_features": used, "before": before})
+    start, last, tuning = measured[0], measured[max(measured)], recipe.tuning
+
+    # While the projector is trained alone, only BatchNorm's statistics can change the features.
+    alone = [m for step, m in measured.items() if 0 < step <= tuning.projector_share * steps and m.cka is not None]
+    if alone and (cka := alone[-1].cka) is not None and cka < DISTURBED:
+        evidence = f"New BatchNorm statistics alone made other features of those of the start (CKA {cka:.2f})."
+        return Verdict("features lost", evidence, "Keep the old ones: try --tuning.batch-norm keep.", {"cka": cka})
+    if last.rank_features >= FORGOTTEN * start.rank_features:
+        return None
+    numbers = {"rank_features": last.rank_features, "before": start.rank_features}
+    used = f"The features use about {last.rank_features:.0f} dimensions"
+    advice = f"The backbone's learning rate is too high: try --tuning.lr-scale {tuning.lr_scale / 10:.2g}."
+    return Verdict("features lost", f"{used}; those of the start used {start.rank_features:.0f}.", advice, numbers)
 
 
 def _rising(rows: Sequence[Row], recipe: Recipe) -> Verdict | None:
