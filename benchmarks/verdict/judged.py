@@ -1,10 +1,12 @@
 """Train every case of `cases.py` and hold the verdict against what is right: the table of docs/verdict.md, as markdown.
 
-    python -m benchmarks.verdict.judged --root data --out runs/verdict
+    corinfomax pretrain data/tiny-imagenet-64-100c --backbone.name test_vit3 --size 64 --epochs 3 --out weights/vit
+    python -m benchmarks.verdict.judged --root data --weights weights --out runs/verdict
 
-Runs that are in --out already are only judged. About a CPU minute a case on one thread; `--share 0 2` and `--share 1 2`
-beside it train half of them each, and `--judge` then makes the table of all. `--only Muon kernel` takes those with one
-of these words in their names.
+Some runs continue from that ViT, and from tf_efficientnet_lite0-imagenet1k.safetensors in the same folder. Runs that
+are in --out already are only judged. About a CPU minute a case on one thread; `--share 0 2` and `--share 1 2` beside it
+train half of them each, and `--judge` then makes the table of all. `--only Muon kernel` takes those with one of these
+words in their names.
 """
 
 from __future__ import annotations
