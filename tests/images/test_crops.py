@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -208,6 +209,24 @@ def test_a_killed_decoder_loses_nothing(folder, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="killed, perhaps because memory ran out"):
         tiny.run(splits, tmp_path / "run", replace(RECIPE, epochs=20))
     assert checkpoint.load_last(tmp_path / "run")[1].step >= 3
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads decode elsewhere")
+def test_a_decoder_killed_in_the_middle_of_a_result_is_noticed(monkeypatch):
+    def half_a_result(_):
+        frame = sys._getframe()
+        while "result_queue" not in frame.f_locals:  # of the executor's own loop
+            frame = frame.f_back
+        os.write(frame.f_locals["result_queue"]._writer.fileno(), struct.pack("!i", 1000) + b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(decode, "GRACE", 0.5)
+    with (
+        pytest.raises(DataError, match="killed, perhaps because memory ran out"),
+        decode.worker_pool(half_a_result, 2, fork=True) as submit,
+    ):
+        submit(None).result(timeout=30)
     assert not multiprocessing.active_children()
 
 

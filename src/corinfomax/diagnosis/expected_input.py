@@ -26,7 +26,7 @@ USUAL = (
 # Nats between the channels' Gaussians, the median over channels. EfficientNet-Lite0 on photographs: 0.02 or less as it
 # was trained, 0.15 and more otherwise; on digits 0.6 as trained and 0.3 otherwise, so that neither fits.
 FITS, FAR = 0.05, 0.1
-IMAGES = 256
+IMAGES = 64  # as in the figures above; more would take memory
 
 
 class _Reached(Exception):  # noqa: N818 (not an error)

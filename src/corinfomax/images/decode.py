@@ -32,6 +32,7 @@ FORK_ABOVE = 256  # images; starting processes takes longer than decoding fewer
 IMAGES_PER_TASK = 32  # handing over one 32×32 image costs as much as decoding it
 DEEPEST = 65535  # highest level of 16 bits
 OVERSIZE = 2  # sides of the view that a reduced crop keeps, so that resampling it is nearly exact
+GRACE = 5.0  # seconds for an executor to notice that a process was killed
 KILLED = "a process that was decoding images was killed, perhaps because memory ran out"
 
 # EXIF orientations (tag 0x0112): the inverse of each
@@ -321,11 +322,31 @@ def worker_pool(task: Task, workers: int, *, fork: bool) -> Generator[Callable[[
     """Start workers for `task` and yield a function that submits an argument for it."""
     # Forked processes where the system allows it: small images are mostly Python, and threads execute that in turn.
     processes = _fork(task, workers) if fork and workers > 1 and sys.platform == "linux" else None
+    ended = threading.Event()
+    if processes is not None:
+        threading.Thread(target=_watch, args=(processes, ended), daemon=True).start()
     try:
         with processes or ThreadPoolExecutor(workers) as pool:
-            yield lambda argument: pool.submit(_run_task if processes else task, argument)
+            try:
+                yield lambda argument: pool.submit(_run_task if processes else task, argument)
+            finally:
+                ended.set()
     except BrokenExecutor as error:
         raise DataError(KILLED) from error
+
+
+def _watch(pool: ProcessPoolExecutor, ended: threading.Event) -> None:
+    """Break a pool of which a process was killed while it wrote a result: the executor would wait for the rest."""
+    workers = list(pool._processes.values())
+    while not ended.wait(1.0):
+        if all(worker.is_alive() for worker in workers):
+            continue
+        # Killed at any other moment, the executor notices by itself, and ends the others.
+        if not ended.wait(GRACE) and any(worker.is_alive() for worker in workers):
+            pool._result_queue._writer.close()  # type: ignore[attr-defined]
+            for worker in workers:
+                worker.kill()  # with the last writer gone, reading the result fails
+        return
 
 
 def _fork(task: Task, workers: int) -> ProcessPoolExecutor | None:
