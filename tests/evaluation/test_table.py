@@ -253,3 +253,18 @@ def test_probes_on_a_gpu_say_what_they_say_on_a_cpu(splits):
     for name, outcomes in here.items():
         assert there[name].device.type == "cpu" and there[name].shape == outcomes.shape
         assert (there[name] - outcomes).abs().mean() <= 0.02, name
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "before", "pixels", "said"),
+    [(0.7, 0.6, 0.9, True), (0.7, 0.6, 0.65, False), (0.6, 0.9, 0.8, False), (0.7, None, 0.9, False)],
+)
+def test_a_baseline_above_start_and_end_is_remarked(pretrained, before, pixels, said):
+    rates = {"pretrained": pretrained, "untrained": 0.1, "raw pixels": pixels} | (
+        {} if before is None else {"before": before}
+    )
+    outcomes = {name: {"linear": (torch.arange(100) < 100 * rate).float()[None]} for name, rate in rates.items()}
+    remarks = evaluate.remark_on_start(outcomes)
+    assert bool(remarks) is said
+    if said:
+        assert remarks == ("Raw pixels reach linear 90.0, more than these weights: they do not suit these images.",)

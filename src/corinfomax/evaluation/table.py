@@ -81,7 +81,10 @@ def evaluate(
         keep_start=BEFORE in outcomes and comparisons[0].verdict != "better",
         comparisons=comparisons,
         sentences=sentences,
-        remarks=remarks_on(splits.train.labels, splits.test.labels, splits.train.classes),
+        remarks=(
+            *remarks_on(splits.train.labels, splits.test.labels, splits.train.classes),
+            *remark_on_start(outcomes),
+        ),
         train=len(splits.train),
         test=len(splits.test),
     )
@@ -252,6 +255,16 @@ def remarks_on(train: Int[Tensor, " n"], test: Int[Tensor, " m"], classes: Seque
         name = files.quoted(classes[int(test[0])])
         remarks.append(f"All {len(test)} test images are of one class ({name}): always answering it scores 100 %.")
     return tuple(remarks)
+
+
+def remark_on_start(outcomes: dict[str, Outcomes]) -> tuple[str, ...]:
+    """A sentence if a baseline is above weights that continued, before and after: comparing those two misses it."""
+    linear = {name: 100 * float(by_probe["linear"].mean()) for name, by_probe in outcomes.items()}
+    best = max(BASELINES, key=lambda name: linear.get(name, 0.0))
+    if BEFORE not in linear or linear.get(best, 0.0) <= max(linear["pretrained"], linear[BEFORE]):
+        return ()
+    words = {"raw pixels": "Raw pixels reach", "untrained": "An untrained network reaches"}[best]
+    return (f"{words} linear {linear[best]:.1f}, more than these weights: they do not suit these images.",)
 
 
 def check_labels(splits: Splits) -> None:
