@@ -24,7 +24,7 @@ from benchmarks.verdict.cases import CASES, Case, probe, unspoilt
 from corinfomax.diagnosis import verdict
 from corinfomax.network import start_tensors
 from corinfomax.runtime import run_folder
-from corinfomax.runtime.records import Options
+from corinfomax.runtime.records import Facts, Options
 from corinfomax.training import loop
 
 CPU = torch.device("cpu")
@@ -54,7 +54,8 @@ def run_case(case: Case, folder: Path, root: Path, cache: Path, weights: Path) -
     try:
         options = Options(log_steps=10, checkpoint_minutes=60.0, scores=0)
         tensors = None if start is None else start_tensors(start.backbone)
-        network = loop.pretrain(recipe, splits, folder, device=CPU, options=options, start=tensors)
+        facts = Facts(start=None if start is None else start.start(str(case.init)))
+        network = loop.pretrain(recipe, splits, folder, device=CPU, options=options, facts=facts, start=tensors)
         sound = replace(case, spoil=unspoilt).splits(root, cache)  # what it learnt, on images as they are
         most = 5000 if start is None else 2000  # networks of ImageNet are slower than ours
         if start is not None:

@@ -12,6 +12,7 @@ from corinfomax.cli.main import main
 from corinfomax.diagnosis import expected_input, measures
 from corinfomax.images import cache
 from corinfomax.recipes.fields import IMAGENET_STATS, Backbone
+from corinfomax.runtime import run_folder
 from corinfomax.views import operations
 
 CPU = torch.device("cpu")
@@ -99,10 +100,53 @@ def test_evaluate_warns_of_foreign_weights_alone(images, folder, tmp_path, capsy
     assert "warning" not in capsys.readouterr().out
 
 
-def test_a_run_from_weights_records_what_they_expect(images):
+def test_a_run_from_weights_records_what_they_expect_if_that_was_assumed(images):
+    splits, model = cache.Splits(images, None), trained_on(images, HALF)
+
+    def found(statistics, **how):
+        return measures.choose_sample(splits, recipe_with(statistics), device=CPU, **how).data.better_input
+
+    assert found(IMAGENET_STATS, start=model, assumed_input=True) == "--mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
+    assert found(HALF, start=model, assumed_input=True) is None
+    assert found(IMAGENET_STATS, start=model) is None
+    assert found(IMAGENET_STATS) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "said"),
+    [
+        ("weights.pth", ["--backbone.name", "test_resnet"], True),
+        ("hub", [], False),  # the folder records it, whatever the images are
+        ("hub", ["--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5"], True),
+        ("run", [], False),
+        ("run", ["--mean", "0.9", "0.9", "0.9"], True),
+    ],
+)
+def test_only_an_input_that_is_not_recorded_is_doubted(
+    images, folder, tmp_path, monkeypatch, capsys, source, words, said
+):
+    """These BatchNorms fit values up to 255; timm and the folder record 0.5, and a run records its own."""
+    monkeypatch.chdir(tmp_path)
+    model = trained_on(images, BYTES)
+    torch.save(model.state_dict(), "weights.pth")
+    timm.models.save_for_hf(model, "hub", safe_serialization=True)
+    short = ["--size", "32", "--batch", "8", "--epochs", "0.4", "--no-report", "--no-evaluate", "--diagnoses", "1"]
+    short += ["--projector.widths", "16", "8"]
+    if source == "run":
+        assert main(["pretrain", str(folder), "--init", "hub", "--out", "run", *short]) == 0
+    capsys.readouterr()
+    assert main(["pretrain", str(folder), "--init", source, "--out", "again", *short, *words]) == 0
+    out = capsys.readouterr().out
+    assert ("warning: these weights probably expect" in out) is said
+    judged = run_folder.read_results(tmp_path / "again").verdict
+    assert (judged.kind == "data problem" and "normalised" in judged.evidence) is said
+
+
+@pytest.mark.parametrize(("own", "least"), [(0.49, None), (0.51, "--mean 0.5 0.5 0.5 --std 0.5 0.5 0.5")])
+def test_a_verdict_needs_more_than_a_warning(images, monkeypatch, own, least):
+    shifts = iter([own, 9.0, 0.01, 9.0, 9.0])
+    monkeypatch.setattr(expected_input, "shift", lambda *_, **__: next(shifts))
+    recipe, model = recipe_with(IMAGENET_STATS), trained_on(images, HALF)
     splits = cache.Splits(images, None)
-    model = trained_on(images, HALF)
-    sample = measures.choose_sample(splits, recipe_with(IMAGENET_STATS), device=CPU, start=model)
-    assert sample.data.better_input == "--mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
-    assert measures.choose_sample(splits, recipe_with(HALF), device=CPU, start=model).data.better_input is None
-    assert measures.choose_sample(splits, recipe_with(IMAGENET_STATS), device=CPU).data.better_input is None
+    sample = measures.choose_sample(splits, recipe, device=CPU, start=model, assumed_input=True)
+    assert sample.data.better_input == least

@@ -213,7 +213,8 @@ def test_a_killed_decoder_loses_nothing(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads decode elsewhere")
-def test_a_decoder_killed_in_the_middle_of_a_result_is_noticed(monkeypatch):
+@pytest.mark.parametrize("killed", [1, 2])
+def test_decoders_killed_in_the_middle_of_a_result_are_noticed(monkeypatch, killed):
     def half_a_result(_):
         frame = sys._getframe()
         while "result_queue" not in frame.f_locals:  # of the executor's own loop
@@ -226,7 +227,8 @@ def test_a_decoder_killed_in_the_middle_of_a_result_is_noticed(monkeypatch):
         pytest.raises(DataError, match="killed, perhaps because memory ran out"),
         decode.worker_pool(half_a_result, 2, fork=True) as submit,
     ):
-        submit(None).result(timeout=30)
+        for future in [submit(None) for _ in range(killed)]:
+            future.result(timeout=30)
     assert not multiprocessing.active_children()
 
 

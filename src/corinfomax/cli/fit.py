@@ -64,7 +64,7 @@ def load_init(name: str, prefix: str | None, typed: Recipe, flags: Collection[st
     if not network.is_described(loaded.backbone, loaded.recipe):
         changed = f"{name} is a changed {loaded.recipe.backbone.name} (model_args in its config.json)"
         raise ValueError(f"{changed}: only timm's own form of it can be continued")
-    return loaded
+    return loaded._replace(assumed_input=loaded.assumed_input or "mean" in flags or "std" in flags)
 
 
 def adapt_recipe(

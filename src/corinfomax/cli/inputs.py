@@ -115,8 +115,8 @@ def load_splits(data: Data, recipe: Recipe, options: DataOptions) -> Splits:
 
 
 def warn_of_input(loaded: LoadedBackbone, images: Images, recipe: Recipe, device: torch.device) -> None:
-    """Print a warning if weights of others seem to expect images of another mean and standard deviation."""
-    if not loaded.ours and (flags := better_input(loaded.backbone.to(device), images, recipe, device=device)):
+    """Print a warning if weights that do not record mean and standard deviation seem to expect others."""
+    if loaded.assumed_input and (flags := better_input(loaded.backbone.to(device), images, recipe, device=device)):
         reason = "the statistics of their first BatchNorm fit another mean or standard deviation"
         print(f"warning: these weights probably expect another normalisation ({reason}): try {flags}")
 

@@ -200,10 +200,10 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
         elif facts.start is not None:
             kept = f"The weights before it are kept in {run_folder.start_path(run)}."
             compare = messages.command("evaluate", str(run), facts.data, "--out", str(run / "results.json"))
+            wrong = run_folder.read_results(run).keep_start
+            print(WENT_WRONG if wrong else kept if splits.labelled else f"{NO_LABELS} {kept}")
             if splits.labelled:
                 print(f"To see whether continuing helped: {compare}")
-            else:
-                print(WENT_WRONG if run_folder.read_results(run).keep_start else f"{NO_LABELS} {kept}")
         if facts.options.report:
             _report(subject, device)
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from corinfomax.diagnosis.expected_input import better_input
+from corinfomax.diagnosis.expected_input import CERTAIN, better_input
 from corinfomax.images.cache import Images, Splits
 from corinfomax.network import Network, autocast, evaluating, images_at_once, match_dtype
 from corinfomax.objective.covariance import ldmi
@@ -46,10 +46,17 @@ class Sample(NamedTuple):
     """Features of the weights that the run starts from."""
 
 
-def choose_sample(splits: Splits, recipe: Recipe, *, device: torch.device, start: nn.Module | None = None) -> Sample:
+def choose_sample(
+    splits: Splits,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    start: nn.Module | None = None,
+    assumed_input: bool = False,
+) -> Sample:
     """A fixed sample of the test split, or of the training images when there are fewer than 2·D test images.
 
-    `start` is the backbone that the run continues from.
+    `start` is the backbone that the run continues from; its normalisation is checked if it is assumed.
     """
     dim = recipe.projector.widths[-1]
     held_out = splits.test is not None and len(splits.test) >= 2 * dim
@@ -60,7 +67,8 @@ def choose_sample(splits: Splits, recipe: Recipe, *, device: torch.device, start
     data = measure_images(sample, recipe, device=device)
     if start is None:
         return Sample(sample, held_out, data)
-    data = data._replace(better_input=better_input(start, sample, recipe, device=device))
+    if assumed_input:
+        data = data._replace(better_input=better_input(start, sample, recipe, device=device, far=CERTAIN))
     features, _ = _outputs(start, nn.Identity(), sample, recipe, device)
     return Sample(sample, held_out, data, features)
 

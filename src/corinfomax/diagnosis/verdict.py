@@ -215,9 +215,10 @@ def _features_lost(rows: Sequence[Row], recipe: Recipe, steps: int) -> Verdict |
     start, last, tuning = measured[0], measured[max(measured)], recipe.tuning
 
     # While the projector is trained alone, only BatchNorm's statistics can change the features.
-    alone = [m for step, m in measured.items() if 0 < step <= tuning.projector_share * steps and m.cka is not None]
-    if alone and (cka := alone[-1].cka) is not None and cka < DISTURBED:
-        evidence = f"New BatchNorm statistics alone made other features of those of the start (CKA {cka:.2f})."
+    alone = [m.cka for step, m in measured.items() if 0 < step <= tuning.projector_share * steps]
+    cka = alone[-1] if alone else None
+    if cka is not None and cka < DISTURBED:
+        evidence = f"New BatchNorm statistics alone have changed the features of the start (CKA {cka:.2f})."
         return Verdict("features lost", evidence, "Keep the old ones: try --tuning.batch-norm keep.", {"cka": cka})
     if last.rank_features >= FORGOTTEN * start.rank_features:
         return None

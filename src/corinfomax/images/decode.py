@@ -337,15 +337,16 @@ def worker_pool(task: Task, workers: int, *, fork: bool) -> Generator[Callable[[
 
 def _watch(pool: ProcessPoolExecutor, ended: threading.Event) -> None:
     """Break a pool of which a process was killed while it wrote a result: the executor would wait for the rest."""
-    workers = list(pool._processes.values())
+    workers, writer = list(pool._processes.values()), pool._result_queue._writer  # type: ignore[attr-defined]
     while not ended.wait(1.0):
         if all(worker.is_alive() for worker in workers):
             continue
-        # Killed at any other moment, the executor notices by itself, and ends the others.
-        if not ended.wait(GRACE) and any(worker.is_alive() for worker in workers):
-            pool._result_queue._writer.close()  # type: ignore[attr-defined]
+        # Killed at any other moment, the executor notices by itself. With the last writer gone, reading fails.
+        if not ended.wait(GRACE) and not writer.closed:
+            handle, writer._handle = writer.fileno(), None  # closed for the executor, which closes it too
+            os.close(handle)
             for worker in workers:
-                worker.kill()  # with the last writer gone, reading the result fails
+                worker.kill()
         return
 
 

@@ -72,6 +72,7 @@ class Start(NamedTuple):
     source: str | None = None  # address of their makers
     paper: str | None = None
     words: tuple[str, ...] = ()  # typed to load them, beside the name
+    assumed_input: bool = False  # mean and std of their input were typed, or are not recorded with them
 
 
 class Facts(NamedTuple):

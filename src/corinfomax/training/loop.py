@@ -74,7 +74,7 @@ def pretrain(
     share, steps = check_parts(recipe), recipe.steps(len(splits.train))
     learner = build(recipe, device, compiled=options.compile, criterion=criterion, start=start)
     recorder = Recorder(run, recipe, learner, options, facts, resume, device)
-    due = Due(splits, recipe, options, steps, device, start)
+    due = Due(splits, recipe, options, steps, device, start, facts)
     with (
         prefetch(recipe, splits.train, steps, device, share) as ahead,
         Progress(recipe, recorder.done, steps, recorder.rows) as progress,
@@ -133,12 +133,14 @@ class Due:
         steps: int,
         device: torch.device,
         start: Mapping[str, Tensor] | None,
+        facts: Facts,
     ) -> None:
         self._splits, self._recipe, self._device = splits, recipe, device
         backbone = None
         if start is not None and options.diagnoses and processes.rank() == 0:
             backbone = build(recipe, device, start=start).network.backbone
-        self._sample = measures.choose_sample(splits, recipe, device=device, start=backbone)
+        assumed = facts.start is not None and facts.start.assumed_input
+        self._sample = measures.choose_sample(splits, recipe, device=device, start=backbone, assumed_input=assumed)
         self.looks = measures.look_steps(steps, recipe.batch, options.diagnoses, self._sample)
         self._scores = {round(steps * (i + 1) / options.scores) for i in range(options.scores)}
         if start is not None:  # the weights of the start are measured too

@@ -38,7 +38,7 @@ class LoadedBackbone(NamedTuple):
     run: Path | None = None  # folder of the run that the weights lie in
     facts: Facts | None = None  # of a run of ours
     config: PretrainedCfg = PretrainedCfg()  # timm's record of the weights: licence, source, paper
-    ours: bool = False  # made by corinfomax, so that network and input are surely those of its training
+    assumed_input: bool = False  # mean and std were typed, or are timm's for a network whose file records none
 
     def start(self, name: str, *words: str) -> Start:
         """The record of these weights, loaded from `name` with these words, in a run that continues from them."""
@@ -52,6 +52,7 @@ class LoadedBackbone(NamedTuple):
             source=_line(self.config.origin_url) or before.source,
             paper=_line(papers if isinstance(papers, str) else ", ".join(papers)) or before.paper,
             words=words,
+            assumed_input=self.assumed_input,
         )
 
 
@@ -84,7 +85,7 @@ def load_backbone(name: str, options: WeightsOptions = WeightsOptions(), *, last
         network, saved = checkpoint.load_network(path)
         summary = f"all {len(network.backbone.state_dict())} tensors of the backbone, step {saved.step} of {path}"
         run = path if path.is_dir() else path.absolute().parent.parent
-        return LoadedBackbone(network.backbone, saved.recipe, summary, run, saved.facts, ours=True)
+        return LoadedBackbone(network.backbone, saved.recipe, summary, run, saved.facts)
 
     # A state dict.
     if not path.is_file():
@@ -92,8 +93,7 @@ def load_backbone(name: str, options: WeightsOptions = WeightsOptions(), *, last
     tensors, recipe, recorded = read_state_dict(path)
     if recipe is not None:
         _refuse_options(options, path)
-        loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
-        return loaded._replace(ours=True)
+        return _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
     if (architecture := options.architecture or recorded) is None:
         likely = identify(tensors)
         hint = f"its tensors are those of {likely}" if likely else "a timm name such as resnet18"
@@ -105,7 +105,7 @@ def load_backbone(name: str, options: WeightsOptions = WeightsOptions(), *, last
     assumed = [name for name in ("mean", "std", "interpolation") if getattr(options, name) is None]
     flags = listed([f"--{name}" for name in assumed])
     note = f"; these are timm's values for {architecture}: change them with {flags}" if assumed else ""
-    return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}{note}")
+    return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}{note}", assumed_input=True)
 
 
 def load_start(run: Path) -> LoadedBackbone:
@@ -121,7 +121,7 @@ def load_start(run: Path) -> LoadedBackbone:
         raise checkpoint.DamagedError(f"{path} was changed: it is not what the run started from")
     origin = "" if start is None else f", which continued from {start.name}"
     summary = f"{loaded.summary}: the weights before {run}{origin}"
-    return loaded._replace(summary=summary, run=run, facts=saved.facts, ours=True)
+    return loaded._replace(summary=summary, run=run, facts=saved.facts)
 
 
 class RecordedError(ValueError):
@@ -209,7 +209,7 @@ def _load_timm_folder(folder: Path, options: WeightsOptions) -> LoadedBackbone:
     if recipe is not None:  # an export of ours
         _refuse_options(options, folder)
         loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(folder))
-        return loaded._replace(config=record, ours=True)
+        return loaded._replace(config=record)
 
     # Any other network of timm.
     network = WeightsOptions(architecture=options.architecture, small_stem=options.small_stem)
@@ -230,7 +230,8 @@ def _load_timm_folder(folder: Path, options: WeightsOptions) -> LoadedBackbone:
     loaded = _load_tensors(model, tensors, recipe, str(folder), options.prefix)
     if has_fixed_size(recipe.backbone) and options.size is not None:
         loaded.backbone.set_input_size(img_size=recipe.size)  # type: ignore[operator]
-    return loaded._replace(summary=f"{loaded.summary}, {_input(recipe)}", config=record)
+    summary, typed = f"{loaded.summary}, {_input(recipe)}", bool(options.mean or options.std)
+    return loaded._replace(summary=summary, config=record, assumed_input=typed)
 
 
 def _load_timm(name: str, options: WeightsOptions) -> LoadedBackbone:
@@ -252,7 +253,8 @@ def _load_timm(name: str, options: WeightsOptions) -> LoadedBackbone:
     model = timm.create_model(name, pretrained=True, num_classes=0, **side)
     count = len(model.state_dict())
     summary = f"all {count} tensors of timm's {name} at {recipe.size} px, {_input(recipe)}"
-    return LoadedBackbone(model.eval(), recipe, summary, config=config)
+    typed = bool(options.mean or options.std)
+    return LoadedBackbone(model.eval(), recipe, summary, config=config, assumed_input=typed)
 
 
 def _hub_config(repository: str) -> tuple[PretrainedCfg, str]:
