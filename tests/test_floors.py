@@ -13,9 +13,11 @@ FLOORS = (
     ("objective", "images", "views", "network"),
     ("weights", "diagnosis"),
     ("evaluation",),
-    ("doctor", "training"),
+    ("checkup", "training"),
     ("report",),
     ("cli",),
+    ("api",),
+    ("sklearn",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(HOUSE.rglob("*.py"))

@@ -93,10 +93,10 @@ def test_nearest_neighbours_and_knn_take_one_block_of_memory_at_a_time():
     """Blocks made anew fragmented the heap that a command keeps: 100,000 images took up to 8 GB."""
     code = """
 import resource, torch
-from corinfomax.cli.main import _keep_freed_memory
+from corinfomax.cli.process import keep_freed_memory
 from corinfomax.evaluation import probes, similar
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-_keep_freed_memory()
+keep_freed_memory()
 x = similar.centred(torch.randn(20_000, 16))
 similar.nearest_neighbours(x[:100], k=8)
 before = peak()

@@ -1,11 +1,15 @@
 """`corinfomax evaluate`: scores of frozen features beside baselines and other weights."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tyro.conf import UseAppendAction
 
 from corinfomax.cli.arguments import DATA, IMAGES, NETWORK, PATH, WEIGHTS, DataOptions
-from corinfomax.runtime.records import WeightsOptions
+from corinfomax.runtime.records import Results, WeightsOptions
+
+if TYPE_CHECKING:
+    from corinfomax.images.files import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,13 @@ class Evaluate:
 
     def run(self, typed: frozenset[str]) -> int:
         from corinfomax.cli import inputs
+
+        inputs.print_scores(self.score(), self.out)
+        return 0
+
+    def score(self, source: "Source | None" = None) -> Results:
+        """The scores; prints what was loaded and left out. `source` is images in memory instead of DATA."""
+        from corinfomax.cli import inputs
         from corinfomax.evaluation import table
         from corinfomax.images import cache
         from corinfomax.runtime import run_folder
@@ -44,10 +55,10 @@ class Evaluate:
         ours, *loaded_rivals = inputs.load_several((self.weights, *self.against), self.network, device)
         if self.out is not None and (self.out.parent / "recipe.json").exists() and self.out.name == "results.json":
             same_run = ours.run is not None and ours.run.resolve() == self.out.parent.resolve()
-            if not (same_run and inputs.are_own_images(self.data, self.images, ours)):
+            if not (same_run and inputs.are_own_images(source or self.data, self.images, ours)):
                 raise ValueError(f"{self.out} holds the scores of a run on its own images: name another file")
-        images = inputs.options_of_own_images(self.images, self.data, ours)
-        data = inputs.find_data(self.data, images)
+        images = inputs.options_of_own_images(self.images, source or self.data, ours)
+        data = inputs.find_data(source or self.data, images)
         splits = inputs.load_splits(data, ours.recipe, images)
         table.check_labels(splits)
         inputs.warn_of_input(ours, splits.train, ours.recipe, device)
@@ -62,6 +73,4 @@ class Evaluate:
             rivals.append(table.Contender(name, rival.backbone, rival.recipe, by_side[side]))
 
         extra = {"published_probe": self.published_probe, "fine_tune": self.fine_tune}
-        results = table.evaluate(ours.backbone, splits, ours.recipe, device=device, rivals=rivals, **extra)
-        inputs.print_scores(results, self.out)
-        return 0
+        return table.evaluate(ours.backbone, splits, ours.recipe, device=device, rivals=rivals, **extra)

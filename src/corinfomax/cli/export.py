@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from corinfomax.cli.arguments import PATH
+
+if TYPE_CHECKING:
+    from corinfomax.weights.export import Exported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,13 @@ class Export:
     """Folder or file to write; default is the run's name, here."""
 
     def run(self, typed: frozenset[str]) -> int:
+        done = self.write()
+        verified = f"loaded {done.loader} in a fresh process, features differ by at most {done.difference:.1e}"
+        print(f"{done.path}: {done.tensors} tensors; {verified}")
+        return 0
+
+    def write(self) -> "Exported":
+        """Write and verify the files; prints a line if they hold the weights of the start."""
         from corinfomax.runtime import run_folder
         from corinfomax.runtime.records import Results
         from corinfomax.weights import checkpoint, export, load
@@ -47,7 +57,4 @@ class Export:
         name = path.stem if run is None else run.name if is_last else f"{run.name}-step-{saved.step}"
         out = self.out or Path(name + {"timm": "-timm", "onnx": ".onnx", "state-dict": ".safetensors"}[self.format])
         run_folder.check_writable(out.with_name(f"{out.name}.json") if self.format == "timm" else out)
-        done = export.export_backbone(backbone, saved, out, self.format, results=results)
-        verified = f"loaded {done.loader} in a fresh process, features differ by at most {done.difference:.1e}"
-        print(f"{done.path}: {done.tensors} tensors; {verified}")
-        return 0
+        return export.export_backbone(backbone, saved, out, self.format, results=results)

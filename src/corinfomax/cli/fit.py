@@ -25,7 +25,7 @@ def choose_recipe(
         base = published.find_recipe(name)
     elif data is not None:
         survey = data.survey()
-        name, base, reason = published.choose(str(data.name), survey.images, survey.short_side, cuda=cuda)
+        name, base, reason = published.choose(data.title, survey.images, survey.short_side, cuda=cuda)
     else:
         name = "cifar10" if cuda else "cpu-small"
         base, reason = RECIPES[name].recipe, f"{name}: {RECIPES[name].about}"

@@ -12,8 +12,9 @@ from corinfomax.cli import messages
 from corinfomax.cli.arguments import DataOptions
 from corinfomax.diagnosis.expected_input import better_input
 from corinfomax.evaluation import table
-from corinfomax.images import cache, files, tables
+from corinfomax.images import cache, files, in_memory, tables
 from corinfomax.images.cache import Images, Splits
+from corinfomax.images.files import Source
 from corinfomax.images.named_sets import NAMED
 from corinfomax.images.sources import Data
 from corinfomax.recipes import fields
@@ -70,7 +71,7 @@ def load_several(names: Sequence[str], options: WeightsOptions, device: torch.de
     return loaded
 
 
-def find_data(name: str, options: DataOptions) -> Data:
+def find_data(name: str | Source, options: DataOptions) -> Data:
     """The images of a command, with its options."""
     skip = frozenset() if options.skip is None else tables.read_names(options.skip)
     return Data(name, options.root, options.download, skip, options.cache, options.holdout, options.test_split)
@@ -128,7 +129,7 @@ def print_skipped(data: Data, skip_list: Path | None, splits: Mapping[str, Image
         print(f"{files.some(len(data.skip & names), 'image')} skipped, as listed in {skip_list}")
         if unknown := sorted(data.skip - names):
             count, first = f"{len(unknown):,} of {len(data.skip):,}", files.quoted(unknown[0])
-            print(f"{count} names in {skip_list} match no image in {data.name}, first {first}")
+            print(f"{count} names in {skip_list} match no image in {data.title}, first {first}")
     for split, images in splits.items():
         for path, reason in images.skipped[:1]:
             count = f"{len(images.skipped):,} unreadable image{'s' if len(images.skipped) > 1 else ''}"
@@ -137,6 +138,8 @@ def print_skipped(data: Data, skip_list: Path | None, splits: Mapping[str, Image
 
 def images_of_run(facts: Facts, *words: str) -> str:
     """The place of a run's images; MissingDataError if they moved, with `words`, the command to type."""
+    if facts.data == in_memory.NAME:
+        raise files.MissingDataError(f"the run was trained on {facts.data}: hand them over again, as data")
     if facts.data not in NAMED and not Path(facts.data).exists():
         raise files.MissingDataError(f"the run's images are not at {facts.data} any more: {messages.command(*words)}")
     return facts.data
@@ -152,7 +155,7 @@ def options_of_run(options: DataOptions, run: Path, facts: Facts) -> DataOptions
     return replace(options, **{name: value for name, value in recorded.items() if getattr(options, name) is None})
 
 
-def options_of_own_images(options: DataOptions, name: str, loaded: LoadedBackbone) -> DataOptions:
+def options_of_own_images(options: DataOptions, name: str | Source, loaded: LoadedBackbone) -> DataOptions:
     """The data options of the weights' run, if DATA are its own images; typed ones win."""
     if loaded.run is None or loaded.facts is None or not are_own_images(name, options, loaded):
         return options
@@ -162,7 +165,7 @@ def options_of_own_images(options: DataOptions, name: str, loaded: LoadedBackbon
     return recorded
 
 
-def are_own_images(name: str, options: DataOptions, loaded: LoadedBackbone) -> bool:
+def are_own_images(name: str | Source, options: DataOptions, loaded: LoadedBackbone) -> bool:
     """True if DATA have the place that the weights' run recorded, or are its images moved.
 
     Moved ones have every name of the run's skip list and the same pixels: names alone say little, 000.png is

@@ -1,17 +1,13 @@
 """The command line: run the typed command and turn its end into an exit code."""
 
-import contextlib
-import ctypes
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from corinfomax import __version__
-from corinfomax.cli import messages, output
+from corinfomax.cli import messages, output, process
 from corinfomax.cli.parse import parse
 
 
@@ -21,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     141 when the reader of the output has gone, as after `head`: the work is done all the same.
     """
     if argv is None:  # this process runs nothing else
-        _keep_freed_memory()
+        process.keep_freed_memory()
         # Pillow's lines do not name the file; ours do.
         logging.getLogger("PIL").setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -39,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     try:
-        with _borrowed_process():
+        with process.borrowed():
             if words == ["--version"]:
                 print(f"corinfomax {__version__}")
                 return 0
@@ -55,43 +51,3 @@ def _run(words: list[str]) -> int:
             raise
         print(f"corinfomax: {message}", file=sys.stderr)
         return 2
-
-
-def _keep_freed_memory() -> None:
-    """Keep freed memory in the process: glibc would return it and fetch it again, page by page, every step.
-
-    A float32 step of `cpu-small` on two cores takes 0.18 s instead of 0.21 s, with a tenth more memory at most
-    (dev/LOG.md). Settings of malloc in the environment win.
-    """
-    chosen = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc only
-    if chosen or mallopt is None:
-        return
-    mmap_threshold, trim_threshold = -3, -1
-    # Older versions accept at most 32 MB. Setting the trim threshold alone would freeze the other one at 128 kB.
-    if mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 1 << 25):
-        mallopt(trim_threshold, (1 << 31) - 1)
-
-
-@contextlib.contextmanager
-def _borrowed_process() -> Iterator[None]:
-    """Treat SIGTERM and SIGHUP as Ctrl-C in this block; after it undo `inputs.choose_device`'s settings."""
-    numbers: list[signal.Signals] = []
-    if threading.current_thread() is threading.main_thread():  # only it may handle signals
-        numbers.append(signal.SIGTERM)
-        hangup = getattr(signal, "SIGHUP", None)  # Windows has none, and nohup ignores it on purpose
-        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
-            numbers.append(hangup)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    torch = sys.modules.get("torch")
-    # torch cannot be asked, so look whether such a number survives.
-    flushed = torch is not None and float(torch.tensor(1e-39, dtype=torch.float32, device="cpu") * 1) == 0
-    try:
-        yield
-    finally:
-        if torch := sys.modules.get("torch"):
-            torch.set_flush_denormal(flushed)
-        if memory := sys.modules.get("corinfomax.runtime.memory"):
-            memory.set_limit(None)
-        for number, handler in before.items():
-            signal.signal(number, handler)

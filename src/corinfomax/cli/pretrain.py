@@ -12,12 +12,15 @@ from corinfomax.cli.arguments import GROUP, IMAGES, OPTIONAL_DATA, PATH, SETTING
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe, Tuning
 from corinfomax.recipes.published import RECIPES
-from corinfomax.runtime.records import Options
+from corinfomax.runtime.records import Options, Row
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from corinfomax.cli.train import Plan
+    from corinfomax.images.files import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,20 @@ class Pretrain:
     settings: SETTINGS = RECIPES["cpu-small"].recipe
 
     def run(self, typed: frozenset[str]) -> int:
-        """Train in this process or in all that torchrun started; the first one prints and does the rest."""
+        return self.train(typed)[0]
+
+    def train(
+        self,
+        typed: frozenset[str],
+        *,
+        source: "Source | None" = None,
+        on_row: "Callable[[Row], object]" = lambda row: None,
+    ) -> tuple[int, Path]:
+        """Train in this process or in all that torchrun started; gives the exit code and the run folder.
+
+        `source` is images in memory instead of DATA. The first process prints, calls `on_row` with each row of
+        metrics, and does the rest.
+        """
         from corinfomax.cli import inputs, train
         from corinfomax.runtime import processes, run_folder
 
@@ -70,16 +86,16 @@ class Pretrain:
                 stack.enter_context(run_folder.new_run(self.out))
 
             # plan and training
-            plan = _plan(self, typed, device)
+            plan = _plan(self, typed, device, source)
             if first:
                 train.print_footprint(plan, device)
             if run is None and first:
-                folder = f"{Path(plan.data.name).stem or 'images'}-{plan.recipe_name}"
+                folder = f"{Path(plan.data.title).stem.replace(' ', '-') or 'images'}-{plan.recipe_name}"
                 run = run_folder.fresh_folder(Path("runs"), folder)
                 stack.enter_context(run_folder.new_run(run))
             run = run or Path("runs")
             try:
-                trained = train.train(run, plan, device)
+                trained = train.train(run, plan, device, on_row)
             except KeyboardInterrupt:
                 if not (run / "recipe.json").exists():
                     raise
@@ -87,11 +103,11 @@ class Pretrain:
                 trained = None
 
         if trained is None:
-            return 130
-        return train.conclude(trained, plan.data, device) if first else 0
+            return 130, run
+        return train.conclude(trained, plan.data, device) if first else 0, run
 
 
-def _plan(command: Pretrain, typed: frozenset[str], device: "torch.device") -> "Plan":
+def _plan(command: Pretrain, typed: frozenset[str], device: "torch.device", source: "Source | None" = None) -> "Plan":
     """The run as typed, or as recorded when it is resumed; ValueError for a flag that would make it another run."""
     from corinfomax.cli import fit, inputs, train
     from corinfomax.training import loop, trackers
@@ -109,19 +125,21 @@ def _plan(command: Pretrain, typed: frozenset[str], device: "torch.device") -> "
             raise ValueError(f"{command.resume} is a file; --resume takes the folder of a run, such as {run}")
         resumed = checkpoint.load_resumable(command.resume)
         again = ("pretrain", "FOLDER", "--resume", str(command.resume))
-        name = name or inputs.images_of_run(resumed.facts, *again)
+        if name is None and source is None:
+            name = inputs.images_of_run(resumed.facts, *again)
         images = inputs.options_of_run(images, command.resume, resumed.facts)
         typed_again = [field.name for field in dataclasses.fields(Options) if field.name.replace("_", "-") in typed]
         options = replace(resumed.facts.options, **{option: getattr(options, option) for option in typed_again})
 
     # images, weights and recipe
-    if name is None:
+    images_named = name if source is None else source
+    if images_named is None:
         raise ValueError("name the images: corinfomax pretrain DATA, or resume a run: --resume RUN")
     if command.prefix is not None and command.init is None:
         raise ValueError("--prefix needs --init: it chooses one of several networks in that file")
     if options.track is not None:
         trackers.check(options.track)
-    data = inputs.find_data(name, images)
+    data = inputs.find_data(images_named, images)
     start = None
     if resumed is not None:
         recipe_name, recipe = resumed.facts.recipe_name, resumed.recipe

@@ -56,8 +56,11 @@ def print_footprint(plan: Plan, device: torch.device) -> None:
             print(sentence)
 
 
-def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:
-    """Decode the images, record the run in its locked folder and train; None when it was stopped."""
+def train(run: Path, plan: Plan, device: torch.device, on_row: trackers.OnRow = lambda row: None) -> Subject | None:
+    """Decode the images, record the run in its locked folder and train; None when it was stopped.
+
+    The first process calls `on_row` with each row of metrics.
+    """
     first, options = processes.rank() == 0, plan.options
     resume = messages.command("pretrain", "--resume", str(run))
 
@@ -71,10 +74,10 @@ def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:
     start = None if plan.start is None else network.start_tensors(plan.start.backbone)
 
     with contextlib.ExitStack() as stack:
-        on_row: trackers.OnRow = lambda row: None  # noqa: E731
+        watchers = [on_row] if first else []
         if first and options.track is not None:
             config = {flag: str(value) for flag, value in fields.flags(recipe).items()}
-            on_row = stack.enter_context(trackers.tracking(options.track, run, config))
+            watchers.append(stack.enter_context(trackers.tracking(options.track, run, config)))
         try:
             trained = loop.pretrain(
                 recipe,
@@ -84,7 +87,7 @@ def train(run: Path, plan: Plan, device: torch.device) -> Subject | None:
                 options=options,
                 facts=facts,
                 resume=plan.resumed,
-                on_row=on_row,
+                on_row=lambda row: [watch(row) for watch in watchers],
                 start=start,
             )
         except loop.Interrupted as stop:
@@ -114,7 +117,7 @@ def _fit(plan: Plan, splits: Splits, device: torch.device) -> Recipe:
     # batch and length
     recipe = fit.fit_batch(plan.recipe, len(splits.train))
     if recipe.from_files and splits.train.files is None:
-        raise ValueError(f"{plan.data.name} is one array, without files to crop from: leave out --from-files")
+        raise ValueError(f"{plan.data.title} is no folder of files, without files to crop from: leave out --from-files")
     if recipe.steps(len(splits.train)) < 1:
         steps = len(splits.train) // recipe.batch
         least = f"an epoch has {files.some(steps, 'step')}, so --epochs {1 / steps:.2g} makes one"
@@ -202,7 +205,7 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
             compare = messages.command("evaluate", str(run), facts.data, "--out", str(run / "results.json"))
             wrong = run_folder.read_results(run).keep_start
             print(WENT_WRONG if wrong else kept if splits.labelled else f"{NO_LABELS} {kept}")
-            if splits.labelled:
+            if splits.labelled and isinstance(data.name, str):
                 print(f"To see whether continuing helped: {compare}")
         if facts.options.report:
             _report(subject, device)
@@ -211,7 +214,8 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
         print(f"stopped after training; for scores and page: {again}")
         return 130
     root = [] if facts.root is None else ["--root", facts.root]
-    print(f"feature vectors: {messages.command('embed', str(run), str(data.name), *root)}")
+    if isinstance(data.name, str):
+        print(f"feature vectors: {messages.command('embed', str(run), data.name, *root)}")
     return 0
 
 

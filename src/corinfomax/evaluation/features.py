@@ -3,6 +3,8 @@
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from corinfomax.evaluation import maps
 from corinfomax.images.cache import Images
+from corinfomax.images.decode import decode, map_images, padded
+from corinfomax.images.files import DataError, Source
 from corinfomax.network import autocast, evaluating, images_at_once, match_dtype
 from corinfomax.recipes.fields import Recipe
-from corinfomax.runtime import memory, run_folder
+from corinfomax.runtime import bars, memory, run_folder
 from corinfomax.views import operations
 
 BATCH = 512  # at most
@@ -45,9 +48,29 @@ def feature_blocks(
     """The rows of `extract_features` a batch at a time, for sets larger than memory."""
     size = images_at_once(model, recipe, torch.device(device), side=recipe.test_side, most=BATCH)
     batches = torch.arange(len(images)).split(size)
-    for rows in tqdm(batches, progress, unit="batch", leave=False, disable=None if progress else True):
+    for rows in bars.tqdm(batches, progress, unit="batch", leave=False, disable=not (progress and bars.shown())):
         pixels, sizes = images.batch(rows)
         yield features_of_pixels(model, pixels, sizes, recipe, torch.device(device))
+
+
+def features_of_source(
+    model: nn.Module, source: Source, recipe: Recipe, *, device: torch.device | str = "cpu"
+) -> Float[Tensor, "n f"]:
+    """The rows of `extract_features` for images decoded on the way, without a cache; DataError if one is unreadable."""
+    device, blocks, waiting = torch.device(device), list[Tensor](), list[np.ndarray]()
+    size = images_at_once(model, recipe, device, side=recipe.test_side, most=BATCH)
+    decoded = map_images(source, partial(decode, side=recipe.cache_side), len(source.paths) > BATCH)
+    with closing(decoded):
+        for row, image in enumerate(decoded):
+            if isinstance(image, str):
+                raise DataError(f"{source.paths[row]} cannot be read: {image}")
+            waiting.append(image)
+            if len(waiting) == size or row == len(source.paths) - 1:
+                pixels, sizes = map(torch.from_numpy, padded(waiting))
+                blocks.append(features_of_pixels(model, pixels, sizes, recipe, device))
+                waiting = []
+    memory.give_back()
+    return torch.cat(blocks)
 
 
 def features_of_pixels(

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from corinfomax.evaluation import probes
 from corinfomax.evaluation.features import extract_features
 from corinfomax.images.cache import Images
 from corinfomax.network import autocast, images_at_once
 from corinfomax.recipes.fields import Recipe, View
-from corinfomax.runtime import memory
+from corinfomax.runtime import bars, memory
 from corinfomax.runtime.seeds import generator, key
 from corinfomax.views import operations
 
@@ -137,7 +136,7 @@ def _batches(
     """Epoch, views and labels of each batch, reordered every epoch."""
     assert images.labels is not None
     steps_per_epoch = max(1, len(images) // batch)
-    for step in tqdm(range(epochs * steps_per_epoch), title, unit="step", leave=False, disable=None):
+    for step in bars.tqdm(range(epochs * steps_per_epoch), title, unit="step", leave=False, disable=not bars.shown()):
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0:
             order = torch.randperm(len(images), generator=generator(recipe.seed, f"{purpose} order", epoch))

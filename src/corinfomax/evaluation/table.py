@@ -298,7 +298,7 @@ def as_text(table: Table) -> str:
     # Columns into blocks.
     blocks, room = list[list[list[str]]](), 0
     for probe in dict.fromkeys(probe for scores in table.values() for probe in scores):
-        cells = [probe, *(_cell(scores.get(probe)) for scores in table.values())]
+        cells = [probe, *(cell(scores.get(probe)) for scores in table.values())]
         width = max(map(len, cells)) + 2
         if width > room:
             blocks.append([first])
@@ -314,7 +314,8 @@ def as_text(table: Table) -> str:
     return "\n\n".join(texts)
 
 
-def _cell(score: Score | None) -> str:
+def cell(score: Score | None) -> str:
+    """A score in words: its mean, and its standard deviation or half of its interval."""
     if score is None:
         return "–"
     spread = score.sd

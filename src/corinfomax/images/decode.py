@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Int, Int64, Num, UInt8
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
-from tqdm import tqdm
 
 from corinfomax.images.files import DataError, Source
+from corinfomax.runtime import bars
 
 # Never EPS: Pillow would hand it to Ghostscript. AVIF last: before Pillow 11.3 asking for it raises.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -46,7 +46,7 @@ Crops = tuple[UInt8[np.ndarray, "n 3 h w"], Int[np.ndarray, "n 2"], Num[np.ndarr
 top, left, height and width, whose edges may lie inside a pixel."""
 
 
-def open_image(content: Path | io.BytesIO | UInt8[np.ndarray, "h w *rgb"]) -> Image.Image:
+def open_image(content: Path | io.BytesIO | np.ndarray) -> Image.Image:
     """Open a file, or pixels; a malformed one may raise nearly any Exception, now or in decoding."""
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
@@ -249,7 +249,7 @@ def map_images(
     with (
         warnings.catch_warnings(),
         worker_pool(work_on, workers, fork=count > FORK_ABOVE) as submit,
-        tqdm(total=count, desc=label, unit=" images", disable=None if progress else True) as bar,
+        bars.tqdm(total=count, desc=label, unit=" images", disable=not (progress and bars.shown())) as bar,
     ):
         warnings.filterwarnings("ignore", module=r"PIL\.")  # broken EXIF and many pixels do no harm
         for rows in tasks:

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 
 EXTENSIONS: tuple[str, ...] = (".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
 EXTENSIONS += (".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
@@ -62,14 +62,14 @@ class Stored(NamedTuple):
 class Source:
     """The images of one split, located but not decoded."""
 
-    root: str  # absolute folder or archive that the paths start from; the name of an array set
+    root: str  # absolute folder or archive that the paths start from; the name of an array set or of images in memory
     paths: tuple[str, ...]  # one per image, with forward slashes
     stamps: Int64[np.ndarray, "files 4"]  # `stamp` of each file; of the few files that hold an array set
     labels: tuple[str, ...] | None  # class name of each image
-    array: Callable[[], UInt8[np.ndarray, "n h w *rgb"]] | None = None  # reads the pixels of an array set, once
+    array: Callable[[], Any] | None = None  # gives the pixels of an array set, read once, or images in memory, by row
     stored: Stored | None = None  # positions of the files if they lie in archives
 
-    def content(self, row: int) -> Path | io.BytesIO | UInt8[np.ndarray, "h w *rgb"]:
+    def content(self, row: int) -> Path | io.BytesIO | np.ndarray:
         """One image as `decode.open_image` takes it."""
         if self.array is not None:
             return self.array()[row]

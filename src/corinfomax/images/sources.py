@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from corinfomax.images import in_memory
 from corinfomax.images.archives import PACKED, SUFFIXES, from_archives, shards_in
 from corinfomax.images.decode import Levels, deep_levels, join_levels, lost_range, try_image
 from corinfomax.images.files import DataError, Located, MissingDataError, Source
@@ -30,10 +31,10 @@ class Data:
     """One set of images: its name, skip list and cache, and the choice of images to test on.
 
     The name is a set in NAMED, a folder of images or archives, or a .txt list, .csv table, .zip or .tar. A string that
-    names a set always means the set; `./cifar10`, or a Path, means the folder.
+    names a set always means the set; `./cifar10`, or a Path, means the folder. A Source is images in memory.
     """
 
-    name: str | Path
+    name: str | Path | Source
     root: Path | None = None  # folder of the named sets; ROOT by default
     download: bool = False  # let torchvision fetch CIFAR if it is missing
     skip: frozenset[str] = frozenset()  # images to leave out, by `Source.paths`; names of no image are ignored
@@ -71,6 +72,8 @@ class Data:
     @cached_property
     def _located(self) -> Located:
         """The splits, located once."""
+        if isinstance(self.name, Source):
+            return Located({"train": self.name})
         if isinstance(self.name, str) and self.name in NAMED:
             return Located(NAMED[self.name](self.name, self.root or ROOT, self.download))
         place = Path(self.name).expanduser()
@@ -114,12 +117,21 @@ class Data:
 
     @property
     def absolute_name(self) -> str:
-        """A name of the same images in any folder: that of the set, else an absolute path."""
-        return str(self.name) if self.name in NAMED else str(Path(self.name).expanduser().absolute())
+        """A name of the same images in any folder: that of the set, else an absolute path; `in_memory.NAME`."""
+        if isinstance(self.name, Source) or self.name in NAMED:
+            return self.title
+        return str(Path(self.name).expanduser().absolute())
+
+    @property
+    def title(self) -> str:
+        """The images in messages: their name as it was given."""
+        return in_memory.NAME if isinstance(self.name, Source) else str(self.name)
 
     @property
     def place(self) -> tuple[str, Path]:
         """The set and its folder, or the resolved path: equal for two Data of the same images."""
+        if isinstance(self.name, Source):
+            return in_memory.NAME, Path(self.name.root)
         if self.name in NAMED:
             return str(self.name), (self.root or ROOT).resolve()
         return "", Path(self.name).expanduser().resolve()
@@ -127,7 +139,8 @@ class Data:
     @property
     def absolute_root(self) -> Path | None:
         """Absolute folder of a named set; None for a path and for a set that comes with a package."""
-        return None if self.name not in NAMED or self.name == "mnist5k" else (self.root or ROOT).absolute()
+        named = isinstance(self.name, str) and self.name in NAMED and self.name != "mnist5k"
+        return (self.root or ROOT).absolute() if named else None
 
 
 def _side_and_levels(image: Image.Image) -> tuple[int, Levels | None]:

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import itertools
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from types import UnionType
@@ -286,13 +286,16 @@ def flags(settings: Any, prefix: str = "") -> dict[str, Any]:
     return values
 
 
+def changes(settings: Any, base: Any) -> dict[str, Any]:
+    """The flags of `settings`, a recipe or other options, whose values differ from those of `base`."""
+    before = flags(base)
+    return {flag: value for flag, value in flags(settings).items() if value != before[flag]}
+
+
 def difference(settings: Any, base: Any) -> list[str]:
     """The words of a command that turn `base`, a recipe or other options, into `settings`."""
     words = []
-    before = flags(base)
-    for flag, value in flags(settings).items():
-        if value == before[flag]:
-            continue
+    for flag, value in changes(settings, base).items():
         head, dot, last = flag.rpartition(".")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--{head}{dot}no-{last}")
@@ -332,13 +335,19 @@ def help_lines(recipe: Recipe) -> list[str]:
 
 def override(base: Recipe, source: Recipe, names: Collection[str]) -> Recipe:
     """`base` with the settings `names` taken from `source`; names are flags without dashes."""
-    content, values = to_json(base), flags(source)
-    for name in names:
+    values = flags(source)
+    return changed(base, {name: values[name] for name in names})
+
+
+def changed(base: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """`base` with these settings, by flags without dashes; ValueError for a value of another type."""
+    content = to_json(base)
+    for name, value in values.items():
         *path, last = name.replace("-", "_").split(".")
         place: Any = content
         for key in path:
             place = place[int(key) if key.isdigit() else key]
-        place[last] = values[name]
+        place[last] = value
     return from_json(content)
 
 
@@ -375,4 +384,19 @@ def _from_json(kind: Any, content: Any, where: str) -> Any:
         return float(content)
     elif content in arguments if origin is Literal else type(content) is kind:
         return content
-    raise ValueError(f"{where} must be {kind}, got {content!r}")
+    raise ValueError(f"{where} must be {_in_words(kind)}, got {content!r}")
+
+
+def _in_words(kind: Any) -> str:
+    """The values of a type, such as `a number or None`."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin is UnionType:
+        return f"{_in_words(arguments[0])} or None"
+    if origin is tuple:
+        items = _in_words(arguments[0])
+        return (
+            f"a list of values, each {items}" if arguments[-1] is Ellipsis else f"{len(arguments)} values, each {items}"
+        )
+    return {float: "a number", int: "a whole number", bool: "True or False", str: "text"}.get(kind, str(kind))

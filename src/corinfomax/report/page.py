@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from corinfomax import __version__
 from corinfomax.diagnosis.verdict import GOOD
+from corinfomax.images import in_memory
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
 from corinfomax.recipes.published import RECIPES
@@ -125,7 +126,13 @@ def settings(recipe: Recipe, name: str) -> list[tuple[str, object, object]]:
 
 
 def repeat_command(run: Path, facts: Facts, recipe: Recipe) -> str:
-    """The command for the same run in a new folder: images, options, named recipe, and changes to that recipe."""
+    """The command for the same run in a new folder: images, options, named recipe, and changes to that recipe.
+
+    For images in memory it is a call of `corinfomax.pretrain`.
+    """
+    if facts.data == in_memory.NAME:
+        return _repeat_call(facts, recipe)
+
     # images
     command = ["corinfomax", "pretrain", facts.data]
     command += ["--init", facts.start.name, *facts.start.words] if facts.start is not None else []
@@ -145,6 +152,21 @@ def repeat_command(run: Path, facts: Facts, recipe: Recipe) -> str:
     if facts.start is not None:  # its weights fix the network
         base = replace(base, backbone=recipe.backbone)
     return shlex.join([*command, *fields.difference(recipe, base)])
+
+
+def _repeat_call(facts: Facts, recipe: Recipe) -> str:
+    """The function call for the same run on images in memory."""
+    published = facts.recipe_name in RECIPES
+    base = RECIPES[facts.recipe_name].recipe if published else Recipe()
+    settings: dict[str, object] = {"recipe": facts.recipe_name} if published else {}
+    if facts.start is not None:
+        settings["init"] = facts.start.name
+        if "--prefix" in facts.start.words:
+            settings["prefix"] = facts.start.words[facts.start.words.index("--prefix") + 1]
+    settings |= {} if facts.holdout is None else {"holdout": facts.holdout}
+    settings |= fields.changes(facts.options, Options()) | fields.changes(recipe, base)
+    keywords = [f"{flag.replace('.', '_').replace('-', '_')}={value!r}" for flag, value in settings.items()]
+    return f"corinfomax.pretrain({', '.join(['images', *keywords])})"
 
 
 def _map_payload(content: Content) -> dict[str, object]:

@@ -220,6 +220,9 @@ class Verdict(NamedTuple):
     def text(self) -> str:
         return f"{self.kind}: {self.evidence} {self.advice}"
 
+    def __str__(self) -> str:
+        return self.text
+
 
 class Score(NamedTuple):
     """A mean over test images, in percent."""

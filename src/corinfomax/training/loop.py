@@ -66,7 +66,7 @@ def pretrain(
 
     Every random number is keyed on (recipe.seed, step), so a resumed run continues as if it had never stopped. Inside
     `processes.join` every process calls this and the first one writes. `criterion` replaces the recipe's loss, and
-    `start`, tensors by their names in the network, the random weights.
+    `start`, tensors by their names in the network, the random weights. An error of `on_row` comes after a checkpoint.
 
     Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint of the last step; NotFiniteError when a loss, gradient
     or weight is not finite, with the batch in a file; DataError when an image file is lost, after a checkpoint.
@@ -86,7 +86,7 @@ def pretrain(
             if start is not None and recorder.done == 0 and 0 in due.rows:
                 row = due.measure(Row(0, nan, nan, None, lr=0.0, seconds=0.0), learner.network)
                 recorder.write(row)
-                on_row(row)
+                recorder.tell(on_row, row)
 
             for step in range(recorder.done, steps):
                 recorder.add(train_step(step, recipe))
@@ -97,7 +97,6 @@ def pretrain(
                     row = due.measure(recorder.row(progress.seconds), learner.network)
                     recorder.write(row)
                     progress.show(recorder.rows, ahead.waited)
-                    on_row(row)
 
                 # a checkpoint: at the end, on a signal, after some minutes, at the best look so far
                 if stopping:
@@ -106,6 +105,8 @@ def pretrain(
                     average(learner.network, start, recipe.tuning.average)
                 if done == steps or stopping or recorder.save_due(best=done in due.looks):
                     recorder.save()
+                if done in due.rows:
+                    recorder.tell(on_row, row)
                 if stopping:
                     raise Interrupted(run_folder.checkpoint_path(run, done))
     return learner.network
@@ -228,6 +229,14 @@ class Recorder:
         self.rows.append(row)
         if self.writes:
             run_folder.append_metrics(self.run, row)
+
+    def tell(self, on_row: Callable[[Row], object], row: Row) -> None:
+        """Hand the row to `on_row`; an error of its own, or Ctrl-C in it, ends the run with its work saved."""
+        try:
+            on_row(row)
+        except BaseException:
+            self.save()
+            raise
 
     def save_due(self, *, best: bool) -> bool:
         """True if a checkpoint is due: some minutes after the last, or at the `best` look so far."""

@@ -4,11 +4,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from corinfomax.diagnosis import verdict
 from corinfomax.recipes.fields import Recipe
-from corinfomax.runtime import processes
+from corinfomax.runtime import bars, processes
 from corinfomax.runtime.records import Kind, Row
 
 LINE_SECONDS = 20  # between lines without a terminal
@@ -22,13 +20,13 @@ class Progress:
         self.kind: Kind | None = None
         self._seconds_before = max((row.seconds for row in rows), default=0.0)
         self._started = self._printed = time.monotonic()
-        self._bar = tqdm(
+        self._bar = bars.tqdm(
             initial=first * recipe.batch,
             total=steps * recipe.batch,
             unit="img",
             unit_scale=True,
             desc="pretraining",
-            disable=not sys.stderr.isatty() or processes.rank() > 0,
+            disable=not bars.shown() or processes.rank() > 0,
             dynamic_ncols=True,
         )
 

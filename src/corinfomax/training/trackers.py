@@ -12,7 +12,7 @@ from typing import Any, Literal
 from corinfomax.runtime.records import Row
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
-OnRow = Callable[[Row], None]
+OnRow = Callable[[Row], object]
 PROJECT = "corinfomax"
 
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import tiny
+from corinfomax.checkup import findings, inspect
 from corinfomax.cli.main import main
-from corinfomax.doctor import findings, inspect
 from corinfomax.evaluation import similar
 from corinfomax.images import cache
 from corinfomax.images.files import DataError, MissingDataError, quoted

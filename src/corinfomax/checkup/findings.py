@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from corinfomax.doctor.inspect import Inspection
+from corinfomax.checkup.inspect import Inspection
 from corinfomax.evaluation.similar import MIN_CORRELATION, near_duplicates
 from corinfomax.images.decode import LONGEST, join_levels, lost_range, too_many
 from corinfomax.images.files import quoted
