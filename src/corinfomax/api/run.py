@@ -13,6 +13,7 @@ from corinfomax.api import notebook, settings
 from corinfomax.api.encoder import Embedding, Encoder, Place, as_name, as_source, load
 from corinfomax.checkup.result import Checkup
 from corinfomax.cli import inputs, process
+from corinfomax.cli import resume as resuming
 from corinfomax.cli.arguments import DataOptions
 from corinfomax.cli.doctor import Doctor
 from corinfomax.cli.evaluate import Evaluate
@@ -20,7 +21,6 @@ from corinfomax.cli.export import Export
 from corinfomax.cli.pretrain import Pretrain
 from corinfomax.evaluation import table
 from corinfomax.images.in_memory import Labels
-from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.records import Facts, Results, Row, Verdict
@@ -46,14 +46,18 @@ class Run:
             raise FileNotFoundError(f"{self.path} holds no run: there is no recipe.json in it")
 
     @property
+    def _recorded(self) -> tuple[Recipe, Facts]:
+        return resuming.recorded(self.path)
+
+    @property
     def recipe(self) -> Recipe:
         """Every setting of the run."""
-        return fields.from_json(run_folder.read_json(self.path / "recipe.json")["recipe"])
+        return self._recorded[0]
 
     @property
     def facts(self) -> Facts:
         """Images, versions and options of the run."""
-        return Facts.from_json(run_folder.read_json(self.path / "recipe.json")["facts"])
+        return self._recorded[1]
 
     @property
     def verdict(self) -> Verdict | None:
@@ -177,12 +181,9 @@ def pretrain(
         if command.out is None:
             raise ValueError("resume=True continues the run in a folder: name it with out=…")
         if (command.out / "recipe.json").exists():
-            run = Run(command.out)
-            _check_same(run, command, typed)
-            if is_complete(run):
-                return run
-            typed &= frozenset(field.name.replace("_", "-") for field in dataclasses.fields(given.options))
-            command = dataclasses.replace(command, resume=command.out, out=None, recipe=None, init=None, prefix=None)
+            if resuming.is_complete(command.out, command, typed):
+                return Run(command.out)
+            command, typed = resuming.as_resumed(command, typed)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command.out is None and command.resume is None:
         raise ValueError("several processes need one folder for the run: name it with out=…")
     with process.borrowed():
@@ -190,34 +191,6 @@ def pretrain(
     if code == 130:
         raise KeyboardInterrupt(f"stopped; to continue: corinfomax.pretrain(…, out={str(folder)!r}, resume=True)")
     return Run(folder)
-
-
-def _check_same(run: Run, command: Pretrain, typed: frozenset[str]) -> None:
-    """ValueError for a setting that differs from the run's own, which a resumed run keeps."""
-    facts, recorded = run.facts, fields.flags(run.recipe)
-    recorded |= {"recipe": facts.recipe_name, "holdout": facts.holdout, "test-split": facts.test_split}
-    asked = fields.flags(command.settings) | {"recipe": command.recipe}
-    asked |= {"holdout": command.images.holdout, "test-split": command.images.test_split}
-    if command.init is not None:
-        asked["init"], recorded["init"] = command.init, facts.start and facts.start.name
-        if command.init != recorded["init"] and str(Path(command.init).absolute()) == recorded["init"]:
-            asked["init"] = recorded["init"]
-    for flag in sorted(typed & asked.keys()):
-        fitted = flag == "precision" or (flag == "batch" and recorded[flag] == facts.images)
-        if asked[flag] != recorded[flag] and not fitted:
-            name = flag.replace(".", "_").replace("-", "_")
-            problem = f"the run in {run.path} has {name}={recorded[flag]!r}, not {asked[flag]!r}"
-            raise ValueError(f"{problem}: leave it out to continue that run, or choose another folder")
-
-
-def is_complete(run: Run) -> bool:
-    """True if every step is done and its end, verdict, scores and page, is written."""
-    saved, options = run_folder.checkpoints(run.path), run.facts.options
-    if not saved or run_folder.step_of(saved[-1]) < run.recipe.steps(run.facts.images):
-        return False
-    if options.report:  # the last of all that is written
-        return run.report is not None
-    return run.scores is not None or not options.evaluate
 
 
 def evaluate(

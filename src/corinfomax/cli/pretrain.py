@@ -48,11 +48,17 @@ class Pretrain:
     """Run folder; default is a new one in ./runs."""
     resume: PATH = None
     """Resume the run in this folder; DATA then says where images moved."""
+    seeds: tuple[int, ...] = ()
+    """Train with each of these seeds and average the scores; needs --out."""
     images: IMAGES = DataOptions()
     options: Annotated[Options, GROUP] = Options()
     settings: SETTINGS = RECIPES["cpu-small"].recipe
 
     def run(self, typed: frozenset[str]) -> int:
+        if self.seeds:
+            from corinfomax.cli.seeds import train_seeds
+
+            return train_seeds(self, typed)
         return self.train(typed)[0]
 
     def train(

@@ -135,8 +135,7 @@ class Optim:
     weight_decay: float = 1e-4
     """Weight decay; decoupled with AdamW and Muon."""
     decay_norms: Rare[bool] = True  # decay norms and biases too, as published
-    clip: float | None = None
-    """Largest norm of the whole gradient; None is no limit."""
+    clip: Rare[float | None] = None  # largest norm of the whole gradient; None is no limit
 
     def __post_init__(self) -> None:
         for name in ("lr", "start_lr", "min_lr", "warmup_epochs", "weight_decay"):

@@ -47,15 +47,15 @@ def render(content: Content) -> str:
     values |= {"tone": tone(content.results.verdict), "payload": as_script(payload)}
     values["title"] = f"{Path(facts.data).stem or facts.data} · {facts.recipe_name}"
     values["command"] = repeat_command(content.subject.run, facts, recipe)
-    return _fill("report.html", SCRIPTS, STYLES, **values)
+    return fill("report.html", SCRIPTS, STYLES, **values)
 
 
 def render_neighbours(neighbourhoods: Sequence[Neighbourhood], *, data: str, images: int) -> str:
     """The page of queries with their nearest neighbours among the images of `data`."""
-    return _fill("neighbors.html", (), STYLES[1:], neighbourhoods=neighbourhoods, data=data, images=images)
+    return fill("neighbors.html", (), STYLES[1:], neighbourhoods=neighbourhoods, data=data, images=images)
 
 
-def _fill(template: str, scripts: Sequence[str], styles: Sequence[str], **values: object) -> str:
+def fill(template: str, scripts: Sequence[str], styles: Sequence[str], **values: object) -> str:
     """The template with its scripts and styles, which the content-security policy accepts by their hashes."""
     policy = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
     for kind, names in (("script", scripts), ("style", styles)):
