@@ -80,7 +80,7 @@ def test_the_same_command_goes_on_where_it_stopped(words, monkeypatch, capsys):
 
     monkeypatch.setattr(Pretrain, "train", None)
     assert main([*words, "--optim.lr", "0.01"]) == 2
-    assert "has optim.lr 0.6, not 0.01: leave it out" in capsys.readouterr().err
+    assert "has optim.lr 0.06, not 0.01: leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
