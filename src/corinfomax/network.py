@@ -1,6 +1,7 @@
 """The network in training: a timm backbone, a projector on top, and the precision they run in."""
 
 import contextlib
+import copy
 import difflib
 import functools
 from collections.abc import Iterator
@@ -50,6 +51,15 @@ def is_described(backbone: nn.Module, recipe: Recipe) -> bool:
         return torch.allclose(built(x), backbone(x), rtol=1e-3, atol=1e-5)
 
 
+def resized(backbone: nn.Module, recipe: Recipe) -> nn.Module:
+    """The backbone for images of the recipe's size: a copy with resized position embeddings where they do not fit."""
+    if not is_resizable(recipe.backbone):
+        return backbone
+    backbone = copy.deepcopy(backbone)
+    backbone.set_input_size(img_size=recipe.size)  # type: ignore[operator]
+    return backbone
+
+
 def start_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     """A backbone's tensors under their names in a Network."""
     return {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
@@ -60,9 +70,11 @@ def freeze(backbone: nn.Module, tuning: Tuning) -> None:
 
     Frozen blocks get no gradient and stay in eval mode.
     """
-    blocks = blocks_of(backbone)
-    frozen = blocks[: len(blocks) - max(1, round(tuning.blocks * len(blocks)))]
-    names = {name for block in frozen for name in block}
+    names = set[str]()
+    if tuning.blocks < 1:
+        blocks = blocks_of(backbone)
+        frozen = blocks[: len(blocks) - max(1, round(tuning.blocks * len(blocks)))]
+        names = {name for block in frozen for name in block}
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name not in names)
     for module in backbone.modules():
@@ -73,7 +85,13 @@ def freeze(backbone: nn.Module, tuning: Tuning) -> None:
 
 
 def blocks_of(backbone: nn.Module) -> list[list[str]]:
-    """Names of the parameters of each block of a timm network, from the input on; its stem is the first block."""
+    """Names of the parameters of each block of a timm network, from the input on; its stem is the first block.
+
+    ValueError for a network whose blocks timm does not know.
+    """
+    if not hasattr(backbone, "group_matcher"):
+        remedy = "train them all: --tuning.blocks 1 --tuning.layer-decay 1"
+        raise ValueError(f"timm does not know the blocks of {type(backbone).__name__}: {remedy}")
     matcher = cast(Any, backbone).group_matcher(coarse=False)
     return list(group_parameters(backbone, matcher).values())
 
@@ -212,6 +230,15 @@ def has_fixed_size(backbone: Backbone) -> bool:
     """True for a timm network that takes images of one size only, as ViTs do."""
     config = timm.get_pretrained_cfg(backbone.name)
     return config is not None and bool(config.fixed_input_size)
+
+
+@functools.cache
+def is_resizable(backbone: Backbone) -> bool:
+    """True for a timm network of one input size that timm can change, such as a ViT; not an MLP-Mixer."""
+    if not has_fixed_size(backbone):
+        return False
+    with torch.device("meta"):
+        return hasattr(timm.create_model(backbone.name, num_classes=0), "set_input_size")
 
 
 def feature_width(backbone: nn.Module) -> int:

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from corinfomax.cli.main import main
+from corinfomax.diagnosis import measures
 from corinfomax.evaluation import table
+from corinfomax.images import cache
 from corinfomax.recipes import fields
 from corinfomax.report import page
 from corinfomax.runtime import run_folder
@@ -75,7 +77,7 @@ def pretrain(data, weights, *words, out="run", name=True):
 def test_a_run_starts_from_the_weights_and_keeps_a_copy(made, place, model):
     out = made[1]
     count = len(model.state_dict())
-    assert f"starting from all {count} tensors of weights.safetensors, a {NAME} at 32 px" in out
+    assert f"starting from all {count} tensors of weights.safetensors, a {NAME} at 160 px" in out
     assert "recipe adapt at 32 px, 2 epochs, for 40 images of 16 px" in out
     assert tiny.equal_states(load_file("run/start.safetensors"), model.state_dict())
     start = json.loads(read("run/recipe.json"))["facts"]["start"]
@@ -118,10 +120,12 @@ def test_weights_that_were_not_improved_are_given_back(place, model, capsys, mon
     # export gives the start bit for bit, and says so; a checkpoint gives its own
     assert main(["export", "run", "--out", "kept"]) == 0
     out = capsys.readouterr().out
-    assert f"exporting the weights of the start; the others are in {last.absolute()}" in out
+    assert f"exporting the weights of the start; the others are in {last.parent.absolute()}" in out
     assert tiny.equal_states(load_file("kept/model.safetensors"), model.state_dict())
     card = read("kept/README.md")
-    assert f"# {NAME}, as it was before training" in card and "weights after step 0" in card
+    assert f"# {NAME}, as it was before training" in card and "as they were loaded" in card
+    assert "did not help" in card and "Training" not in card
+    assert json.loads(read("kept/config.json"))["pretrained_cfg"]["input_size"] == [3, 160, 160]  # as it was made
     assert "`weights.safetensors`" in card and "licence not recorded" in card
     monkeypatch.setattr(export, "_feature_difference", lambda *_: 0.0)
     assert main(["export", str(last), "--out", "others.safetensors", "--format", "state-dict"]) == 0
@@ -189,7 +193,17 @@ def test_a_vit_continues_at_another_size(place, capsys):
     words = [*SHORT[2:], "--size", "48", "--no-evaluate"]
     assert main(["pretrain", "data", "--init", "vit", "--out", "larger", *words]) == 0
     assert "position embeddings resized from 32 to 48 px" in capsys.readouterr().out
-    assert load_file("larger/start.safetensors")["pos_embed"].shape[1] == 1 + (48 // 16) ** 2
+    trained = checkpoint.load_network(Path("larger"))[0].backbone.state_dict()
+    assert trained["pos_embed"].shape[1] == 1 + (48 // 16) ** 2
+
+    # the copy of the start is not resized, so that it is given back as it was
+    before = load.load_backbone("vit")
+    assert tiny.equal_states(load_file("larger/start.safetensors"), before.backbone.state_dict())
+    run_folder.add_json(Path("larger/results.json"), {"keep_start": True})
+    assert load.load_backbone("larger").recipe.size == 32
+    assert main(["export", "larger", "--out", "kept"]) == 0
+    assert tiny.equal_states(load_file("kept/model.safetensors"), before.backbone.state_dict())
+    assert json.loads(read("kept/config.json"))["pretrained_cfg"]["input_size"] == [3, 32, 32]
 
 
 @pytest.mark.parametrize("arguments", [{"channels": (8, 8, 8, 8)}, {"act_layer": "gelu"}, {"global_pool": "max"}])
@@ -217,7 +231,7 @@ def test_a_network_that_no_recipe_describes_is_refused(place, capsys, arguments)
             f"the weights fix the network ({NAME}): leave out --backbone.name",
         ),
         (["--recipe", "adapt"], "recipe adapt continues from weights: name them with --init"),
-        (["--tuning.blocks", "0.5"], "continues from weights: name them with --init"),
+        (["--tuning.blocks", "0.5"], "--tuning.blocks is for runs that continue from weights: name them with --init"),
         (["--prefix", "a"], "--prefix needs --init: it chooses one of several networks"),
         (["--resume", "run", "--init", "weights.safetensors"], "--init cannot go with --resume"),
     ],
@@ -328,7 +342,66 @@ def test_a_vit_in_a_folder_of_timm_is_resized(place):
     torch.manual_seed(2)
     timm.models.save_for_hf(timm.create_model("test_vit", num_classes=0), "hub")  # pytorch_model.bin, of 160 px
     assert pretrain("data", "hub", "--no-evaluate", name=False, out="vit") == 0
-    assert load_file("vit/start.safetensors")["pos_embed"].shape[1] == 1 + (32 // 16) ** 2
+    trained = checkpoint.load_network(Path("vit"))[0].backbone.state_dict()
+    assert trained["pos_embed"].shape[1] == 1 + (32 // 16) ** 2
+
+
+def test_the_verdict_is_about_the_weights_that_are_saved(made):
+    """The last look, of features and projections, is of the averaged weights; the best checkpoint is one of them."""
+    run = made[0] / "run"
+    network, saved = checkpoint.load_network(run)
+    splits = cache.load(made[0] / "data", side=saved.recipe.cache_side, progress=False)
+    device = torch.device("cpu")
+    sample = measures.choose_sample(splits, saved.recipe, device=device, start=load.load_start(run).backbone)
+    last = run_folder.read_metrics(run)[-1].look
+    assert saved.recipe.tuning.average == 0.5
+    assert last == measures.look(network, sample, saved.recipe, device=device)
+    assert run_folder.read_results(run).best_checkpoint in (None, "checkpoints/step-00000010.safetensors")
+
+
+def test_a_run_that_broke_off_before_its_first_checkpoint_gives_the_start(place, model, capsys):
+    assert pretrain("data", "weights.safetensors", "--optim.lr", "1e30", "--optim.start-lr", "1e30", out="broken") == 2
+    assert "The run went wrong: export, embed and neighbors use the weights it started from." in capsys.readouterr().out
+    for path in run_folder.checkpoints(Path("broken")):
+        path.unlink()
+    assert main(["export", "broken", "--out", "kept"]) == 0
+    assert "the run went wrong: exporting the weights of the start" in capsys.readouterr().out
+    assert tiny.equal_states(load_file("kept/model.safetensors"), model.state_dict())
+    assert "went wrong (diverging), so these are the weights of the start" in read("kept/README.md")
+
+
+def test_scores_at_a_smaller_size_than_the_weights_are_made_for_say_so(made):
+    out = made[1]
+    command = f"--against {made[0] / 'weights.safetensors'} --architecture {NAME}"
+    line = next(line for line in out.splitlines() if line.startswith("All scores are at 32 px"))
+    assert "the weights before are made for 160 px and may score higher there: corinfomax evaluate run" in line
+    assert line.endswith(command)
+
+
+@pytest.mark.parametrize(("size", "message"), [(None, None), ("64", "mixer_s32_224 takes images of 224 px alone")])
+def test_a_network_that_cannot_be_resized_keeps_its_size(place, capsys, size, message):
+    save_file(timm.create_model("mixer_s32_224", num_classes=0).state_dict(), "mixer.safetensors")
+    words = [*SHORT[2:], "--epochs", "0.2", "--no-evaluate", "--tuning.blocks", "1"] + (
+        ["--size", size] if size else []
+    )
+    code = main(
+        ["pretrain", "data", "--init", "mixer.safetensors", "--backbone.name", "mixer_s32_224", "--out", "m", *words]
+    )
+    said = capsys.readouterr()
+    assert code == (2 if message else 0) and (message or "") in said.err
+    assert message or "at 224 px" in said.out
+
+
+def test_the_licence_of_the_start_stays_with_its_copy(place, unverified):
+    timm.models.save_for_hf(timm.create_model(NAME, num_classes=0), "hub", safe_serialization=True)
+    config = json.loads(read("hub/config.json"))
+    config["pretrained_cfg"]["license"] = "apache-2.0"
+    Path("hub/config.json").write_text(json.dumps(config))
+    short = ["--no-evaluate", "--epochs", "0.4"]
+    assert pretrain("data", "hub", *short, name=False, out="a") == 0
+    assert pretrain("data", "a/start.safetensors", *short, name=False, out="b") == 0
+    assert main(["export", "b", "--out", "exported.safetensors", "--format", "state-dict"]) == 0
+    assert load.load_backbone("exported.safetensors").config.license == "apache-2.0"
 
 
 def test_labels_without_scores_name_the_command(place, capsys):

@@ -264,6 +264,27 @@ def test_how_far_a_good_run_has_come(ldmi, ended, kind):
     assert ("stop here" in found.advice) == (kind == "saturated")
 
 
+def test_measures_are_judged_by_the_step_that_they_were_taken_at():
+    """Rows without a look come in between, and the last look may be of a young run."""
+    young, spectrum = {"spectrum": [0.9] + [0.1 / 31] * 31, "spread_gap": 9.0}, row(600)._replace(look=None)
+    assert judge(row(30, **young), spectrum).kind == "still warming up"
+    assert judge(row(60, **young), spectrum).kind == "dimensional collapse"
+    assert judge(row(30, agreement=0.99), spectrum).kind == "still warming up"
+    assert judge(row(60, agreement=0.99), spectrum).kind == "over-invariant"
+
+
+def test_the_trend_of_a_run_that_averages_is_that_of_the_weights_before():
+    """Averaged weights share less, with a projector trained for others; they still decide on what went wrong."""
+    rows = [row(step) for step in (10, 100, 200, 400, 600, 800, 900)]
+    fallen = row(1000, ldmi=0.1)
+    averaged = replace(RECIPE, tuning=Tuning(average=0.5))
+    assert "share 0.10 nats" in judge(*rows, fallen, ended=True).evidence
+    assert "share 0.49 nats per dimension (+" in judge(*rows, fallen, recipe=averaged, ended=True).evidence
+    assert "share 0.10 nats" in judge(*rows, fallen, recipe=averaged).evidence  # before the end none is averaged
+    assert judge(*rows, row(1000, spread=None, ldmi=None), recipe=averaged, ended=True).kind == "diverging"
+    assert judge(*rows[:1], recipe=averaged, steps=10, ended=True) is not None
+
+
 def test_a_run_that_broke_off_says_why():
     found = judge(error="z1 has nan in 64 of 64 rows; a lower learning rate is the usual cure")
     assert found.kind == "diverging"

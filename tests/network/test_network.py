@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from corinfomax import network
-from corinfomax.recipes.fields import Backbone, Projector
+from corinfomax.recipes.fields import Backbone, Projector, Tuning
 from corinfomax.recipes.published import RECIPES
 
 
@@ -108,3 +108,14 @@ def test_the_next_side_that_a_network_takes_is_one(name):
 def test_a_network_of_fixed_input_size_gets_the_views_size():
     model = network.build_backbone(Backbone(name="vit_tiny_patch16_224"), size=32)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 192)
+
+
+def test_a_network_whose_blocks_timm_does_not_know_trains_whole():
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    network.freeze(backbone, Tuning(batch_norm="keep"))
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    assert not backbone[1].training
+    with pytest.raises(
+        ValueError, match=r"timm does not know the blocks of Sequential: train them all: --tuning.blocks 1"
+    ):
+        network.freeze(backbone, Tuning(blocks=0.5))

@@ -93,6 +93,7 @@ def test_the_summary_names_ignored_tensors(model, state, tmp_path):
         (lambda s: s.pop("layer1.0.bn1.bias"), r"tensors.*: 1 missing \(layer1.0.bn1.bias\)"),
         (lambda s: s.update(extra=torch.zeros(2)), r"tensors.*: 1 unexpected \(extra\)"),
         (lambda s: s.update({"conv1.0.weight": torch.zeros(3, 3)}), r"1 of another shape \(conv1.0.weight: 3×3 for "),
+        (lambda s: s["bn1.running_var"].mul_(-1), "a negative variance in bn1.running_var"),
         (lambda s: s["bn1.weight"].fill_(torch.nan), "nan or inf in one tensor, bn1.weight"),
         (lambda s: s.clear(), "missing|no state dict"),
         (

@@ -62,9 +62,10 @@ class Evaluate:
         splits = inputs.load_splits(data, ours.recipe, images)
         table.check_labels(splits)
         inputs.warn_of_input(ours, splits.train, ours.recipe, device)
-        by_side, rivals = {ours.recipe.cache_side: splits}, []
+        by_side, rivals = {ours.recipe.cache_side: splits}, list[table.Contender]()
+        remarks: tuple[str, ...] = ()
         if ours.run is not None and ours.facts is not None and ours.facts.start is not None:
-            rivals += inputs.before(ours.run, splits, ours.recipe, device)
+            rivals, remarks = inputs.before(ours.run, splits, ours.recipe, ours.facts, device)
         for name, rival in zip(table.distinct_names(self.against), loaded_rivals, strict=True):
             side = rival.recipe.cache_side
             if side not in by_side:
@@ -73,4 +74,5 @@ class Evaluate:
             rivals.append(table.Contender(name, rival.backbone, rival.recipe, by_side[side]))
 
         extra = {"published_probe": self.published_probe, "fine_tune": self.fine_tune}
-        return table.evaluate(ours.backbone, splits, ours.recipe, device=device, rivals=rivals, **extra)
+        results = table.evaluate(ours.backbone, splits, ours.recipe, device=device, rivals=rivals, **extra)
+        return results._replace(remarks=(*results.remarks, *remarks))

@@ -37,22 +37,26 @@ class Export:
 
     def write(self) -> "Exported":
         """Write and verify the files; prints a line if they hold the weights of the start."""
+        from corinfomax.evaluation import table
         from corinfomax.runtime import run_folder
         from corinfomax.runtime.records import Results
         from corinfomax.weights import checkpoint, export, load
 
-        network, saved = checkpoint.load_network(self.weights)
-
         # a run's verdict and scores belong to its last checkpoint only
         path = self.weights.absolute()
         run = path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else None
-        is_last = run is not None and [run_folder.step_of(p) for p in run_folder.checkpoints(run)[-1:]] == [saved.step]
-        results = run_folder.read_results(run) if run is not None and is_last else Results()
-        backbone = network.backbone
-        if path.is_dir() and results.keep_start:
-            last = run_folder.checkpoints(path)[-1]
-            print(f"continuing did not help: exporting the weights of the start; the others are in {last}")
-            backbone, saved = load.load_start(path).backbone, saved._replace(step=0)
+        if path.is_dir() and run_folder.read_results(path).keep_start:
+            results, is_last = run_folder.read_results(path), True
+            reason = "continuing did not help" if table.BEFORE in results.table else "the run went wrong"
+            others = f"; the others are in {path / 'checkpoints'}" if run_folder.checkpoints(path) else ""
+            print(f"{reason}: exporting the weights of the start{others}")
+            start, saved = load.load_start(path), checkpoint.load_resumable(path)._replace(step=0)
+            backbone, saved = start.backbone, saved._replace(recipe=load.with_input_of(saved.recipe, start.recipe))
+        else:
+            network, saved = checkpoint.load_network(self.weights)
+            backbone, last = network.backbone, run_folder.checkpoints(run)[-1:] if run is not None else []
+            is_last = [run_folder.step_of(path_of_last) for path_of_last in last] == [saved.step]
+            results = run_folder.read_results(run) if run is not None and is_last else Results()
 
         name = path.stem if run is None else run.name if is_last else f"{run.name}-step-{saved.step}"
         out = self.out or Path(name + {"timm": "-timm", "onnx": ".onnx", "state-dict": ".safetensors"}[self.format])

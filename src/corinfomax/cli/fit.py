@@ -48,16 +48,11 @@ def load_init(name: str, prefix: str | None, typed: Recipe, flags: Collection[st
     values = fields.flags(typed)
     options = WeightsOptions(prefix=prefix, **{names[flag]: values[flag] for flag in flags & names.keys()})
 
-    # weights that record both leave these settings to the run
-    try:
-        loaded = load_backbone(name, options)
-    except RecordedError:
-        if prefix is not None:
-            raise
-        loaded = load_backbone(name)
-    except ValueError as error:
-        message = str(error).replace("--architecture", "--backbone.name").replace("--small", "--backbone.small")
-        raise ValueError(message) from error
+    # They keep their own size, and --size is that of the run; but a ViT's position embeddings are resized only once.
+    resizable = options.architecture is None or network.is_resizable(Backbone(name=options.architecture))
+    loaded = _load(name, options if resizable else replace(options, size=None))
+    if options.size is not None and not network.is_resizable(loaded.recipe.backbone):
+        loaded = _load(name, replace(options, size=None))
 
     # training builds the network anew
     print(f"starting from {loaded.summary}")
@@ -65,6 +60,19 @@ def load_init(name: str, prefix: str | None, typed: Recipe, flags: Collection[st
         changed = f"{name} is a changed {loaded.recipe.backbone.name} (model_args in its config.json)"
         raise ValueError(f"{changed}: only timm's own form of it can be continued")
     return loaded._replace(assumed_input=loaded.assumed_input or "mean" in flags or "std" in flags)
+
+
+def _load(name: str, options: WeightsOptions) -> LoadedBackbone:
+    """The weights; those that record their network and input leave the settings to the run."""
+    try:
+        return load_backbone(name, options)
+    except RecordedError:
+        if options.prefix is not None:
+            raise
+        return load_backbone(name)
+    except ValueError as error:
+        message = str(error).replace("--architecture", "--backbone.name").replace("--small", "--backbone.small")
+        raise ValueError(message) from error
 
 
 def adapt_recipe(
@@ -75,7 +83,11 @@ def adapt_recipe(
     survey, weights = data.survey(), start.recipe
     if name is None:
         vit, cuda = network.has_fixed_size(weights.backbone), device.type == "cuda"
-        name, base = published.adapt(vit, weights.size, survey.images, survey.short_side, cuda=cuda)
+        size, one_size = (
+            typed.size if "size" in flags else weights.size,
+            vit and not network.is_resizable(weights.backbone),
+        )
+        name, base = published.adapt(vit, size, survey.images, survey.short_side, cuda=cuda, one_size=one_size)
     else:
         base = published.find_recipe(name)
 
@@ -83,6 +95,10 @@ def adapt_recipe(
     shaped = replace(base, test_scale=1.0, backbone=weights.backbone, mean=weights.mean, std=weights.std)
     shaped = replace(shaped, interpolation=weights.interpolation)
     recipe = fields.override(shaped, typed, flags & fields.flags(base).keys())
+    if network.has_fixed_size(weights.backbone) and recipe.size != weights.size:
+        if not network.is_resizable(weights.backbone):
+            raise ValueError(f"{weights.backbone.name} takes images of {weights.size} px alone: --size {weights.size}")
+        print(f"position embeddings resized from {weights.size} to {recipe.size} px")
     if replace(recipe.backbone, drop_path=0.0) != replace(weights.backbone, drop_path=0.0):
         words = " ".join(sorted(f"--{flag}" for flag in flags if flag.startswith("backbone.")))
         raise ValueError(f"the weights fix the network ({weights.backbone.name}): leave out {words}")
@@ -94,14 +110,6 @@ def adapt_recipe(
     images = f"{survey.images:,} images of {survey.short_side} px"
     print(f"recipe {name} at {recipe.size} px, {recipe.epochs:g} epochs, for {images}; --recipe names another")
     return name, recipe
-
-
-def fit_start(start: LoadedBackbone, recipe: Recipe) -> LoadedBackbone:
-    """The weights for images of the recipe's size: timm resizes the position embeddings of a ViT."""
-    if network.has_fixed_size(recipe.backbone) and recipe.size != start.recipe.size:
-        print(f"position embeddings resized from {start.recipe.size} to {recipe.size} px")
-        start.backbone.set_input_size(img_size=recipe.size)  # type: ignore[operator]
-    return start
 
 
 def start_record(start: LoadedBackbone, name: str, prefix: str | None, recipe: Recipe, flags: Collection[str]) -> Start:

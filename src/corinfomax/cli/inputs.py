@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from corinfomax import network
 from corinfomax.cli import messages
 from corinfomax.cli.arguments import DataOptions
 from corinfomax.diagnosis.expected_input import better_input
@@ -186,14 +187,24 @@ def are_own_images(name: str | Source, options: DataOptions, loaded: LoadedBackb
     return train.fingerprint == facts.fingerprint
 
 
-def before(run: Path, splits: Splits, recipe: Recipe, device: torch.device) -> list[table.Contender]:
-    """Starting weights of a run as a contender; an empty list if they are missing."""
+def before(
+    run: Path, splits: Splits, recipe: Recipe, facts: Facts, device: torch.device
+) -> tuple[list[table.Contender], tuple[str, ...]]:
+    """Starting weights of a run as a contender, and a remark if they are made for larger images; none if missing."""
     try:
-        backbone = load_start(run).backbone.to(device).to(memory_format=torch.channels_last)
+        start = load_start(run)
     except (OSError, ValueError) as error:
         print(f"no scores of the weights before: {error}")
-        return []
-    return [table.Contender(table.BEFORE, backbone, recipe, splits)]
+        return [], ()
+    backbone = network.resized(start.backbone, recipe).to(device).to(memory_format=torch.channels_last)
+    remarks: tuple[str, ...] = ()
+    if facts.start is not None and start.recipe.test_side > recipe.test_side:
+        words = [word.replace("--backbone.name", "--architecture") for word in facts.start.words]
+        words = [word.replace("--backbone.small-stem", "--small-stem") for word in words]
+        compare = messages.command("evaluate", str(run), facts.data, "--against", facts.start.name, *words)
+        sizes = f"at {recipe.test_side} px; the weights before are made for {start.recipe.test_side} px"
+        remarks = (f"All scores are {sizes} and may score higher there: {compare}",)
+    return [table.Contender(table.BEFORE, backbone, recipe, splits)], remarks
 
 
 def print_scores(results: Results, out: Path | None) -> None:

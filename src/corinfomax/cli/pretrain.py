@@ -162,9 +162,9 @@ def _plan(command: Pretrain, typed: frozenset[str], device: "torch.device", sour
         recipe = fit.fit_cache(fit.fit_views(recipe, typed), data)
     loop.check_parts(recipe)
     if start is None and recipe.tuning != Tuning():
-        raise ValueError(f"recipe {recipe_name} continues from weights: name them with --init, or another --recipe")
-    if start is not None:
-        start = fit.fit_start(start, recipe)
+        named = sorted(flag for flag in typed if flag.startswith("tuning."))
+        subject = f"--{named[0]} is for runs that continue" if named else f"recipe {recipe_name} continues"
+        raise ValueError(f"{subject} from weights: name them with --init")
     record = None if resumed is None else resumed.facts.start
     if start is not None and command.init is not None:
         record = fit.start_record(start, command.init, command.prefix, recipe, typed)

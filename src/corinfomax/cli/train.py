@@ -71,7 +71,7 @@ def train(run: Path, plan: Plan, device: torch.device, on_row: trackers.OnRow = 
     if first and plan.start is not None and plan.resumed is None:
         inputs.warn_of_input(plan.start, splits.train, recipe, device)
     facts = _record(run, plan, recipe, splits)
-    start = None if plan.start is None else network.start_tensors(plan.start.backbone)
+    start = None if plan.start is None else network.start_tensors(network.resized(plan.start.backbone, recipe))
 
     with contextlib.ExitStack() as stack:
         watchers = [on_row] if first else []
@@ -97,6 +97,8 @@ def train(run: Path, plan: Plan, device: torch.device, on_row: trackers.OnRow = 
         except FloatingPointError as error:
             if first:
                 _judge(run, recipe, facts, error=str(error))
+                if run_folder.read_results(run).keep_start:
+                    print(WENT_WRONG)
                 if options.report and run_folder.checkpoints(run):  # the page up to the last checkpoint
                     trained, saved = checkpoint.load_network(run)
                     _report(Subject(run, trained, recipe, saved.step, facts, splits, same_images=True), device)
@@ -169,7 +171,7 @@ def _record(run: Path, plan: Plan, recipe: Recipe, splits: Splits) -> Facts:
         if facts.skip is not None:  # a copy, since the user may change the list
             run_folder.write_text(run / SKIP_LIST, tables.names_as_text(sorted(data.skip)))
         if plan.start is not None:
-            export.write_tensors(run_folder.start_path(run), plan.start.backbone, recipe)
+            export.write_tensors(run_folder.start_path(run), plan.start.backbone, plan.start.recipe, facts.start)
         run_folder.write_json(run / "recipe.json", {"recipe": fields.to_json(recipe), "facts": facts.to_json()})
     elif processes.rank() == 0 and resumed is not None:
         run_folder.forget_after(run, resumed.step)
@@ -197,8 +199,9 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
     try:
         _judge(run, recipe, facts)
         if facts.options.evaluate and splits.labelled:
-            before = inputs.before(run, splits, recipe, device) if facts.start is not None else ()
+            before, remarks = inputs.before(run, splits, recipe, facts, device) if facts.start is not None else ([], ())
             results = table.evaluate(network.backbone, splits, recipe, device=device, rivals=before)
+            results = results._replace(remarks=(*results.remarks, *remarks))
             inputs.print_scores(results, run / "results.json")
         elif facts.start is not None:
             kept = f"The weights before it are kept in {run_folder.start_path(run)}."
@@ -228,6 +231,8 @@ def _judge(run: Path, recipe: Recipe, facts: Facts, *, error: str | None = None)
     judged = verdict.judge(rows, recipe, steps=steps, ended=True, error=error)
     saved = {run_folder.step_of(path): path for path in run_folder.checkpoints(run)}
     best = verdict.best_step(rows, saved)
+    if facts.start is not None and recipe.tuning.average < 1:
+        best = max(saved, default=None)  # the weights before the last are not averaged
     best_path = None if best is None else saved[best].relative_to(run).as_posix()
     wrong = judged is not None and judged.kind not in verdict.ENDS_SOUND
     content = Results(judged, best_path).to_json()

@@ -83,13 +83,18 @@ def judge(
 
     share = last.step / steps
     return (
-        _collapse(last.big_bang, last.step, measures, recipe)
-        or _invariance(last, measures, recipe, share)
+        _collapse(last, looks[-1].step, measures, recipe)
+        or _invariance(last, looks[-1].step, measures, recipe, share)
         or _features_lost(rows, recipe, steps)
         or _rising(rows, recipe)
         or (_recovered(rows, recipe, steps) or _unchanged(measures, recipe) if ended else None)
-        or _progress(looks, recipe, share, ended)
+        or _progress(_comparable(looks, recipe, ended), recipe, share, ended)
     )
+
+
+def _comparable(looks: Sequence[Row], recipe: Recipe, ended: bool) -> Sequence[Row]:
+    """The looks that show a trend: the last one is of averaged weights in a run that averages them."""
+    return looks[:-1] if ended and recipe.tuning.average < 1 and len(looks) > 1 else looks
 
 
 def best_step(rows: Iterable[Row], steps: Iterable[int]) -> int | None:
@@ -144,9 +149,12 @@ def big_bang_range(recipe: Recipe, step: int) -> tuple[float, float]:
     return -2 * math.log((1 - remaining) * (1 / _dim(recipe)) + rest), -2 * math.log(rest)
 
 
-def _collapse(big_bang: float, step: int, measures: Measures, recipe: Recipe) -> Verdict | None:
+def _collapse(last: Row, looked: int, measures: Measures, recipe: Recipe) -> Verdict | None:
+    """A collapse, by the last row and the measures after step `looked`."""
     # The place of the big bang between even spread and none; an eps larger than all else hides both.
-    even, collapsed = big_bang_range(recipe, step)
+    big_bang = last.big_bang
+    assert big_bang is not None
+    even, collapsed = big_bang_range(recipe, last.step)
     collapsed_share = (big_bang - even) / (collapsed - even) if collapsed > even else 0.0
     place = f"the big bang is {big_bang:.3g}, between {even:.3g} for even spread and {collapsed:.3g} for none"
 
@@ -157,10 +165,10 @@ def _collapse(big_bang: float, step: int, measures: Measures, recipe: Recipe) ->
 
     numbers = {name: getattr(measures, name) for name in ("spread", "spread_gap", "rank")}
     numbers |= {"big_bang": big_bang, "way": collapsed_share, "uneven": gap, "directions": used}
-    if step > YOUNG and collapsed_share > COLLAPSED and measures.spread < ONE_POINT:
+    if looked > YOUNG and collapsed_share > COLLAPSED and measures.spread < ONE_POINT:
         evidence = f"The projections of all images coincide (spread {measures.spread:.0e}); {place}."
         return Verdict("complete collapse", evidence, _cause_of_collapse(recipe), numbers)
-    if step <= LAGGING:
+    if looked <= LAGGING:
         return None
 
     # A kernel spreads images instead of directions, so its own matrix tells of a collapse.
@@ -178,12 +186,12 @@ def _collapse(big_bang: float, step: int, measures: Measures, recipe: Recipe) ->
     return Verdict("dimensional collapse", evidence, advice, numbers)
 
 
-def _invariance(last: Row, measures: Measures, recipe: Recipe, share: float) -> Verdict | None:
+def _invariance(last: Row, looked: int, measures: Measures, recipe: Recipe, share: float) -> Verdict | None:
     distance, agreement = _dim(recipe) * last.attraction, _percent(measures.agreement)
     numbers = {"spread": measures.spread, "agreement": measures.agreement, "distance": distance}
 
     # No trace of the views, then hardly any of the images.
-    settled = last.step > LAGGING and share >= SETTLED
+    settled = looked > LAGGING and share >= SETTLED
     coincide = measures.spread < COINCIDE[recipe.optim.name]
     if settled and (coincide or measures.agreement > INVARIANT):
         near = f"Projections nearly coincide (spread {_percent(measures.spread, 1)})"

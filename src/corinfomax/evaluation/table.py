@@ -218,8 +218,11 @@ def random_backbone(images: Images, recipe: Recipe, *, device: torch.device) -> 
     return model.eval()
 
 
-def quick_knn(backbone: nn.Module, splits: Splits, recipe: Recipe, *, device: torch.device) -> float:
-    """kNN top-1 in percent at training's size, on at most 5,000 training and 2,000 test images; no final score."""
+def quick_knn(backbone: nn.Module, splits: Splits, recipe: Recipe, *, device: torch.device) -> float | None:
+    """kNN top-1 in percent at training's size, on at most 5,000 training and 2,000 test images; no final score.
+
+    None if a feature is not finite.
+    """
     recipe = replace(recipe, test_scale=1.0)
     sample: list[tuple[Tensor, Tensor]] = []
     for images, most in ((splits.train, 5000), (splits.test, 2000)):
@@ -229,6 +232,8 @@ def quick_knn(backbone: nn.Module, splits: Splits, recipe: Recipe, *, device: to
         assert images.labels is not None
         sample.append((features.extract_features(backbone, images, recipe, device=device), images.labels))
     (train, labels), (test, truth) = sample
+    if not (train.isfinite().all() and test.isfinite().all()):
+        return None
     return probes.accuracy(probes.knn(train, labels, test), truth)
 
 

@@ -184,14 +184,17 @@ def find_recipe(name: str) -> Recipe:
     return RECIPES[name].recipe
 
 
-def adapt(vit: bool, side: int, count: int, short_side: int, *, cuda: bool) -> tuple[str, Recipe]:
+def adapt(
+    vit: bool, side: int, count: int, short_side: int, *, cuda: bool, one_size: bool = False
+) -> tuple[str, Recipe]:
     """Name and recipe to continue from weights made for `side` px on `count` images of this median short side.
 
-    On a GPU views have that side; without one less, and the epochs make about ten minutes on two cores.
+    On a GPU, and for a network of `one_size`, views have that side; else less, and the epochs make about ten minutes on
+    two cores with a small network.
     """
     name = "adapt-vit" if vit else "adapt"
     base = RECIPES[name].recipe
-    size = side if cuda else min(side, 160 if short_side >= 112 else 96)
+    size = side if cuda or one_size else min(side, 160 if short_side >= 112 else 96)
     images_seen = 10_000_000 if cuda else 60_000 * 96**2 // size**2
     epochs = float(f"{min(images_seen / max(count, 1), 100.0):.2g}")
     return name, replace(

@@ -91,6 +91,8 @@ def pretrain(
             for step in range(recorder.done, steps):
                 recorder.add(train_step(step, recipe))
                 done, stopping = step + 1, stop.agreed(step + 1)
+                if done == steps and start is not None:
+                    average(learner.network, start, recipe.tuning.average)
 
                 # a row of metrics, with a score and a look when they are due
                 if done in due.rows:
@@ -101,8 +103,6 @@ def pretrain(
                 # a checkpoint: at the end, on a signal, after some minutes, at the best look so far
                 if stopping:
                     recorder.check()
-                if done == steps and start is not None:
-                    average(learner.network, start, recipe.tuning.average)
                 if done == steps or stopping or recorder.save_due(best=done in due.looks):
                     recorder.save()
                 if done in due.rows:

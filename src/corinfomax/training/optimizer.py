@@ -42,10 +42,12 @@ def build(
 
 def _lr_scales(model: nn.Module, tuning: Tuning) -> dict[str, float]:
     """Learning rate of each of the backbone's parameters ÷ the projector's, by name."""
-    blocks = network.blocks_of(model.get_submodule("backbone"))
+    backbone = model.get_submodule("backbone")
+    if tuning.layer_decay == 1:
+        return {f"backbone.{name}": tuning.lr_scale for name, _ in backbone.named_parameters()}
     return {
         f"backbone.{name}": tuning.lr_scale * tuning.layer_decay**depth
-        for depth, names in enumerate(reversed(blocks))
+        for depth, names in enumerate(reversed(network.blocks_of(backbone)))
         for name in names
     }
 

@@ -20,7 +20,10 @@ def markdown(saved: Checkpoint, results: Results, *, plain: bool) -> str:
     """The card of a checkpoint as README.md; `plain` means that timm alone can load the folder."""
     # a card of the weights before training has the scores alone
     recipe, facts, start = saved.recipe, saved.facts, saved.facts.start
+    outcome = "did not help"
     if start is not None and saved.step == 0:
+        if "before" not in results.table:
+            outcome = "went wrong" + (f" ({results.verdict.kind})" if results.verdict is not None else "")
         names = {"pretrained": "continued (not in this folder)", "before": "**these weights**"}
         table = {names.get(name, name): scores for name, scores in results.table.items()}
         results = results._replace(verdict=None, sentences=(), comparisons=(), table=table)
@@ -38,7 +41,11 @@ def markdown(saved: Checkpoint, results: Results, *, plain: bool) -> str:
     licence = (start and start.license) or ""
     values = {"step": saved.step, "recipe": recipe, "facts": facts, "results": results, "plain": plain, "short": _short}
     values |= {"scores": rows, "shape": shape, "settings": json.dumps(fields.to_json(recipe), indent=2)}
-    values |= {"objective": OBJECTIVES[recipe.loss.name], "data": _short(facts.data).replace("`", "'")}
+    values |= {
+        "outcome": outcome,
+        "objective": OBJECTIVES[recipe.loss.name],
+        "data": _short(facts.data).replace("`", "'"),
+    }
     values["licence"] = licence if re.fullmatch(r"[\w.+-]+", licence) else ""  # an identifier, as the hub reads it
     return template("card.md.jinja").render(values)
 

@@ -17,7 +17,7 @@ from corinfomax.network import build_backbone, has_fixed_size
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Backbone, Recipe
 from corinfomax.runtime import run_folder
-from corinfomax.runtime.records import Results
+from corinfomax.runtime.records import Results, Start
 from corinfomax.runtime.seeds import generator
 from corinfomax.weights import card
 from corinfomax.weights.checkpoint import Checkpoint
@@ -60,7 +60,7 @@ def export_backbone(
             loader = _write_folder(path, backbone, saved, results)
         elif form == "state-dict":
             loader = "by torchvision alone" if recipe.backbone in TORCHVISION else "by timm alone"
-            write_tensors(path, backbone, recipe)
+            write_tensors(path, backbone, recipe, saved.facts.start)
         else:
             loader = "by onnxruntime alone"
             _write_onnx(path, backbone, recipe)
@@ -85,8 +85,8 @@ def _write_folder(path: Path, backbone: nn.Module, saved: Checkpoint, results: R
     network = {"architecture": recipe.backbone.name.partition(".")[0], "num_classes": 0}
     network |= {"num_features": backbone.num_features, "model_args": _timm_arguments(recipe.backbone, recipe.size)}
     start = saved.facts.start
-    if start is not None:  # what is known of the weights before, under timm's names
-        inputs |= {"license": start.license, "origin_url": start.source, "paper_ids": start.paper}
+    if start is not None:
+        inputs |= _origin(start)
     config = {**network, "pretrained_cfg": {"tag": "corinfomax", "custom_load": False, **inputs, **layers}}
 
     # The files.
@@ -111,11 +111,22 @@ def _write_onnx(path: Path, backbone: nn.Module, recipe: Recipe) -> None:
     program.save(str(path), external_data=False)
 
 
-def write_tensors(path: Path, backbone: nn.Module, recipe: Recipe) -> None:
-    """Write the backbone's tensors, whole and readable for everyone: save_file would allow its owner only."""
+def write_tensors(path: Path, backbone: nn.Module, recipe: Recipe, start: Start | None = None) -> None:
+    """Write the backbone's tensors with their recipe and, where they began as others, the licence of those.
+
+    Whole, and readable for everyone: save_file would allow its owner only.
+    """
     tensors = {name: tensor.detach().contiguous() for name, tensor in backbone.state_dict().items()}
-    content = save(tensors, {"format": "pt", "recipe": json.dumps(fields.to_json(recipe))})
+    metadata = {"format": "pt", "recipe": json.dumps(fields.to_json(recipe))}
+    if start is not None:
+        metadata["origin"] = json.dumps(_origin(start))
+    content = save(tensors, metadata)
     run_folder.write_whole(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _origin(start: Start) -> dict[str, str | None]:
+    """What is known of the makers of weights, under timm's names."""
+    return {"license": start.license, "origin_url": start.source, "paper_ids": start.paper}
 
 
 def _timm_arguments(backbone: Backbone, size: int) -> dict[str, int | list[int]]:

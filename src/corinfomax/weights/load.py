@@ -90,10 +90,11 @@ def load_backbone(name: str, options: WeightsOptions = WeightsOptions(), *, last
     # A state dict.
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; name a run folder, a file of weights, or timm:NETWORK")
-    tensors, recipe, recorded = read_state_dict(path)
+    tensors, recipe, recorded, origin = read_state_dict(path)
     if recipe is not None:
         _refuse_options(options, path)
-        return _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
+        loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
+        return loaded._replace(config=origin)
     if (architecture := options.architecture or recorded) is None:
         likely = identify(tensors)
         hint = f"its tensors are those of {likely}" if likely else "a timm name such as resnet18"
@@ -114,14 +115,20 @@ def load_start(run: Path) -> LoadedBackbone:
     if not path.is_file():
         lost = f"{path}, the weights that the run started from, is missing"
         raise FileNotFoundError(f"{lost}: put it back, or name a checkpoint in {run / 'checkpoints'}")
-    tensors, _ = checkpoint.read_safetensors(path)
-    recipe, start = saved.recipe, saved.facts.start
+    tensors, own, _, _ = read_state_dict(path)
+    recipe, start = own or saved.recipe, saved.facts.start
     loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
     if start is not None and checkpoint.digest(loaded.backbone.state_dict()) != start.digest:
         raise checkpoint.DamagedError(f"{path} was changed: it is not what the run started from")
     origin = "" if start is None else f", which continued from {start.name}"
     summary = f"{loaded.summary}: the weights before {run}{origin}"
     return loaded._replace(summary=summary, run=run, facts=saved.facts)
+
+
+def with_input_of(recipe: Recipe, other: Recipe) -> Recipe:
+    """`recipe` with the size and the normalisation of the images of `other`."""
+    names = ("size", "test_scale", "cache_side", "mean", "std", "interpolation")
+    return replace(recipe, **{name: getattr(other, name) for name in names})
 
 
 class RecordedError(ValueError):
@@ -152,13 +159,25 @@ def _load_tensors(
     return LoadedBackbone(model.eval(), recipe, f"{summary} ({notes})" if notes else summary)
 
 
-def read_state_dict(path: Path) -> tuple[Tensors, Recipe | None, str | None]:
-    """Tensors of a file, and its recorded recipe or architecture; pickled code never runs."""
+class StateDict(NamedTuple):
+    """The content of a file of weights, with what it records of them."""
+
+    tensors: Tensors
+    recipe: Recipe | None = None
+    architecture: str | None = None
+    origin: PretrainedCfg = PretrainedCfg()  # licence, source and paper of the weights that they began as
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """The content of a file of weights; pickled code never runs."""
     if path.suffix.lower() == ".safetensors":
         tensors, metadata = checkpoint.read_safetensors(path)
         try:
-            return tensors, fields.from_json(json.loads(metadata["recipe"])) if "recipe" in metadata else None, None
-        except ValueError as error:
+            if "recipe" not in metadata:
+                return StateDict(tensors)
+            origin = PretrainedCfg(**json.loads(metadata.get("origin", "{}")))
+            return StateDict(tensors, fields.from_json(json.loads(metadata["recipe"])), origin=origin)
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} records an invalid recipe: {error}") from error
     if path.suffix.lower() not in PICKLED:
         raise ValueError(f"{path} is not a file of weights: these end in .safetensors, {', '.join(PICKLED)}")
@@ -184,7 +203,7 @@ def read_state_dict(path: Path) -> tuple[Tensors, Recipe | None, str | None]:
     tops = {name.partition(".")[0] for name in tensors}
     if len(tops) == 1 and isinstance(content.get(top := next(iter(tops))), dict):
         tensors = {name.removeprefix(f"{top}."): tensor for name, tensor in tensors.items()}
-    return tensors, None, architecture
+    return StateDict(tensors, architecture=architecture)
 
 
 def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -201,7 +220,7 @@ def _load_timm_folder(folder: Path, options: WeightsOptions) -> LoadedBackbone:
     file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if file is None:
         raise FileNotFoundError(f"{folder} has a config.json but no {' or '.join(WEIGHT_FILES)} beside it")
-    tensors, recipe, _ = read_state_dict(file)
+    tensors, recipe, _, _ = read_state_dict(file)
     config = run_folder.read_json(folder / "config.json")
     spec = {**config, **config.get("pretrained_cfg", {})}
     source, papers = spec.get("origin_url"), spec.get("paper_ids")
@@ -220,8 +239,8 @@ def _load_timm_folder(folder: Path, options: WeightsOptions) -> LoadedBackbone:
 
     # its arguments and its input
     arguments = {**config.get("model_args", {}), "num_classes": 0}
-    if "img_size" in arguments:
-        spec["input_size"] = [3, arguments["img_size"], arguments["img_size"]]
+    if side := arguments.get("img_size"):  # a number, or height and width
+        spec["input_size"] = [3, *(side if isinstance(side, list) else (side, side))]
     if (channels := arguments.get("in_chans", spec.get("input_size", (3,))[0])) != 3:
         raise ValueError(f"{folder} takes images of {channels} channels, not 3: name its file of weights instead")
     stated = {name: spec[name] for name in ("input_size", "mean", "std", "interpolation") if spec.get(name)}

@@ -145,7 +145,8 @@ def _compare(tensors: Tensors, model: nn.Module, prefix: str, *notes: str) -> _F
         ((each,) if isinstance(each := config.get(key) or (), str) else each)  # type: ignore[union-attr,operator]
         for key in ("classifier", "first_conv")
     )
-    ignored = [name for name in tensors if name not in wanted and name.startswith(tuple(f"{head}." for head in heads))]
+    places = tuple(f"{head.partition('.')[0]}." for head in heads)  # of head.fc all of head, its norm too
+    ignored = [name for name in tensors if name not in wanted and name.startswith(places)]
     unexpected = [name for name in tensors if name not in wanted and name not in ignored]
     missing = [name for name in wanted if name not in tensors and not name.endswith(".num_batches_tracked")]
 
@@ -157,7 +158,8 @@ def _compare(tensors: Tensors, model: nn.Module, prefix: str, *notes: str) -> _F
             continue
         if (have.shape[0], *have.shape[2:]) == (want.shape[0], *want.shape[2:]):
             tensors = tensors | {name: adapt_input_conv(want.shape[1], have, have.shape[1])}
-            remarks.append(f"{name} adapted from {have.shape[1]} to {want.shape[1]} input channels")
+            dropped = f": the last {have.shape[1] - 3} left out" if have.shape[1] > 3 else ""
+            remarks.append(f"{name} adapted from {have.shape[1]} to {want.shape[1]} input channels{dropped}")
 
     reshaped = [
         f"{name}: {_shape(tensors[name])} for {_shape(tensor)}"
@@ -228,6 +230,8 @@ def check_values(tensors: Mapping[str, Tensor], model: nn.Module, *, source: str
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         some = f"{len(bad)} tensors, first" if len(bad) > 1 else "one tensor,"
         raise ValueError(f"{source} holds nan or inf in {some} {bad[0]}: its training diverged")
+    if bad := [name for name, tensor in tensors.items() if name.endswith("running_var") and (tensor < 0).any()]:
+        raise ValueError(f"{source} holds a negative variance in {bad[0]}: it is damaged")
     matrices = {name: tensor for name, tensor in tensors.items() if tensor.ndim > 1}
     flat = [name for name, tensor in matrices.items() if tensor.min() == tensor.max()]
     if len(flat) > len(matrices) / 2:
