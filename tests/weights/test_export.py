@@ -262,4 +262,4 @@ def test_an_earlier_checkpoints_card_has_no_scores_of_the_last(run, tmp_path, in
 def test_onnx_without_its_extra_is_refused(run, monkeypatch, capsys):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: None)
     assert main(["export", str(run[0]), "--format", "onnx"]) == 2
-    assert "uv run --extra onnx" in capsys.readouterr().err
+    assert "the extra onnx: uv pip install 'corinfomax[onnx]'" in capsys.readouterr().err

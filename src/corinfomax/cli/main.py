@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Pillow's lines do not name the file; ours do.
         logging.getLogger("PIL").setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        # numpy below 2.4 tells everyone who reads its limits that denormal numbers are flushed to 0, as we chose.
+        warnings.filterwarnings("ignore", message="The value of the smallest subnormal", module="numpy")
     words = sys.argv[1:] if argv is None else list(argv)
     with output.forgiving() as printed:
         code = _run(words)

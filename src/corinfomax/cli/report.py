@@ -13,8 +13,8 @@ from corinfomax.cli.arguments import IMAGES, PATH, DataOptions
 class Report:
     """Write one offline HTML page about a run.
 
-    It shows verdict, curves, spectrum, views, map and nearest neighbours. The neighbour map needs the map extra:
-    uv run --extra map corinfomax report RUN.
+    It shows verdict, curves, spectrum, views, map and nearest neighbours. The neighbour map needs PaCMAP, the
+    extra map.
     """
 
     run_folder: Annotated[Path, Positional, arg(metavar="RUN")]

@@ -19,7 +19,7 @@ from corinfomax.images.decode import decode, map_images, padded
 from corinfomax.images.files import DataError, Source
 from corinfomax.network import autocast, evaluating, images_at_once, match_dtype
 from corinfomax.recipes.fields import Recipe
-from corinfomax.runtime import bars, memory, run_folder
+from corinfomax.runtime import bars, extras, memory, run_folder
 from corinfomax.views import operations
 
 BATCH = 512  # at most
@@ -99,7 +99,7 @@ def check_ending(path: Path) -> None:
     if path.suffix not in (".npz", ".parquet"):
         raise ValueError(f"{path.name} must end in .npz or .parquet")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError("Parquet needs pyarrow from the extra parquet: uv run --extra parquet corinfomax …")
+        raise ValueError(extras.missing("Parquet", "pyarrow", extra="parquet"))
 
 
 def write(path: Path, vectors: Mapping[str, Float[Tensor, "_ f"]], splits: Mapping[str, Images]) -> None:

@@ -25,7 +25,7 @@ from PIL.Image import Transpose
 from corinfomax.images.files import DataError, Source
 from corinfomax.runtime import bars
 
-# Never EPS: Pillow would hand it to Ghostscript. AVIF last: before Pillow 11.3 asking for it raises.
+# Never EPS: Pillow would hand it to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 LONGEST = 4  # longest side of a cached image, in short sides: it bounds the padding of a batch
 FORK_ABOVE = 256  # images; starting processes takes longer than decoding fewer

