@@ -19,7 +19,7 @@
 # source .venv/bin/activate
 data=path/to/images                 # every node needs the same images
 run=runs/slurm-$SLURM_JOB_ID        # on a disk that all nodes share; a requeued job keeps its number
-options=(--recipe imagenet100)      # more of `corinfomax pretrain --help`; ignored when a run resumes
+options=(--recipe imagenet100-r18)  # more of `corinfomax pretrain --help`; ignored when a run resumes
 
 set -uo pipefail
 if [ -e "$run/recipe.json" ]; then

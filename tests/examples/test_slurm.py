@@ -1,6 +1,7 @@
 """The SLURM script is valid bash, starts one agent a node, and resumes after its time limit."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tiny
+from corinfomax.recipes.published import RECIPES
 from corinfomax.runtime import run_folder
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm.sh"
@@ -78,6 +80,11 @@ def test_the_script_is_valid_bash_of_which_slurm_reads_every_setting():
     first_command = next(place for place, line in enumerate(lines) if line and not line.startswith("#"))
     settings = [place for place, line in enumerate(lines) if line.startswith("#SBATCH ")]
     assert len(settings) == 10 and max(settings) < first_command  # SLURM stops reading at the first command
+
+
+def test_the_recipe_of_the_script_exists():
+    names = set(re.findall(r"--recipe ([\w-]+)", SCRIPT.read_text()))
+    assert names and names <= RECIPES.keys()
 
 
 def test_torchrun_gets_every_word(tmp_path, start):

@@ -13,7 +13,7 @@ from corinfomax.runtime.records import DataMeasures, Kind, Measures, Row, SoundK
 
 GOOD: tuple[Kind, ...] = get_args(SoundKind)
 ENDS_SOUND: tuple[Kind, ...] = (*GOOD, "recovered")
-BEST = "ldmi"  # ranks checkpoints as well as any other measure (docs/verdict.md)
+BEST = "ldmi"  # ranks checkpoints as well as any other measure (docs/measures.md)
 
 # Each threshold lies between the values of good and bad runs, nearer to the bad ones: calling a good run bad costs
 # more trust than naming a bad run a little later costs time.
