@@ -89,7 +89,7 @@ PROMISES = (
             "training/test_signals",
             "training/test_loop::test_a_signal_to_the_command_leaves_a_run_that_goes_on",
             "training/test_loop::test_signal_handlers_are_put_back",
-            "doctor/test_doctor::test_ctrl_c_leaves_no_list",
+            "checkup/test_doctor::test_ctrl_c_leaves_no_list",
             "images/test_decode::test_ctrl_c_is_for_the_program_alone",
         ),
     ),
@@ -177,7 +177,7 @@ PROMISES = (
     Promise(
         "`doctor` on unreadable files, copies, leaks between splits, odd images, decompression bombs",
         "each is named and put on a list for `--skip`; memory stays bounded",
-        ("doctor/test_doctor",),
+        ("checkup/test_doctor",),
     ),
 )
 
