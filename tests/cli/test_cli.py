@@ -1,6 +1,7 @@
 """The command line as a person meets it: help at once, one sentence for a mistake, the whole job in one command."""
 
 import ctypes
+import io
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import corinfomax
 import tiny
@@ -239,6 +241,24 @@ def test_embed_writes_every_image(whole_job, tmp_path, capsys):
     table = np.load(tmp_path / "a.npz", allow_pickle=False)
     assert table["features"].shape == (52, 16)
     assert np.isfinite(table["features"]).all()
+
+
+def test_thumbnails_are_images_in_parquet(whole_job, tmp_path, capsys):
+    data, run, _ = whole_job
+    parquet, path = pytest.importorskip("pyarrow.parquet"), tmp_path / "v.parquet"
+    assert cli.main(["embed", str(run), str(data), "--out", str(path), "--thumbnails"]) == 0
+    assert "--x x --y y --neighbors neighbors --image thumbnail\n" in capsys.readouterr().out
+    table = parquet.read_table(path)
+    kind = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert kind == {"thumbnail": {"_type": "Image"}}  # the `datasets` library opens them
+    for row in (0, 30, 51):
+        cell = table["thumbnail"][row].as_py()
+        shown = np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"), np.float32)
+        original = np.asarray(Image.open(data / cell["path"]), np.float32)
+        assert shown.shape == (16, 16, 3) and np.abs(shown - original).mean() < 25  # WebP, lossy
+        assert cell["path"] == table["path"][row].as_py()
+    assert cli.main(["embed", str(run), str(data), "--out", str(tmp_path / "v.npz"), "--thumbnails"]) == 2
+    assert "--thumbnails are for Parquet" in capsys.readouterr().err
 
 
 def test_embed_takes_any_weights(whole_job, tmp_path, capsys):

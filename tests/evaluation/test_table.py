@@ -59,6 +59,23 @@ def test_embeddings_are_kept_with_paths_and_labels(splits, backbone, tmp_path, e
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_parquet_has_the_nearest_neighbours(splits, tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    x = torch.randn(60, 6, generator=torch.Generator().manual_seed(1))
+    features.write(tmp_path / "a.parquet", {"train": x}, {"train": splits.train})
+    columns = parquet.read_table(tmp_path / "a.parquet")["neighbors"].to_pylist()
+    unit = torch.nn.functional.normalize(x - x.mean(0), dim=1)
+    distance = (1 - unit @ unit.T).fill_diagonal_(9)
+    for row, column in enumerate(columns):
+        nearest = distance[row].sort()
+        assert column["ids"] == nearest.indices[:10].tolist()
+        torch.testing.assert_close(torch.tensor(column["distances"]), nearest.values[:10], atol=1e-5, rtol=1e-5)
+
+    monkeypatch.setattr(features, "MOST_NEIGHBOURED", 59)
+    features.write(tmp_path / "b.parquet", {"train": x}, {"train": splits.train})
+    assert "neighbors" not in parquet.read_table(tmp_path / "b.parquet").column_names
+
+
 def test_embeddings_without_labels_have_no_label_column(splits, backbone, tmp_path):
     unlabelled = replace(splits.train, labels=None, classes=())
     features.write(tmp_path / "a.npz", {"train": torch.zeros(60, 4)}, {"train": unlabelled})

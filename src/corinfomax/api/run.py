@@ -13,12 +13,12 @@ from corinfomax.api import notebook, settings
 from corinfomax.api.encoder import Embedding, Encoder, Place, as_name, as_source, load
 from corinfomax.checkup.result import Checkup
 from corinfomax.cli import inputs, process
-from corinfomax.cli import resume as resuming
 from corinfomax.cli.arguments import DataOptions
 from corinfomax.cli.doctor import Doctor
 from corinfomax.cli.evaluate import Evaluate
 from corinfomax.cli.export import Export
 from corinfomax.cli.pretrain import Pretrain
+from corinfomax.cli.resume import recorded
 from corinfomax.evaluation import table
 from corinfomax.images.in_memory import Labels
 from corinfomax.recipes.fields import Recipe
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def _recorded(self) -> tuple[Recipe, Facts]:
-        return resuming.recorded(self.path)
+        return recorded(self.path)
 
     @property
     def recipe(self) -> Recipe:
@@ -180,10 +180,9 @@ def pretrain(
     if resume:
         if command.out is None:
             raise ValueError("resume=True continues the run in a folder: name it with out=…")
-        if (command.out / "recipe.json").exists():
-            if resuming.is_complete(command.out, command, typed):
-                return Run(command.out)
-            command, typed = resuming.as_resumed(command, typed)
+        if (rest := command.remaining(typed)) is None:
+            return Run(command.out)
+        command, typed = rest
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command.out is None and command.resume is None:
         raise ValueError("several processes need one folder for the run: name it with out=…")
     with process.borrowed():

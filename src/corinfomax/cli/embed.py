@@ -7,6 +7,8 @@ from pathlib import Path
 from corinfomax.cli.arguments import DATA, IMAGES, NETWORK, WEIGHTS, DataOptions
 from corinfomax.runtime.records import WeightsOptions
 
+SIDE = 96  # px, of the long side of a thumbnail
+
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
@@ -19,6 +21,8 @@ class Embed:
     data: DATA
     out: Path = Path("embeddings.npz")
     """File to write: .npz, or .parquet with the parquet extra."""
+    thumbnails: bool = False
+    """Add small images to the .parquet, to look at in explorers."""
     network: NETWORK = WeightsOptions()
     images: IMAGES = DataOptions()
 
@@ -26,8 +30,11 @@ class Embed:
         from corinfomax.cli import inputs
         from corinfomax.evaluation import features
         from corinfomax.images.files import some
+        from corinfomax.report.thumbnails import Pool, webp
         from corinfomax.runtime import run_folder
 
+        if self.thumbnails and self.out.suffix != ".parquet":
+            raise ValueError("--thumbnails are for Parquet: name the file with --out vectors.parquet")
         features.check_ending(self.out)
         run_folder.check_writable(self.out)
         device, loaded, splits = inputs.load_all(self.weights, self.network, self.data, self.images)
@@ -37,7 +44,9 @@ class Embed:
             vectors[name] = features.extract_features(loaded.backbone, part, loaded.recipe, device=device, progress=bar)
 
         # the file, and how to look into it
-        features.write(self.out, vectors, splits)
+        pool = Pool(splits)
+        small = (webp(pool.pixels(row), SIDE) for row in range(len(pool))) if self.thumbnails else None
+        features.write(self.out, vectors, splits, small)
         count, width = sum(map(len, splits.values())), vectors["train"].shape[1]
         print(f"{self.out}: {count:,} images × {width} features, splits {', '.join(splits)}")
         if self.out.suffix == ".parquet":
@@ -46,5 +55,7 @@ class Embed:
                 names = some(len(paths), "name")
                 print(f"spelt out because they are not UTF-8: {names}, first {features.as_utf8(paths[0])}")
             file = shlex.quote(str(self.out))
-            print(f"to explore: uvx embedding-atlas {file} --x x --y y  (or --vector features, a neighbour map)")
+            words = "--neighbors neighbors " if count <= features.MOST_NEIGHBOURED else ""
+            words += "--image thumbnail" if self.thumbnails else ""
+            print(f"to explore: uvx embedding-atlas {file} --x x --y y {words}".rstrip())
         return 0

@@ -55,11 +55,42 @@ class Pretrain:
     settings: SETTINGS = RECIPES["cpu-small"].recipe
 
     def run(self, typed: frozenset[str]) -> int:
-        if self.seeds:
-            from corinfomax.cli.seeds import train_seeds
+        if not self.seeds:
+            return self.train(typed)[0]
+        if self.resume is not None:
+            raise ValueError(f"--seeds resumes by itself: type the same command again, with --out {self.resume}")
+        if self.out is None:
+            raise ValueError("--seeds needs --out: a folder for the runs, one inside it for each seed")
+        from corinfomax.cli.seeds import train_seeds
 
-            return train_seeds(self, typed)
-        return self.train(typed)[0]
+        def train_one(seed: int, run: Path) -> int:
+            command = replace(self, seeds=(), out=run, settings=replace(self.settings, seed=seed))
+            rest = command.remaining((typed - {"seeds"}) | {"seed"})
+            if rest is None:
+                print("complete")
+                return 0
+            return rest[0].train(rest[1])[0]
+
+        return train_seeds(self.out, self.seeds, train_one)
+
+    def remaining(self, typed: frozenset[str]) -> "tuple[Pretrain, frozenset[str]] | None":
+        """The command, with its typed flags, that begins the run in its folder `out`, or goes on with it.
+
+        None if the run is complete; ValueError if a typed setting is not that of the run.
+        """
+        if self.out is None or not (self.out / "recipe.json").exists():
+            return self, typed
+        from corinfomax.cli import resume
+
+        # a path of weights is recorded as an absolute one
+        init = str(Path(self.init).absolute()) if self.init is not None and Path(self.init).exists() else self.init
+        values = fields.flags(self.settings) | {"recipe": self.recipe, "init": init}
+        values |= {"holdout": self.images.holdout, "test-split": self.images.test_split}
+        resume.check_same(self.out, {flag: values[flag] for flag in typed & values.keys()})
+        if resume.is_complete(self.out):
+            return None
+        command = replace(self, resume=self.out, out=None, recipe=None, init=None, prefix=None)
+        return command, typed & resume.CHANGEABLE
 
     def train(
         self,

@@ -1,8 +1,9 @@
 """Feature vectors of images from a trained backbone, and their files."""
 
 import importlib.util
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from corinfomax.evaluation import maps
+from corinfomax.evaluation import maps, similar
 from corinfomax.images.cache import Images
 from corinfomax.images.decode import decode, map_images, padded
 from corinfomax.images.files import DataError, Source
@@ -23,6 +24,8 @@ from corinfomax.runtime import bars, extras, memory, run_folder
 from corinfomax.views import operations
 
 BATCH = 512  # at most
+MOST_NEIGHBOURED = 60_000  # images whose nearest neighbours are written: a minute on two cores
+NEIGHBOURS, DIRECTIONS = 10, 128  # of each image; leading directions of the features that decide on them
 
 
 def extract_features(
@@ -102,12 +105,18 @@ def check_ending(path: Path) -> None:
         raise ValueError(extras.missing("Parquet", "pyarrow", extra="parquet"))
 
 
-def write(path: Path, vectors: Mapping[str, Float[Tensor, "_ f"]], splits: Mapping[str, Images]) -> None:
+def write(
+    path: Path,
+    vectors: Mapping[str, Float[Tensor, "_ f"]],
+    splits: Mapping[str, Images],
+    thumbnails: Iterable[bytes] | None = None,
+) -> None:
     """Write the vectors of one or more splits with their images' paths and labels.
 
     Columns are `split`, `path`, `features`, `x` and `y` (the first two principal components) and, if any split has
-    labels, `label` (the name of the class, empty without one), as .npz without pickle or as .parquet. Raises ValueError
-    as `check_ending` does.
+    labels, `label` (the name of the class, empty without one), as .npz without pickle or as .parquet. Parquet also has
+    `neighbors`, rows and distances (1 − cosine) of the most similar images, for at most MOST_NEIGHBOURED images, and
+    `thumbnail`: these files, one an image. Raises ValueError as `check_ending` does.
     """
     check_ending(path)
     features = next(iter(vectors.values())) if len(splits) == 1 else torch.cat([vectors[name] for name in splits])
@@ -117,21 +126,43 @@ def write(path: Path, vectors: Mapping[str, Float[Tensor, "_ f"]], splits: Mappi
     columns = {"split": split, "path": paths, "x": x, "y": y}
     if any(images.labels is not None for images in splits.values()):
         columns["label"] = np.concatenate([_class_of_each(images) for images in splits.values()])
+    save = partial(_save_parquet, thumbnails=thumbnails) if path.suffix == ".parquet" else _save_npz
+    run_folder.write_whole(path, lambda temporary: save(temporary, features, columns))
 
-    def save(temporary: Path) -> None:
-        if path.suffix == ".npz":
-            with temporary.open("wb") as file:  # savez appends .npz to a name
-                np.savez(file, allow_pickle=False, features=features.numpy(), **columns)
-        else:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
 
-            table: dict[str, Any] = dict(columns)
-            for name in ("split", "path", "label"):
-                if name in columns:
-                    table[name] = [*map(as_utf8, columns[name])]
-            numbers = pa.array(features.numpy().reshape(-1))
-            table["features"] = pa.FixedSizeListArray.from_arrays(numbers, features.shape[1])
-            pq.write_table(pa.table(table), temporary)
+def _save_npz(path: Path, features: Float[Tensor, "n f"], columns: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as file:  # savez appends .npz to a name
+        np.savez(file, allow_pickle=False, features=features.numpy(), **columns)
 
-    run_folder.write_whole(path, save)
+
+def _save_parquet(
+    path: Path, features: Float[Tensor, "n f"], columns: Mapping[str, np.ndarray], thumbnails: Iterable[bytes] | None
+) -> None:
+    """A table as embedding-atlas and the `datasets` library read it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table: dict[str, Any] = dict(columns)
+    for name in ("split", "path", "label"):
+        if name in columns:
+            table[name] = [*map(as_utf8, columns[name])]
+    numbers = pa.array(features.numpy().reshape(-1))
+    table["features"] = pa.FixedSizeListArray.from_arrays(numbers, features.shape[1])
+
+    # the most similar images, by the leading directions
+    if 1 < len(features) <= MOST_NEIGHBOURED:
+        unit = maps.leading(similar.centred(features), dims=DIRECTIONS)
+        nearest = similar.nearest_neighbours(unit, k=NEIGHBOURS)
+        width = nearest.rows.shape[1]
+        ids = pa.FixedSizeListArray.from_arrays(pa.array(nearest.rows.numpy().reshape(-1)), width)
+        distances = pa.FixedSizeListArray.from_arrays(pa.array((1 - nearest.cosine).numpy().reshape(-1)), width)
+        table["neighbors"] = pa.StructArray.from_arrays([ids, distances], ["ids", "distances"])
+
+    # images as the hub has them: a file with its name
+    metadata = {}
+    if thumbnails is not None:
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        files = zip(thumbnails, table["path"], strict=True)
+        table["thumbnail"] = pa.array([{"bytes": file, "path": name} for file, name in files], kind)
+        metadata["huggingface"] = json.dumps({"info": {"features": {"thumbnail": {"_type": "Image"}}}})
+    pq.write_table(pa.table(table).replace_schema_metadata(metadata or None), path)

@@ -15,7 +15,7 @@ from corinfomax.evaluation.similar import Neighbours
 from corinfomax.recipes.fields import Recipe, View
 from corinfomax.report import content, page
 from corinfomax.report.content import Card, Content, Layout, Subject
-from corinfomax.report.thumbnails import Pool, view_pixels, webp, webp_thumbnails
+from corinfomax.report.thumbnails import Pool, view_pixels, webp_text, webp_thumbnails
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.seeds import generator, key
 from corinfomax.training import batches
@@ -161,8 +161,8 @@ def contact_sheet(subject: Subject, *, device: torch.device) -> list[content.She
         described = []
         for v, (view, parameters) in enumerate(zip(shown, batch.parameters, strict=True)):
             caption = view_caption(recipe.views[v % 2], parameters, batch.sizes[i], i)
-            described.append((webp(view[i], SHEET_SIDE, quality=85), caption))
-        sheet.append(content.SheetRow(pool.path(row), webp(pool.pixels(row), SHEET_SIDE), described))
+            described.append((webp_text(view[i], SHEET_SIDE, quality=85), caption))
+        sheet.append(content.SheetRow(pool.path(row), webp_text(pool.pixels(row), SHEET_SIDE), described))
     return sheet
 
 

@@ -16,7 +16,7 @@ from corinfomax.images.files import DataError
 from corinfomax.recipes.fields import Recipe
 from corinfomax.report import page
 from corinfomax.report.content import Card, Neighbourhood
-from corinfomax.report.thumbnails import Pool, webp
+from corinfomax.report.thumbnails import Pool, webp_text
 from corinfomax.runtime.seeds import generator
 
 CARD_SIDE = 160  # pixels of the long side on the page
@@ -85,6 +85,6 @@ def matches_as_page(results: Sequence[Matches], pool: Pool, *, data: str) -> str
         pixels = _read_query(query, CARD_SIDE).transpose(1, 2, 0)
         cards = []
         for row, cosine in zip(rows, cosines, strict=True):
-            cards.append(Card(pool.path(row), pool.label(row), webp(pool.pixels(row), CARD_SIDE), cosine))
-        neighbourhoods.append(Neighbourhood(Card(str(query), None, webp(pixels, CARD_SIDE)), cards))
+            cards.append(Card(pool.path(row), pool.label(row), webp_text(pool.pixels(row), CARD_SIDE), cosine))
+        neighbourhoods.append(Neighbourhood(Card(str(query), None, webp_text(pixels, CARD_SIDE)), cards))
     return page.render_neighbours(neighbourhoods, data=data, images=len(pool))

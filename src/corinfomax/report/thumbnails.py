@@ -77,14 +77,19 @@ class Pool:
             rows = rows - len(images)
 
 
-def webp(pixels: UInt8[np.ndarray, "h w 3"], side: int, *, quality: int = 72) -> str:
-    """An image as base64 of a WebP file, its long side at most `side` pixels."""
+def webp(pixels: UInt8[np.ndarray, "h w 3"], side: int, *, quality: int = 72) -> bytes:
+    """An image as a WebP file, its long side at most `side` pixels."""
     image = Image.fromarray(pixels)
     if max(image.size) > side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, "WEBP", quality=quality, method=4)
-    return b64encode(stream.getvalue()).decode()
+    return stream.getvalue()
+
+
+def webp_text(pixels: UInt8[np.ndarray, "h w 3"], side: int, *, quality: int = 72) -> str:
+    """As `webp`, in base64 for a page."""
+    return b64encode(webp(pixels, side, quality=quality)).decode()
 
 
 def webp_thumbnails(pool: Pool, rows: Sequence[int], *, budget: int) -> list[str]:
@@ -93,10 +98,10 @@ def webp_thumbnails(pool: Pool, rows: Sequence[int], *, budget: int) -> list[str
         return []
     trials = [pool.pixels(row) for row in rows[:: max(1, len(rows) // 48)]]  # to predict the size of all
     for side in SIDES:
-        predicted = len(rows) * fmean(len(webp(pixels, side)) for pixels in trials)
+        predicted = len(rows) * fmean(len(webp_text(pixels, side)) for pixels in trials)
         if 1.1 * predicted <= budget:  # 10 % for the error of the prediction
             break
-    return [webp(pool.pixels(row), side) for row in rows]
+    return [webp_text(pool.pixels(row), side) for row in rows]
 
 
 def view_pixels(x: Float[Tensor, "n 3 s s"], recipe: Recipe) -> UInt8[np.ndarray, "n s s 3"]:
