@@ -174,6 +174,22 @@ def test_a_complete_run_is_opened_and_not_trained_again(folder, whole, monkeypat
             corinfomax.pretrain(folder, out=whole[0].path, resume=True, **KNOBS | changed)
 
 
+def test_a_complete_run_of_other_images_is_not_opened(folder, tmp_path):
+    """The images are compared, in files that moved and in memory; only equal ones are those of the run."""
+    pixels, options = tiny.pictures(16), BRIEF | {"epochs": 1, "diagnoses": 0}
+    run = corinfomax.pretrain(pixels, out=tmp_path / "run", **options)
+    assert corinfomax.pretrain(list(pixels), out=run.path, resume=True, **options).path == run.path
+    with pytest.raises(ValueError, match="are not the ones that"):
+        corinfomax.pretrain(pixels[::-1], out=run.path, resume=True, **options)
+    other = tiny.folder(tmp_path / "other", {"": 16}, labelled=False)
+    first = corinfomax.pretrain(other, out=tmp_path / "files", **options)
+    moved = other.rename(tmp_path / "moved")
+    assert corinfomax.pretrain(moved, out=first.path, resume=True, **options).path == first.path
+    (moved / "000.png").unlink()
+    with pytest.raises(ValueError, match="are not the ones that"):
+        corinfomax.pretrain(moved, out=first.path, resume=True, **options)
+
+
 def test_resuming_where_nothing_began_starts_a_run(folder, tmp_path):
     options = BRIEF | {"epochs": 0.4, "diagnoses": 0}
     assert (
@@ -191,7 +207,7 @@ def test_images_in_memory_train_as_they_do_in_files(tmp_path):
     in_files = corinfomax.pretrain(tmp_path, out=tmp_path / "files", **options)
     in_memory = corinfomax.pretrain(pixels, out=tmp_path / "memory", **options)
     assert tiny.equal_states(tensors(in_files), tensors(in_memory))
-    assert in_memory.facts.data == "images in memory"
+    assert in_memory.facts.data.startswith("images in memory ")
     with pytest.raises(DataError, match="hand them over again"):
         in_memory.evaluate()
 

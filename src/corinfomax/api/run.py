@@ -180,7 +180,7 @@ def pretrain(
     if resume:
         if command.out is None:
             raise ValueError("resume=True continues the run in a folder: name it with out=…")
-        if (rest := command.remaining(typed)) is None:
+        if (rest := command.remaining(typed, source)) is None:
             return Run(command.out)
         command, typed = rest
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command.out is None and command.resume is None:

@@ -139,8 +139,8 @@ def print_skipped(data: Data, skip_list: Path | None, splits: Mapping[str, Image
 
 def images_of_run(facts: Facts, *words: str) -> str:
     """The place of a run's images; MissingDataError if they moved, with `words`, the command to type."""
-    if facts.data == in_memory.NAME:
-        raise files.MissingDataError(f"the run was trained on {facts.data}: hand them over again, as data")
+    if facts.data.startswith(in_memory.NAME):
+        raise files.MissingDataError(f"the run was trained on {in_memory.NAME}: hand them over again, as data")
     if facts.data not in NAMED and not Path(facts.data).exists():
         raise files.MissingDataError(f"the run's images are not at {facts.data} any more: {messages.command(*words)}")
     return facts.data

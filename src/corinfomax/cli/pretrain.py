@@ -73,21 +73,26 @@ class Pretrain:
 
         return train_seeds(self.out, self.seeds, train_one)
 
-    def remaining(self, typed: frozenset[str]) -> "tuple[Pretrain, frozenset[str]] | None":
+    def remaining(
+        self, typed: frozenset[str], source: "Source | None" = None
+    ) -> "tuple[Pretrain, frozenset[str]] | None":
         """The command, with its typed flags, that begins the run in its folder `out`, or goes on with it.
 
-        None if the run is complete; ValueError if a typed setting is not that of the run.
+        None if the run is complete; ValueError if a typed setting is not that of the run. Images in another place may
+        be others: the run then goes on, which compares them.
         """
         if self.out is None or not (self.out / "recipe.json").exists():
             return self, typed
         from corinfomax.cli import resume
+        from corinfomax.images.sources import Data
 
         # a path of weights is recorded as an absolute one
         init = str(Path(self.init).absolute()) if self.init is not None and Path(self.init).exists() else self.init
         values = fields.flags(self.settings) | {"recipe": self.recipe, "init": init}
         values |= {"holdout": self.images.holdout, "test-split": self.images.test_split}
         resume.check_same(self.out, {flag: values[flag] for flag in typed & values.keys()})
-        if resume.is_complete(self.out):
+        name = self.data if source is None else source
+        if resume.is_complete(self.out) and (name is None or resume.has_images(self.out, Data(name, self.images.root))):
             return None
         command = replace(self, resume=self.out, out=None, recipe=None, init=None, prefix=None)
         return command, typed & resume.CHANGEABLE

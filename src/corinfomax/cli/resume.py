@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from corinfomax.images.sources import Data
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import run_folder
@@ -29,6 +30,13 @@ def is_complete(run: Path) -> bool:
     if facts.options.report:  # the last of all that is written
         return (run / "report.html").exists()
     return bool(run_folder.read_results(run).table) or not facts.options.evaluate
+
+
+def has_images(run: Path, data: Data) -> bool:
+    """True if these images have the place that the run recorded."""
+    _, facts = recorded(run)
+    root = None if data.absolute_root is None else str(data.absolute_root)
+    return (data.absolute_name, root) == (facts.data, facts.root)
 
 
 def check_same(run: Path, asked: Mapping[str, object]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from corinfomax.images.files import DataError, Source, from_files, stamp
 
-NAME = "images in memory"
+NAME = "images in memory"  # and a digest of them
 KINDS = "an array or tensor of images, or a list of paths, Pillow images, arrays or tensors"
 Labels = Sequence[object] | np.ndarray | torch.Tensor  # the class of each image, of any type that prints
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
@@ -45,7 +45,7 @@ def from_memory(images: Any, labels: Labels | None = None) -> Source:
         digest.update(np.ascontiguousarray(image).data)
     stamps = np.frombuffer(digest.digest(), np.int64).reshape(1, 4)
     paths = tuple(f"memory/{row:05d}" for row in range(len(items)))
-    return Source(f"memory {digest.hexdigest()[:16]}", paths, stamps, names, Held(pixels))
+    return Source(f"{NAME} {digest.hexdigest()[:16]}", paths, stamps, names, Held(pixels))
 
 
 class Held:

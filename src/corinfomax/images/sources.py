@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from corinfomax.images import in_memory
 from corinfomax.images.archives import PACKED, SUFFIXES, from_archives, shards_in
 from corinfomax.images.decode import Levels, deep_levels, join_levels, lost_range, try_image
 from corinfomax.images.files import DataError, Located, MissingDataError, Source
@@ -117,7 +116,7 @@ class Data:
 
     @property
     def absolute_name(self) -> str:
-        """A name of the same images in any folder: that of the set, else an absolute path; `in_memory.NAME`."""
+        """A name of the same images in any folder: that of the set, an absolute path, or in memory their digest."""
         if isinstance(self.name, Source) or self.name in NAMED:
             return self.title
         return str(Path(self.name).expanduser().absolute())
@@ -125,13 +124,13 @@ class Data:
     @property
     def title(self) -> str:
         """The images in messages: their name as it was given."""
-        return in_memory.NAME if isinstance(self.name, Source) else str(self.name)
+        return self.name.root if isinstance(self.name, Source) else str(self.name)
 
     @property
     def place(self) -> tuple[str, Path]:
         """The set and its folder, or the resolved path: equal for two Data of the same images."""
         if isinstance(self.name, Source):
-            return in_memory.NAME, Path(self.name.root)
+            return self.name.root, Path()
         if self.name in NAMED:
             return str(self.name), (self.root or ROOT).resolve()
         return "", Path(self.name).expanduser().resolve()

@@ -130,7 +130,7 @@ def repeat_command(run: Path, facts: Facts, recipe: Recipe) -> str:
 
     For images in memory it is a call of `corinfomax.pretrain`.
     """
-    if facts.data == in_memory.NAME:
+    if facts.data.startswith(in_memory.NAME):
         return _repeat_call(facts, recipe)
 
     # images
