@@ -186,7 +186,6 @@ def test_what_cannot_be_cut_says_so(tmp_path, capsys):
     assert cache.load("mnist5k", side=28, from_files=True, progress=False).train.files is None
     assert main(["pretrain", "mnist5k", "--recipe", "cpu-small", "--from-files", "--out", str(tmp_path / "run")]) == 2
     assert "leave out --from-files" in capsys.readouterr().err
-    assert main(["bench", "--from-files"]) == 2
 
 
 def test_huge_images_are_small_crops():
