@@ -112,10 +112,10 @@ def test_the_wheel_holds_every_file_of_the_package_and_no_other(archives):
     assert "corinfomax/py.typed" in package
 
 
-def test_the_source_archive_holds_every_tracked_file_but_the_log(archives):
+def test_the_source_archive_holds_every_tracked_file(archives):
     with tarfile.open(archives.sdist) as file:
         held = {name.removeprefix(f"{NAME}/") for name in file.getnames()}
-    assert held == {name for name in archives.tracked if not name.startswith("dev/")} | {"PKG-INFO"}
+    assert held == set(archives.tracked) | {"PKG-INFO"}
 
 
 def test_an_installed_command_answers(plain):

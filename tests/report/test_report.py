@@ -221,7 +221,7 @@ def test_the_contact_sheet_shows_the_views_of_training(hostile, monkeypatch):
     network, saved = checkpoint.load_network(run)
     splits = cache.load(data, side=16)
     subject = Subject(run, network, saved.recipe, saved.step, saved.facts, splits, same_images=True)
-    monkeypatch.setattr(gather, "webp", lambda pixels, side, quality=0: pixels)
+    monkeypatch.setattr(gather, "webp_text", lambda pixels, side, quality=0: pixels)
     monkeypatch.setattr(gather, "view_caption", lambda view, p, size, i: p)
     sheet = gather.contact_sheet(subject, device=torch.device("cpu"))
     recipe, step = saved.recipe, saved.step - 1
