@@ -128,7 +128,9 @@ class Run:
         return (inputs.images_of_run(facts, "embed", str(self.path), "FOLDER"),)
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        here = Path.cwd()
+        path = self.path.relative_to(here) if self.path.is_relative_to(here) else self.path
+        return f"Run({str(path)!r})"
 
     def __str__(self) -> str:
         verdict, scores = self.verdict, self.scores
