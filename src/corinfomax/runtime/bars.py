@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from typing import TextIO
+from typing import Any
 
 from tqdm import TqdmWarning
 
@@ -19,7 +19,7 @@ def shown() -> bool:
     return (AS_WIDGET and _in_notebook()) or sys.stderr.isatty()
 
 
-def lines() -> TextIO:
+def lines() -> Any:
     """The stream for lines of progress: standard error, but standard output in a notebook, which paints errors red."""
     return sys.stdout if _in_notebook() else sys.stderr
 
