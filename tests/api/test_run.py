@@ -275,6 +275,13 @@ def test_html_is_escaped(tmp_path, whole):
     assert "<b>" in whole[0]._repr_html_() and "report.html" in whole[0]._repr_html_()
 
 
+def test_a_run_below_this_folder_is_named_from_here(whole, monkeypatch):
+    run, _ = whole
+    assert repr(run) == f"Run({str(run.path)!r})"
+    monkeypatch.chdir(run.path.parent)
+    assert repr(run) == "Run('run')"
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no run"):
         corinfomax.Run(tmp_path)

@@ -1,4 +1,4 @@
-"""In a plain DistributedDataParallel loop and in a LightningModule two processes train what one does."""
+"""The loops in examples/, in DistributedDataParallel and in Lightning: two processes train what one does."""
 
 import os
 import socket
@@ -36,9 +36,9 @@ def run(loop, out, count):
 def test_two_processes_train_what_one_does(tmp_path, loop):
     if loop == "lightning":
         pytest.importorskip("lightning")
-    network = loops.TwoViews()
+    network = loops.build_network()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    loops.by_hand(network)
+    loops.plain(network)
     found = run(loop, tmp_path / "weights.pt", 2)
     for name, want in network.state_dict().items():
         moved = (want - before[name]).norm()

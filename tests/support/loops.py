@@ -1,11 +1,8 @@
-"""Three steps of CorInfoMaxLoss in others' loops: tests/loops.py LOOP OUT, LOOP plain, ddp or lightning."""
-
-from __future__ import annotations
+"""Three steps of the loops in examples/, on this process's part of each batch: loops.py ddp OUT, or lightning."""
 
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,19 +11,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from corinfomax import CorInfoMaxLoss
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import loss_in_a_loop
+
 BATCH, DIM, STEPS, LR = 24, 6, 3, 0.05
 
 
-class TwoViews(nn.Module):
-    """A network whose one forward takes both views, as DistributedDataParallel wants it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, DIM)).double()
-
-    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        return self.body(x1), self.body(x2)
+def build_network() -> loss_in_a_loop.TwoViews:
+    """A small network without BatchNorm, whose statistics would differ between processes."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten())
+    return loss_in_a_loop.TwoViews(backbone, nn.Linear(8 * 36, DIM)).double()
 
 
 def pairs() -> list[Tensor]:
@@ -38,38 +33,26 @@ def pairs() -> list[Tensor]:
     return [batch[:, rank * each : (rank + 1) * each] for batch in batches]
 
 
-def by_hand(network: nn.Module) -> None:
-    """The loop that everybody writes."""
-    criterion, optimizer = CorInfoMaxLoss(DIM), torch.optim.SGD(network.parameters(), lr=LR)
-    for x1, x2 in pairs():
-        optimizer.zero_grad()
-        criterion(*network(x1, x2)).loss.backward()
-        optimizer.step()
+def plain(network: nn.Module) -> None:
+    """The loop of the example."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR)
+    loss_in_a_loop.train(network, pairs(), CorInfoMaxLoss(DIM), optimizer)
 
 
-def ddp(network: TwoViews) -> None:
+def ddp(network: nn.Module) -> None:
     """The same, with the network wrapped."""
     dist.init_process_group("gloo")
-    by_hand(DistributedDataParallel(network))
+    plain(DistributedDataParallel(network))
     dist.destroy_process_group()
 
 
-def lightning(network: TwoViews) -> None:
-    """The same, as a LightningModule."""
+def lightning(network: loss_in_a_loop.TwoViews) -> None:
+    """The LightningModule of the example, with this optimiser."""
     import lightning as L
+    from loss_in_lightning import CorInfoMax
 
-    class Module(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network, self.criterion = network, CorInfoMaxLoss(DIM)
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            terms = self.criterion(*self.network(*batch))
-            return terms.loss  # type: ignore[no-any-return]
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=LR)
-
+    module = CorInfoMax(network, DIM)
+    module.configure_optimizers = lambda: torch.optim.SGD(network.parameters(), lr=LR)
     trainer = L.Trainer(
         accelerator="cpu",
         strategy="ddp",
@@ -81,16 +64,12 @@ def lightning(network: TwoViews) -> None:
         enable_progress_bar=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(Module(), torch.utils.data.DataLoader(pairs(), batch_size=None))  # type: ignore[arg-type]
-
-
-def main(loop: str, out: Path) -> None:
-    network = TwoViews()
-    {"plain": by_hand, "ddp": ddp, "lightning": lightning}[loop](network)
-    if os.environ.get("RANK", "0") == "0":
-        torch.save(network.state_dict(), out)
+    trainer.fit(module, torch.utils.data.DataLoader(pairs(), batch_size=None))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))
+    network = build_network()
+    {"ddp": ddp, "lightning": lightning}[sys.argv[1]](network)
+    if os.environ.get("RANK", "0") == "0":
+        torch.save(network.state_dict(), Path(sys.argv[2]))

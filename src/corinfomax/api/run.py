@@ -12,7 +12,7 @@ from torch import nn
 from corinfomax.api import notebook, settings
 from corinfomax.api.encoder import Embedding, Encoder, Place, as_name, as_source, load
 from corinfomax.checkup.result import Checkup
-from corinfomax.cli import inputs, process
+from corinfomax.cli import inputs, messages, process
 from corinfomax.cli.arguments import DataOptions
 from corinfomax.cli.doctor import Doctor
 from corinfomax.cli.evaluate import Evaluate
@@ -128,7 +128,7 @@ class Run:
         return (inputs.images_of_run(facts, "embed", str(self.path), "FOLDER"),)
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        return f"Run({messages.from_here(self.path)!r})"
 
     def __str__(self) -> str:
         verdict, scores = self.verdict, self.scores

@@ -37,6 +37,7 @@ class Export:
 
     def write(self) -> "Exported":
         """Write and verify the files; prints a line if they hold the weights of the start."""
+        from corinfomax.cli import messages
         from corinfomax.evaluation import table
         from corinfomax.runtime import run_folder
         from corinfomax.runtime.records import Results
@@ -48,7 +49,8 @@ class Export:
         if path.is_dir() and run_folder.read_results(path).keep_start:
             results, is_last = run_folder.read_results(path), True
             reason = "continuing did not help" if table.BEFORE in results.table else "the run went wrong"
-            others = f"; the others are in {path / 'checkpoints'}" if run_folder.checkpoints(path) else ""
+            place = messages.from_here(path / "checkpoints")
+            others = f"; the others are in {place}" if run_folder.checkpoints(path) else ""
             print(f"{reason}: exporting the weights of the start{others}")
             start, saved = load.load_start(path), checkpoint.load_resumable(path)._replace(step=0)
             backbone, saved = start.backbone, saved._replace(recipe=load.with_input_of(saved.recipe, start.recipe))

@@ -201,7 +201,8 @@ def before(
     if facts.start is not None and start.recipe.test_side > recipe.test_side:
         words = [word.replace("--backbone.name", "--architecture") for word in facts.start.words]
         words = [word.replace("--backbone.small-stem", "--small-stem") for word in words]
-        compare = messages.command("evaluate", str(run), facts.data, "--against", facts.start.name, *words)
+        data = messages.from_here(facts.data)
+        compare = messages.command("evaluate", str(run), data, "--against", facts.start.name, *words)
         sizes = f"at {recipe.test_side} px; the weights before are made for {start.recipe.test_side} px"
         remarks = (f"All scores are {sizes} and may score higher there: {compare}",)
     return [table.Contender(table.BEFORE, backbone, recipe, splits)], remarks

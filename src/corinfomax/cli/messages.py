@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from pathlib import Path
 
 
 def message(error: Exception) -> str | None:
@@ -39,3 +40,9 @@ def command(*words: str) -> str:
     if words[0] == "pretrain" and processes != "1":
         prefix += ["torchrun", "--nproc-per-node", processes, "-m"]
     return shlex.join([*prefix, "corinfomax", *words])
+
+
+def from_here(path: str | Path) -> str:
+    """A path below this folder as it is typed here; any other, or a name, as it is."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else str(path)

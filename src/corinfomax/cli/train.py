@@ -205,7 +205,8 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
             inputs.print_scores(results, run / "results.json")
         elif facts.start is not None:
             kept = f"The weights before it are kept in {run_folder.start_path(run)}."
-            compare = messages.command("evaluate", str(run), facts.data, "--out", str(run / "results.json"))
+            images = messages.from_here(facts.data)
+            compare = messages.command("evaluate", str(run), images, "--out", str(run / "results.json"))
             wrong = run_folder.read_results(run).keep_start
             print(WENT_WRONG if wrong else kept if splits.labelled else f"{NO_LABELS} {kept}")
             if splits.labelled and isinstance(data.name, str):

@@ -51,7 +51,8 @@ def feature_blocks(
     """The rows of `extract_features` a batch at a time, for sets larger than memory."""
     size = images_at_once(model, recipe, torch.device(device), side=recipe.test_side, most=BATCH)
     batches = torch.arange(len(images)).split(size)
-    for rows in bars.tqdm(batches, progress, unit="batch", leave=False, disable=not (progress and bars.shown())):
+    hidden = not (progress and bars.shown())
+    for rows in bars.tqdm(batches, progress, unit="batch", leave=False, delay=1, disable=hidden):  # after a second
         pixels, sizes = images.batch(rows)
         yield features_of_pixels(model, pixels, sizes, recipe, torch.device(device))
 

@@ -1,6 +1,5 @@
 """Progress of a run on the terminal."""
 
-import sys
 import time
 from collections.abc import Sequence
 
@@ -56,7 +55,7 @@ class Progress:
             speed = (row.step - self.first) / (now - self._started)  # in steps
             minutes_left = (self.steps - row.step) / speed / 60
             images = f"{speed * self.recipe.batch:.0f} images/s"
-            print(f"step {row.step}/{self.steps} · {images} · {minutes_left:.1f} min left · {text}", file=sys.stderr)
+            print(f"step {row.step}/{self.steps} · {images} · {minutes_left:.1f} min left · {text}", file=bars.lines())
 
     def _text(self, row: Row, waited: float) -> str:
         """Loss, gap, score, verdict, and the share of time spent waiting for images from 1 % on."""
@@ -77,5 +76,5 @@ class Progress:
             return
         judged = verdict.judge(rows, self.recipe, steps=self.steps)
         if judged is not None and judged.kind != self.kind and rows[-1].step < self.steps:
-            self._bar.write(f"step {rows[-1].step}: {judged.text}", file=sys.stderr)
+            self._bar.write(f"step {rows[-1].step}: {judged.text}", file=bars.lines())
             self.kind = judged.kind
