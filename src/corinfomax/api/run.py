@@ -29,7 +29,7 @@ from corinfomax.runtime.records import Facts, Results, Row, Verdict
 class Scores(Results):
     """The scores of features beside baselines, `table[features][probe]`, with comparisons in words."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join((table.as_text(self.table), table.LEGEND, "", *self.remarks, *self.sentences))
 
     def _repr_html_(self) -> str:

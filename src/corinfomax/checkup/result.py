@@ -35,7 +35,7 @@ class Checkup(NamedTuple):
             lines.append(f"no command to train: {some(self.remaining, 'training image')} would be left")
         return lines
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join(self.lines())
 
     def _repr_html_(self) -> str:
