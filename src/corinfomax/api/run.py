@@ -61,7 +61,7 @@ class Run:
 
     @property
     def verdict(self) -> Verdict | None:
-        """Whether it worked, in words, without labels; None before the end, or without any look."""
+        """The verdict in words, without labels; None before the end, or without any look."""
         return run_folder.read_results(self.path).verdict
 
     @property
