@@ -123,6 +123,14 @@ def test_what_is_no_image_is_named(encoder, tmp_path, monkeypatch, images, said)
         encoder.embed(images)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"), [({"device": "cpu"}, "no setting 'device'"), ({"holdout": 0.5}, "holdout: for files alone")]
+)
+def test_an_option_that_would_do_nothing_is_refused(encoder, pixels, options, said):
+    with pytest.raises(TypeError, match=said):
+        encoder.embed(pixels, **options)
+
+
 def test_a_number_of_labels_that_does_not_fit_is_refused():
     with pytest.raises(DataError, match="2 images have 1 labels"):
         in_memory.from_memory(tiny.pictures(2), [0])

@@ -64,6 +64,8 @@ class Encoder:
         with computing(str(self.device)):
             if (source := as_source(data)) is None:
                 return self._embed_splits(as_name(data), images)
+            if options:
+                raise TypeError(f"{', '.join(options)}: for files alone, not for images in memory")
             vectors = features.features_of_source(self.backbone, source, self.recipe, device=self.device)
         labels = source.labels or (None,) * len(source.paths)
         return Embedding(vectors.numpy(), source.paths, ("train",) * len(source.paths), labels)

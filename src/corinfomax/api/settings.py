@@ -34,7 +34,7 @@ def read(function: str, keywords: Mapping[str, Any], *groups: str) -> Settings:
     """
     defaults: dict[str, Any] = {"images": DataOptions(), "options": Options(), "network": WeightsOptions()}
     defaults["recipe"] = RECIPES["cpu-small"].recipe
-    flags = {name: fields.flags(defaults[name]) for name in groups}
+    flags = {name: fields.flags(defaults[name]).keys() - {"device"} for name in groups}  # an argument of its own
     known = {flag.replace(".", "_").replace("-", "_"): (name, flag) for name in groups for flag in flags[name]}
 
     changes: dict[str, dict[str, Any]] = {name: {} for name in defaults}
