@@ -136,10 +136,16 @@ def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
 
 
 def check_name(name: str) -> None:
-    """ValueError, with similar names, for a network that timm does not have; the tag of its weights may follow."""
+    """ValueError for a network that timm does not have, or a tag behind it of weights that timm does not have."""
+    architecture = name.partition(".")[0]
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name.partition(".")[0].lower(), timm.list_models(), n=5)
+        close = difflib.get_close_matches(architecture.lower(), timm.list_models(), n=5)
         raise ValueError(f"timm knows no network {name!r}; closest: {', '.join(close) or 'none'}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{architecture}.*")[:6])
+        raise ValueError(f"timm has no weights {name!r}; it has {tags}") from error
 
 
 class Size(NamedTuple):

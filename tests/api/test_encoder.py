@@ -81,7 +81,7 @@ def test_unequal_sizes_and_depths_keep_their_order(encoder):
         np.full((40, 40), 9 / 255, np.float32),
     ]
     vectors = encoder.embed([*images, *deep]).features
-    for image, vector in zip(images, vectors, strict=False):
+    for image, vector in zip(images, vectors[: len(images)], strict=True):
         assert np.allclose(encoder.embed([image]).features[0], vector, atol=1e-5)
     assert np.allclose(vectors[6:], vectors[7], atol=1e-5)
 

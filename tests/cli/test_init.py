@@ -232,6 +232,11 @@ def test_a_network_that_no_recipe_describes_is_refused(place, capsys, arguments)
             ["--init", "hub", "--backbone.name", "resnet18"],
             f"the weights fix the network ({NAME}): leave out --backbone.name",
         ),
+        (
+            ["--init", "weights.safetensors", "--backbone.name", "resnet18.none"],
+            "timm has no weights 'resnet18.none'; it",
+        ),
+        (["--backbone.name", "resnet18.none"], "timm has no weights 'resnet18.none'; it has resnet18.a1_in1k"),
         (["--recipe", "adapt"], "recipe adapt continues from weights: name them with --init"),
         (["--tuning.blocks", "0.5"], "--tuning.blocks is for runs that continue from weights: name them with --init"),
         (["--prefix", "a"], "--prefix needs --init: it chooses one of several networks"),

@@ -99,6 +99,12 @@ def test_seeds_that_make_no_sense_are_refused(data, tmp_path, monkeypatch, capsy
     assert not list(tmp_path.iterdir())
 
 
+def test_several_processes_train_one_seed_at_a_time(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["pretrain", str(data), "--seeds", "0", "1", "--out", str(tmp_path / "x")]) == 2
+    assert "start torchrun once for each --seed" in capsys.readouterr().err
+
+
 def test_runs_without_scores_have_their_verdicts_alone():
     results = {"seed-0": Results(Verdict("healthy", "Fine.", "Go on.", {})), "seed-1": Results()}
     assert seeds.as_text(results) == "seed-0: healthy: Fine. Go on.\nseed-1: no verdict"

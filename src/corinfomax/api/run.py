@@ -18,12 +18,12 @@ from corinfomax.cli.doctor import Doctor
 from corinfomax.cli.evaluate import Evaluate
 from corinfomax.cli.export import Export
 from corinfomax.cli.pretrain import Pretrain
-from corinfomax.cli.resume import recorded
 from corinfomax.evaluation import table
 from corinfomax.images.in_memory import Labels
 from corinfomax.recipes.fields import Recipe
-from corinfomax.runtime import run_folder
+from corinfomax.runtime import processes, run_folder
 from corinfomax.runtime.records import Facts, Results, Row, Verdict
+from corinfomax.weights import checkpoint
 
 
 class Scores(Results):
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def _recorded(self) -> tuple[Recipe, Facts]:
-        return recorded(self.path)
+        return checkpoint.recorded(self.path)
 
     @property
     def recipe(self) -> Recipe:
@@ -183,7 +183,7 @@ def pretrain(
         if (rest := command.remaining(typed, source)) is None:
             return Run(command.out)
         command, typed = rest
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command.out is None and command.resume is None:
+    if processes.started() > 1 and command.out is None and command.resume is None:
         raise ValueError("several processes need one folder for the run: name it with out=…")
     with process.borrowed():
         code, folder = command.train(typed, source=source, on_row=on_row)

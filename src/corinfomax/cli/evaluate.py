@@ -73,6 +73,13 @@ class Evaluate:
             inputs.warn_of_input(rival, by_side[side].train, rival.recipe, device)
             rivals.append(table.Contender(name, rival.backbone, rival.recipe, by_side[side]))
 
-        extra = {"published_probe": self.published_probe, "fine_tune": self.fine_tune}
-        results = table.evaluate(ours.backbone, splits, ours.recipe, device=device, rivals=rivals, **extra)
-        return results._replace(remarks=(*results.remarks, *remarks))
+        return table.evaluate(
+            ours.backbone,
+            splits,
+            ours.recipe,
+            device=device,
+            published_probe=self.published_probe,
+            fine_tune=self.fine_tune,
+            rivals=rivals,
+            remarks=remarks,
+        )

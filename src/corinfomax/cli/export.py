@@ -56,8 +56,8 @@ class Export:
             backbone, saved = start.backbone, saved._replace(recipe=load.with_input_of(saved.recipe, start.recipe))
         else:
             network, saved = checkpoint.load_network(self.weights)
-            backbone, last = network.backbone, run_folder.checkpoints(run)[-1:] if run is not None else []
-            is_last = [run_folder.step_of(path_of_last) for path_of_last in last] == [saved.step]
+            backbone, steps = network.backbone, map(run_folder.step_of, run_folder.checkpoints(run) if run else ())
+            is_last = max(steps, default=None) == saved.step
             results = run_folder.read_results(run) if run is not None and is_last else Results()
 
         name = path.stem if run is None else run.name if is_last else f"{run.name}-step-{saved.step}"

@@ -11,24 +11,20 @@ from corinfomax import network
 from corinfomax.images.sources import Data
 from corinfomax.recipes import fields, published
 from corinfomax.recipes.fields import Backbone, Recipe
-from corinfomax.recipes.published import RECIPES
 from corinfomax.runtime.records import Start, WeightsOptions
 from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone
 
 
 def choose_recipe(
-    name: str | None, data: Data | None, typed: Recipe, flags: Collection[str], device: torch.device
+    name: str | None, data: Data, typed: Recipe, flags: Collection[str], device: torch.device
 ) -> tuple[str, Recipe]:
     """Name and recipe with the typed settings: the named one, or one for images and device, printed."""
     cuda, reason = device.type == "cuda", None
     if name is not None:
         base = published.find_recipe(name)
-    elif data is not None:
+    else:
         survey = data.survey()
         name, base, reason = published.choose(data.title, survey.images, survey.short_side, cuda=cuda)
-    else:
-        name = "cifar10" if cuda else "cpu-small"
-        base, reason = RECIPES[name].recipe, f"{name}: {RECIPES[name].about}"
 
     shaped = base
     if "backbone.name" in flags and typed.backbone.name != base.backbone.name:
@@ -48,11 +44,14 @@ def load_init(name: str, prefix: str | None, typed: Recipe, flags: Collection[st
     values = fields.flags(typed)
     options = WeightsOptions(prefix=prefix, **{names[flag]: values[flag] for flag in flags & names.keys()})
 
-    # They keep their own size, and --size is that of the run; but a ViT's position embeddings are resized only once.
-    resizable = options.architecture is None or network.is_resizable(Backbone(name=options.architecture))
-    loaded = _load(name, options if resizable else replace(options, size=None))
+    # The weights keep their own size, and --size is that of the run; but a ViT is resized once, as it is loaded.
+    if options.architecture is not None:
+        network.check_name(options.architecture)
+    own = replace(options, size=None)
+    fixed = options.architecture is not None and not network.is_resizable(Backbone(name=options.architecture))
+    loaded = _load(name, own if fixed else options)
     if options.size is not None and not network.is_resizable(loaded.recipe.backbone):
-        loaded = _load(name, replace(options, size=None))
+        loaded = _load(name, own)
 
     # training builds the network anew
     print(f"starting from {loaded.summary}")
@@ -83,10 +82,8 @@ def adapt_recipe(
     survey, weights = data.survey(), start.recipe
     if name is None:
         vit, cuda = network.has_fixed_size(weights.backbone), device.type == "cuda"
-        size, one_size = (
-            typed.size if "size" in flags else weights.size,
-            vit and not network.is_resizable(weights.backbone),
-        )
+        one_size = vit and not network.is_resizable(weights.backbone)
+        size = typed.size if "size" in flags else weights.size
         name, base = published.adapt(vit, size, survey.images, survey.short_side, cuda=cuda, one_size=one_size)
     else:
         base = published.find_recipe(name)

@@ -62,6 +62,10 @@ class Pretrain:
         if self.out is None:
             raise ValueError("--seeds needs --out: a folder for the runs, one inside it for each seed")
         from corinfomax.cli.seeds import train_seeds
+        from corinfomax.runtime import processes
+
+        if processes.started() > 1:
+            raise ValueError("--seeds trains in one process: start torchrun once for each --seed")
 
         def train_one(seed: int, run: Path) -> int:
             command = replace(self, seeds=(), out=run, settings=replace(self.settings, seed=seed))

@@ -1,4 +1,4 @@
-"""A run that goes on in its folder: what it has recorded, and whether it is complete."""
+"""A run that goes on in its folder: whether it is complete, and what may change."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,24 +6,16 @@ from pathlib import Path
 
 from corinfomax.images.sources import Data
 from corinfomax.recipes import fields
-from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import run_folder
-from corinfomax.runtime.records import Facts, Options
+from corinfomax.runtime.records import Options
+from corinfomax.weights import checkpoint
 
 CHANGEABLE = frozenset(field.name.replace("_", "-") for field in dataclasses.fields(Options))
 
 
-def recorded(run: Path) -> tuple[Recipe, Facts]:
-    """Recipe and facts of a run; ValueError if its recipe.json was not written by one."""
-    content = run_folder.read_json(run / "recipe.json")
-    if not isinstance(content, dict) or not {"recipe", "facts"} <= content.keys():
-        raise ValueError(f"{run / 'recipe.json'} has no recipe or no facts: a run did not write it")
-    return fields.from_json(content["recipe"]), Facts.from_json(content["facts"])
-
-
 def is_complete(run: Path) -> bool:
     """True if every step of a run is done, and verdict, scores and page are written."""
-    recipe, facts = recorded(run)
+    recipe, facts = checkpoint.recorded(run)
     saved = run_folder.checkpoints(run)
     if not saved or run_folder.step_of(saved[-1]) < recipe.steps(facts.images):
         return False
@@ -34,14 +26,14 @@ def is_complete(run: Path) -> bool:
 
 def has_images(run: Path, data: Data) -> bool:
     """True if these images have the place that the run recorded."""
-    _, facts = recorded(run)
+    _, facts = checkpoint.recorded(run)
     root = None if data.absolute_root is None else str(data.absolute_root)
     return (data.absolute_name, root) == (facts.data, facts.root)
 
 
 def check_same(run: Path, asked: Mapping[str, object]) -> None:
     """ValueError if one of these settings, by their flags, is not the run's own, which it would keep."""
-    recipe, facts = recorded(run)
+    recipe, facts = checkpoint.recorded(run)
     before = fields.flags(recipe) | {"recipe": facts.recipe_name, "init": facts.start and facts.start.name}
     before |= {"holdout": facts.holdout, "test-split": facts.test_split}
     for flag, value in sorted(asked.items()):

@@ -119,7 +119,7 @@ def _fit(plan: Plan, splits: Splits, device: torch.device) -> Recipe:
     # batch and length
     recipe = fit.fit_batch(plan.recipe, len(splits.train))
     if recipe.from_files and splits.train.files is None:
-        raise ValueError(f"{plan.data.title} is no folder of files, without files to crop from: leave out --from-files")
+        raise ValueError(f"{plan.data.title} has no files to crop from: leave out --from-files")
     if recipe.steps(len(splits.train)) < 1:
         steps = len(splits.train) // recipe.batch
         least = f"an epoch has {files.some(steps, 'step')}, so --epochs {1 / steps:.2g} makes one"
@@ -200,15 +200,16 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
         _judge(run, recipe, facts)
         if facts.options.evaluate and splits.labelled:
             before, remarks = inputs.before(run, splits, recipe, facts, device) if facts.start is not None else ([], ())
-            results = table.evaluate(network.backbone, splits, recipe, device=device, rivals=before)
-            results = results._replace(remarks=(*results.remarks, *remarks))
+            results = table.evaluate(network.backbone, splits, recipe, device=device, rivals=before, remarks=remarks)
             inputs.print_scores(results, run / "results.json")
         elif facts.start is not None:
             kept = f"The weights before it are kept in {run_folder.start_path(run)}."
             images = messages.from_here(facts.data)
             compare = messages.command("evaluate", str(run), images, "--out", str(run / "results.json"))
-            wrong = run_folder.read_results(run).keep_start
-            print(WENT_WRONG if wrong else kept if splits.labelled else f"{NO_LABELS} {kept}")
+            if run_folder.read_results(run).keep_start:
+                print(WENT_WRONG)
+            else:
+                print(kept if splits.labelled else f"{NO_LABELS} {kept}")
             if splits.labelled and isinstance(data.name, str):
                 print(f"To see whether continuing helped: {compare}")
         if facts.options.report:

@@ -53,10 +53,12 @@ def evaluate(
     published_probe: bool = False,
     fine_tune: bool = False,
     rivals: Sequence[Contender] = (),
+    remarks: Sequence[str] = (),
 ) -> Results:
     """Score `backbone`, the `rivals`, the same network untrained, and raw pixels, with every probe.
 
-    A rival needs the same images in the same order; one called BEFORE is what `backbone` started from.
+    A rival needs the same images in the same order; one called BEFORE is what `backbone` started from. `remarks` come
+    after those on the data.
     `published_probe` adds the paper's augmented linear probe, hours without a GPU; `fine_tune` adds training on 1 % and
     10 % of the labels. ValueError unless both splits have labels.
     """
@@ -84,6 +86,7 @@ def evaluate(
         remarks=(
             *remarks_on(splits.train.labels, splits.test.labels, splits.train.classes),
             *remark_on_start(outcomes),
+            *remarks,
         ),
         train=len(splits.train),
         test=len(splits.test),

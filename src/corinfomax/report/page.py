@@ -52,7 +52,8 @@ def render(content: Content) -> str:
 
 def render_neighbours(neighbourhoods: Sequence[Neighbourhood], *, data: str, images: int) -> str:
     """The page of queries with their nearest neighbours among the images of `data`."""
-    return fill("neighbors.html", (), STYLES[1:], neighbourhoods=neighbourhoods, data=data, images=images)
+    values = {"title": f"Nearest neighbours in {data}", "neighbourhoods": neighbourhoods, "images": images}
+    return fill("neighbors.html", (), STYLES[1:], **values)
 
 
 def fill(template: str, scripts: Sequence[str], styles: Sequence[str], **values: object) -> str:

@@ -37,7 +37,8 @@ def as_page(results: Mapping[str, Results], *, title: str) -> str:
     runs = [
         (name, page.tone(result.verdict), _verdict(result), result.sentences[:1]) for name, result in results.items()
     ]
-    return page.fill("seeds.html", (), page.STYLES[1:], title=title, means=means, best=best, runs=runs)
+    values = {"title": f"{title}, {len(runs)} seeds", "means": means, "best": best, "runs": runs}
+    return page.fill("seeds.html", (), page.STYLES[1:], **values)
 
 
 def _verdict(result: Results) -> str:

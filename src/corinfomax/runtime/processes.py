@@ -25,10 +25,15 @@ class LostProcessError(ConnectionError):
     """Another process of the group has ended, or did not answer in time."""
 
 
+def started() -> int:
+    """Number of processes that torchrun started, before they join."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def join(device: torch.device) -> Iterator[torch.device]:
     """Join torchrun's processes until the end of the block; yields this process's device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if started() == 1 or dist.is_initialized():
         yield device
         return
 
@@ -65,7 +70,7 @@ def _name_lost_process() -> Iterator[None]:
 
 def own_device(device: torch.device) -> torch.device:
     """This process's GPU if torchrun started several, without touching it; ValueError if there are too few."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or device.type != "cuda":
+    if started() == 1 or device.type != "cuda":
         return device
     local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local_rank >= gpus:

@@ -92,13 +92,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def load_resumable(run: Path) -> Checkpoint:
     """The last whole checkpoint of a run, or step 0 without tensors before the first; errors as of `load_last`."""
-    about = run / "recipe.json"
-    if run_folder.checkpoints(run) or not about.exists():
+    if run_folder.checkpoints(run) or not (run / "recipe.json").exists():
         return load_last(run)[1]
+    recipe, facts = recorded(run)
+    return Checkpoint(recipe, 0, facts, {}, {}, {})
+
+
+def recorded(run: Path) -> tuple[Recipe, Facts]:
+    """Recipe and facts of a run, from its recipe.json; ValueError if a run did not write that file."""
+    about = run / "recipe.json"
     content = run_folder.read_json(about)
     if not isinstance(content, dict) or not {"recipe", "facts"} <= set(content):
         raise ValueError(f"{about} has no recipe or no facts: a run did not write it")
-    return Checkpoint(fields.from_json(content["recipe"]), 0, Facts.from_json(content["facts"]), {}, {}, {})
+    return fields.from_json(content["recipe"]), Facts.from_json(content["facts"])
 
 
 def load_network(weights: Path) -> tuple[Network, Checkpoint]:

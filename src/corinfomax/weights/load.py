@@ -306,11 +306,7 @@ def _check_reachable(name: str, config: PretrainedCfg) -> None:
 def _timm_config(name: str) -> PretrainedCfg:
     """timm's record of a network and its weights; ValueError if timm has no such network or weights."""
     check_name(name)
-    try:
-        return timm.get_pretrained_cfg(name) or PretrainedCfg()
-    except RuntimeError as error:
-        tags = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")[:6])
-        raise ValueError(f"timm has no weights {name!r}; it has {tags}") from error
+    return timm.get_pretrained_cfg(name) or PretrainedCfg()
 
 
 def _timm_recipe(backbone: Backbone, options: WeightsOptions, config: PretrainedCfg) -> Recipe:
