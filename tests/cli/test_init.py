@@ -5,6 +5,7 @@ import io
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from corinfomax.cli import fit
+from corinfomax.cli import fit, train
 from corinfomax.cli.main import main
 from corinfomax.diagnosis import measures
 from corinfomax.evaluation import table
@@ -354,7 +355,7 @@ def test_a_vit_in_a_folder_of_timm_is_resized(place):
 
 
 def test_the_verdict_is_about_the_weights_that_are_saved(made):
-    """The last look, of features and projections, is of the averaged weights; the best checkpoint is one of them."""
+    """The last look, of features and projections, is of the averaged weights."""
     run = made[0] / "run"
     network, saved = checkpoint.load_network(run)
     splits = cache.load(made[0] / "data", side=saved.recipe.cache_side, progress=False)
@@ -363,7 +364,22 @@ def test_the_verdict_is_about_the_weights_that_are_saved(made):
     last = run_folder.read_metrics(run)[-1].look
     assert saved.recipe.tuning.average == 0.5
     assert last == measures.look(network, sample, saved.recipe, device=device)
-    assert run_folder.read_results(run).best_checkpoint in (None, "checkpoints/step-00000010.safetensors")
+
+
+def test_the_best_checkpoint_of_averaged_weights_is_the_last(place, capsys):
+    """Those before it are not averaged, so that their measures cannot be compared."""
+    run, (recipe, facts) = Path("run"), checkpoint.recorded(Path("run"))
+    last = run_folder.checkpoints(run)[-1]
+    shutil.copy(last, run_folder.checkpoint_path(run, 5))
+    rows = run_folder.read_metrics(run)
+    look = rows[-1].look
+    for step, ldmi in ((5, 0.9), (10, 0.1)):
+        measured = look._replace(measures=look.measures._replace(ldmi=ldmi))
+        rows.append(rows[-1]._replace(step=step, look=measured))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row.to_json()) + "\n" for row in (rows[0], *rows[-2:])))
+    for average, best in ((0.5, 10), (1.0, 5)):
+        train._judge(run, replace(recipe, tuning=replace(recipe.tuning, average=average)), facts)
+        assert run_folder.read_results(run).best_checkpoint == f"checkpoints/step-{best:08d}.safetensors"
 
 
 def test_a_run_that_broke_off_before_its_first_checkpoint_gives_the_start(place, model, capsys):
