@@ -10,7 +10,8 @@ from torch import nn
 
 import tiny
 from corinfomax import network
-from corinfomax.evaluation import features, fine_tuning, probes, table
+from corinfomax.evaluation import features, fine_tuning, probes
+from corinfomax.evaluation import table as evaluate
 from corinfomax.images import cache
 from corinfomax.recipes.fields import Probe
 from corinfomax.runtime.seeds import key
@@ -59,9 +60,9 @@ def test_embeddings_are_kept_with_paths_and_labels(splits, backbone, tmp_path, e
 
 
 def test_features_that_are_not_finite_have_no_quick_score(splits, backbone):
-    assert table.quick_knn(backbone, splits, tiny.RECIPE, device=torch.device("cpu")) > 0
+    assert evaluate.quick_knn(backbone, splits, tiny.RECIPE, device=torch.device("cpu")) > 0
     broken = torch.nn.Sequential(backbone, torch.nn.Threshold(torch.inf, torch.nan))
-    assert table.quick_knn(broken, splits, tiny.RECIPE, device=torch.device("cpu")) is None
+    assert evaluate.quick_knn(broken, splits, tiny.RECIPE, device=torch.device("cpu")) is None
 
 
 def test_parquet_has_the_nearest_neighbours(splits, tmp_path, monkeypatch):
