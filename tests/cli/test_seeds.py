@@ -108,4 +108,5 @@ def test_several_processes_train_one_seed_at_a_time(data, tmp_path, monkeypatch,
 def test_runs_without_scores_have_their_verdicts_alone():
     results = {"seed-0": Results(Verdict("healthy", "Fine.", "Go on.", {})), "seed-1": Results()}
     assert seeds.as_text(results) == "seed-0: healthy: Fine. Go on.\nseed-1: no verdict"
-    assert "<table" not in seeds.as_page(results, title="<b>")
+    page = seeds.as_page(results, title="<b>")
+    assert "<table" not in page and "href" not in page.partition("<body>")[2]  # --no-report: no page to lead to

@@ -163,7 +163,7 @@ def test_chance_is_no_difference(rng):
 def test_a_handful_of_images_decides_nothing():
     got = intervals.compare(torch.ones(5), {"x": torch.zeros(5)}, seed=0)
     assert got.verdict == "unclear" and got.low == 100
-    assert "only 5 of 5 test images are decided differently" in intervals.pretraining_sentence(got, got)
+    assert "the two differ on only 5 of 5 test images" in intervals.pretraining_sentence(got, got)
     assert intervals.compare(torch.ones(6), {"x": torch.zeros(6)}, seed=0).verdict == "better"
 
 

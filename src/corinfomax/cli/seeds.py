@@ -19,7 +19,7 @@ def train_seeds(out: Path, numbers: Sequence[int], train_one: Callable[[int, Pat
 
     results = {run.name: run_folder.read_results(run) for run in runs}
     print(f"\n{seeds.as_text(results)}")
-    page = out / "report.html"
-    run_folder.write_text(page, seeds.as_page(results, title=out.absolute().name))
+    page, pages = out / "report.html", [run.name for run in runs if (run / "report.html").exists()]
+    run_folder.write_text(page, seeds.as_page(results, title=out.absolute().name, pages=pages))
     print(f"report: {page}")
     return 0

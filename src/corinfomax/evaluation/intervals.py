@@ -110,7 +110,7 @@ def pretraining_sentence(c: Comparison, nearest: Comparison) -> str:
     """
     scores = f"the linear probe reaches {c.score:.1f} % on these features and {c.other_score:.1f} % on {c.other}"
     if c.verdict == "unclear" and c.decided < FEWEST:
-        reason = f"only {c.decided} of {c.images:,} test images are decided differently"
+        reason = f"the two differ on only {c.decided} of {c.images:,} test images"
         return f"Too little to say whether pretraining helped: {scores}, and {reason}."
 
     sentence = f"Pretraining {HELPED[c.verdict]}: {scores}, {_points(c)}"

@@ -1,6 +1,6 @@
 """Several runs that differ in their seed: scores with mean and standard deviation, as text and as a page."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from statistics import fmean, stdev
 
 from corinfomax.evaluation import table
@@ -29,15 +29,15 @@ def as_text(results: Mapping[str, Results]) -> str:
     return "\n".join(lines)
 
 
-def as_page(results: Mapping[str, Results], *, title: str) -> str:
-    """One HTML page with the table, and the verdict, sentence and page of each run."""
+def as_page(results: Mapping[str, Results], *, title: str, pages: Collection[str] = ()) -> str:
+    """One HTML page with the table, and the verdict and sentence of each run, with a link where it is in `pages`."""
     means = mean_table(results)
     probes = list(dict.fromkeys(probe for scores in means.values() for probe in scores))
     best = {probe: max(scores[probe].mean for scores in means.values() if probe in scores) for probe in probes}
     runs = [
         (name, page.tone(result.verdict), _verdict(result), result.sentences[:1]) for name, result in results.items()
     ]
-    values = {"title": f"{title}, {len(runs)} seeds", "means": means, "best": best, "runs": runs}
+    values = {"title": f"{title}, {len(runs)} seeds", "means": means, "best": best, "runs": runs, "pages": pages}
     return page.fill("seeds.html", (), page.STYLES[1:], **values)
 
 
