@@ -61,7 +61,7 @@ def measure(data: str, options: argparse.Namespace) -> None:
         run = {"set": Path(data).name, "init": Path(options.init).stem, "kind": kind, "seed": seed}
         if any(run.items() <= record.items() for record in read(options.records)):
             continue
-        out = options.out / run["set"] / f"{kind.replace(' ', '-')}-{seed}"
+        out = options.out / run["init"] / run["set"] / f"{kind.replace(' ', '-')}-{seed}"
         if not run_folder.read_results(out).table:
             command = [sys.executable, "-m", "corinfomax", "pretrain", images, *words, "--seed", str(seed)]
             subprocess.run([*command, "--out", str(out), "--no-report"], check=True)

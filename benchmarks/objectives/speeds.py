@@ -84,7 +84,7 @@ def supervised(recipe: Recipe, splits: Splits) -> Iterator[Network]:
         indices = batches.indices(recipe, step, len(splits.train))
         pixels, sizes = splits.train.batch(indices)
         drawn = operations.draw(recipe.views[0], sizes, generator(recipe.seed, "view 0", step))
-        x = operations.apply(pixels, sizes, drawn, size=recipe.size, mean=recipe.mean, std=recipe.std)
+        x = operations.apply(pixels, sizes, drawn, size=recipe.size, scaling=recipe.scaling)
         lr = optim.learning_rate(recipe.optim, step, steps_per_epoch=per_epoch, epochs=recipe.epochs)
         optim.set_learning_rate(optimizer, lr)
         optimizer.zero_grad(set_to_none=True)

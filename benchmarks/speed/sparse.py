@@ -13,6 +13,7 @@ from PIL import Image
 from corinfomax.images import cache as images
 from corinfomax.images.cache import Images
 from corinfomax.images.files import Source
+from corinfomax.recipes.fields import RGB
 
 NAMES = 20_000  # a file's names; ext4 allows 65,000
 
@@ -29,7 +30,9 @@ def million(folder: Path, count: int, side: int) -> Images:
     source = Source("", paths, np.zeros((count, 4), np.int64), None)
     notes = {"skipped": [], "digest": "", "stamps": images._digest_of(source.stamps.tobytes())}
     (cache / "index.json").write_text(json.dumps(notes))
-    opened = images._open(cache, source, False)  # the layout is the package's own affair: if it changes, this fails
+    opened = images._open(
+        cache, source, RGB, False
+    )  # the layout is the package's own affair: if it changes, this fails
     assert opened is not None and opened.mapped is not None
     return Images(
         pixels=opened.mapped.bytes,

@@ -162,7 +162,7 @@ def loaded(
 def plain(recipe: Recipe) -> tuple[Callable[[Image.Image], Any], Callable[[Tensor, Tensor], object]]:
     """What one writes first: torchvision on PIL, float32, the loss left to autograd."""
     both = [pil_transform(view, recipe.size, pillow_blur=True) for view in recipe.views]
-    network = networks.Network(recipe.backbone, recipe.projector, size=recipe.size)
+    network = networks.network_for(recipe)
     criterion = Plain(recipe.projector.widths[-1], alpha=recipe.loss.alpha)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
 
@@ -194,7 +194,7 @@ def lightly_barlow(recipe: Recipe) -> tuple[Callable[[Image.Image], Any], Callab
 
 
 def _rival(recipe: Recipe, head: Callable[..., nn.Module], criterion: nn.Module) -> Callable[[Tensor, Tensor], object]:
-    backbone = networks.build_backbone(recipe.backbone, size=recipe.size)
+    backbone = networks.backbone_for(recipe)
     width = 2048 if recipe.batch >= 256 else 32
     network = nn.Sequential(backbone, head(networks.feature_width(backbone), width, width))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)

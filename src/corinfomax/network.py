@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, cast
 import timm
 import torch
 from jaxtyping import Float
-from timm.models import group_parameters
+from timm.models import adapt_input_conv, group_parameters
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
@@ -24,12 +24,12 @@ SIDES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)  # usu
 class Network(nn.Module):
     """Backbone and projector: `network(x)` gives projections, `network.backbone(x)` the features to keep."""
 
-    def __init__(self, backbone: Backbone, projector: Projector, *, size: int = 224) -> None:
+    def __init__(self, backbone: Backbone, projector: Projector, *, size: int = 224, channels: int = 3) -> None:
         super().__init__()
-        self.backbone = build_backbone(backbone, size=size)
+        self.backbone = build_backbone(backbone, size=size, channels=channels)
         self.projector = build_projector(feature_width(self.backbone), projector)
 
-    def forward(self, x: Float[Tensor, "n 3 h w"], *, projector_alone: bool = False) -> Float[Tensor, "n d"]:
+    def forward(self, x: Float[Tensor, "n c h w"], *, projector_alone: bool = False) -> Float[Tensor, "n d"]:
         """Projections of one view. Call it once per view: BatchNorm's statistics belong to a single view.
 
         `projector_alone` gives the backbone no gradient, which takes a third of the time.
@@ -41,12 +41,12 @@ class Network(nn.Module):
 
 def is_described(backbone: nn.Module, recipe: Recipe) -> bool:
     """Whether the recipe builds this very backbone, in eval mode: a folder of timm may have arguments of its own."""
-    built, state = build_backbone(recipe.backbone, size=recipe.size).eval(), backbone.state_dict()
+    built, state = backbone_for(recipe).eval(), backbone.state_dict()
     shapes = {name: tensor.shape for name, tensor in built.state_dict().items()}
     if shapes != {name: tensor.shape for name, tensor in state.items()}:
         return False
     built.load_state_dict(state)
-    x = torch.randn(2, 3, recipe.size, recipe.size, generator=generator(0, "same network"))
+    x = torch.randn(2, recipe.pixels.channels, recipe.size, recipe.size, generator=generator(0, "same network"))
     with torch.inference_mode():
         return torch.allclose(built(x), backbone(x), rtol=1e-3, atol=1e-5)
 
@@ -58,6 +58,16 @@ def resized(backbone: nn.Module, recipe: Recipe) -> nn.Module:
     backbone = copy.deepcopy(backbone)
     backbone.set_input_size(img_size=recipe.size)  # type: ignore[operator]
     return backbone
+
+
+def with_channels(backbone: nn.Module, recipe: Recipe) -> nn.Module:
+    """A copy of a backbone for the recipe's channels: timm repeats or sums the weights of its first convolution."""
+    built, state = backbone_for(recipe), backbone.state_dict()
+    first = cast(Any, backbone).pretrained_cfg["first_conv"]
+    for layer in (first,) if isinstance(first, str) else first:
+        state[f"{layer}.weight"] = adapt_input_conv(recipe.pixels.channels, state[f"{layer}.weight"])
+    built.load_state_dict(state)
+    return built.eval()
 
 
 def start_tensors(backbone: nn.Module) -> dict[str, Tensor]:
@@ -109,8 +119,18 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
-    """An untrained timm network without classifier: (n, 3, size, size) images to (n, feature_width) features.
+def network_for(recipe: Recipe) -> Network:
+    """The untrained network of a recipe, for its images."""
+    return Network(recipe.backbone, recipe.projector, size=recipe.size, channels=recipe.pixels.channels)
+
+
+def backbone_for(recipe: Recipe) -> nn.Module:
+    """The untrained backbone of a recipe, for its images."""
+    return build_backbone(recipe.backbone, size=recipe.size, channels=recipe.pixels.channels)
+
+
+def build_backbone(backbone: Backbone, *, size: int = 224, channels: int = 3) -> nn.Module:
+    """An untrained timm network without classifier: (n, channels, size, size) images to (n, feature_width) features.
 
     `size` matters only to networks of a fixed input size, such as ViTs: it decides their position embeddings.
     Raises ValueError for a name unknown to timm, and for options of ResNets on another network.
@@ -125,13 +145,14 @@ def build_backbone(backbone: Backbone, *, size: int = 224) -> nn.Module:
     options |= {"img_size": size} if has_fixed_size(backbone) else {}
     options |= {} if backbone.zero_init_last else {"zero_init_last": False}
     options |= {"drop_path_rate": backbone.drop_path} if backbone.drop_path else {}
+    options |= {"in_chans": channels} if channels != 3 else {}
     try:
         model = timm.create_model(backbone.name, pretrained=False, num_classes=0, **options)
     except TypeError as error:
         raise ValueError(f"{backbone.name} does not take {', '.join(options)}; most are for ResNets") from error
 
     if backbone.small_stem:
-        _use_small_stem(model, backbone)
+        _use_small_stem(model, backbone, channels)
     return model
 
 
@@ -209,7 +230,7 @@ def _check_stages(layers: tuple[int, ...] | None, channels: tuple[int, ...] | No
             raise ValueError(f"stage {stage} has no block, so {widths}: {fitting}")
 
 
-def _use_small_stem(model: nn.Module, backbone: Backbone) -> None:
+def _use_small_stem(model: nn.Module, backbone: Backbone, channels: int) -> None:
     """Replace a ResNet's 7×7 convolution and max-pool by a 3×3 convolution, for small images."""
     if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
         raise ValueError(f"small_stem replaces the first convolution of a ResNet; {backbone.name} has none such")
@@ -221,7 +242,7 @@ def _use_small_stem(model: nn.Module, backbone: Backbone) -> None:
         model.bn1 = nn.BatchNorm2d(width)
         first.conv1 = _conv3x3(width, width, stride=1)
         first.downsample = None  # no shortcut to widen any more
-    model.register_module("conv1", _conv3x3(3, width, stride=backbone.stem_stride))
+    model.register_module("conv1", _conv3x3(channels, width, stride=backbone.stem_stride))
     model.register_module("maxpool", nn.Identity())
 
 
@@ -300,7 +321,7 @@ def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, lower or torch.bfloat16, enabled=lower is not None)
 
 
-def match_dtype(x: Float[Tensor, "n 3 h w"], model: nn.Module) -> Float[Tensor, "n 3 h w"]:
+def match_dtype(x: Float[Tensor, "n c h w"], model: nn.Module) -> Float[Tensor, "n c h w"]:
     """Views, which are float32, in the dtype of the model's weights, if it has any."""
     weight = next(model.parameters(), None)
     return x if weight is None else x.to(weight.dtype)
@@ -311,7 +332,7 @@ def activations(model: nn.Module, recipe: Recipe, device: torch.device, *, side:
     """Bytes that one more image of this side takes at the worst moment of a pass without gradients."""
 
     def forward(count: int) -> None:
-        x = torch.zeros(count, 3, side, side, device=device).to(memory_format=torch.channels_last)
+        x = torch.zeros(count, recipe.pixels.channels, side, side, device=device).to(memory_format=torch.channels_last)
         model(match_dtype(x, model))
 
     with evaluating(model), autocast(recipe, device):

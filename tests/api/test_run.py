@@ -262,6 +262,7 @@ def test_the_doctor_of_broken_images_is_not_ok(tmp_path):
 
 
 def test_export_and_load_agree(whole, tmp_path):
+    assert tiny.equal_states(corinfomax.load(whole[0]).backbone.state_dict(), whole[0].backbone.state_dict())
     path = whole[0].export("state-dict", tmp_path / "weights.safetensors")
     again, pixels = corinfomax.load(path), tiny.pictures(5)
     assert np.array_equal(again.embed(pixels).features, whole[0].embed(pixels).features)

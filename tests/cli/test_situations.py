@@ -19,6 +19,7 @@ from corinfomax.cli.parse import parse
 from corinfomax.images.files import default_cache
 from corinfomax.recipes.published import RECIPES
 from corinfomax.runtime import run_folder
+from corinfomax.weights.checkpoint import load_checkpoint
 
 KNOBS = [*tiny.KNOBS, "--no-report"]
 
@@ -137,7 +138,7 @@ def test_a_file_that_pillow_refuses_in_any_way_is_named_and_left_out(tmp_path, c
     assert run("doctor", data, "--seconds", "0", "--out", tmp_path / "skip.txt") == 1
     assert f"1 of 30 training images cannot be read and will be ignored: 007.{ending}" in capsys.readouterr().out
     assert run("pretrain", data, "--out", tmp_path / "run", *KNOBS) == 0
-    assert f"left out 1 unreadable image of train, first 007.{ending}: " in capsys.readouterr().out
+    assert f"left out 1 unreadable image of train, 007.{ending}: " in capsys.readouterr().out
 
 
 # --- what belongs to a run stays with it ---
@@ -403,35 +404,32 @@ def deep(folder, top, kind, low=0):
     folder.mkdir()
     for number, picture in enumerate(tiny.pictures(24)):
         levels = low + picture.mean(-1) / picture.mean(-1).max() * (top - low)
+        levels.flat[0] = low
         Image.fromarray(levels.astype(kind)).save(folder / f"{number:02}.tif")
     return folder
 
 
 @pytest.mark.parametrize(
-    ("top", "kind", "said"),
+    ("top", "low", "kind", "said", "stored"),
     [
-        (4095, "uint16", ", within 0 to 4,095 of 65,535, so only 16 of 256 are left; multiply them by 16"),
-        (1023, "uint16", "0 to 1,023 of 65,535, so only 4 of 256 are left; multiply them by 64"),
-        (255, "int32", "0 to 255 of 65,535, so only 1 of 256 are left; multiply them by 256"),
-        (1_000_000, "int32", "to 1,000,000, and are read as 0 to 65,535: what is outside is cut off"),
-        (4095, "float32", "to 4,095, and are read as 0 to 255: what is outside is cut off"),
+        (4095, 0, "uint16", "16-bit integers from 0 to 4,095 in 1 channel", (0.0, 4095.0, 4095)),
+        (1023, 0, "uint16", "16-bit integers from 0 to 1,023 in 1 channel", (0.0, 1023.0, 1023)),
+        (200, 0, "int32", "32-bit integers from 0 to 200 in 1 channel", (0.0, 255.0, 65535)),
+        (3000, -1000, "int32", "32-bit integers from -1,000 to 3,000 in 1 channel", (-1000.0, 3000.0, 4000)),
+        (1_000_000, 0, "int32", "32-bit integers from 0 to 1,000,000 in 1 channel", (0.0, 1e6, 65535)),
+        (4095, -7, "float32", "32-bit floats from -7 to 4,095 in 1 channel", (-7.0, 4095.0, 65535)),
     ],
 )
-def test_levels_that_are_lost_are_named_and_no_image_is_listed_for_it(tmp_path, capsys, top, kind, said):
-    data = deep(tmp_path / "data", top, kind)
-    assert run("doctor", data, "--seconds", "0", "--out", tmp_path / "skip.txt") == 1
+def test_levels_of_any_range_are_read_and_said(tmp_path, capsys, top, low, kind, said, stored):
+    data = deep(tmp_path / "data", top, kind, low)
+    assert run("doctor", data, "--seconds", "0", "--out", tmp_path / "skip.txt") == 0
     out = capsys.readouterr().out
-    assert said in out and "blank" not in out
+    assert f"levels: {said}" in out and "blank" not in out
     assert not (tmp_path / "skip.txt").exists()
     assert run("pretrain", data, "--out", tmp_path / "run", *KNOBS) == 0
-    assert said in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("top", "kind"), [(65535, "uint16"), (40000, "int32"), (1, "float32"), (255, "float32")])
-def test_levels_that_are_read_need_no_word(tmp_path, capsys, top, kind):
-    data = deep(tmp_path / "data", top, kind)
-    assert run("doctor", data, "--seconds", "0") == 0
-    assert "levels from" not in capsys.readouterr().out
+    assert f"levels: {said}" in capsys.readouterr().out
+    pixels = load_checkpoint(run_folder.checkpoints(tmp_path / "run")[-1]).recipe.pixels
+    assert (*pixels.low, *pixels.high, *pixels.steps) == pytest.approx(stored) and pixels.channels == 1
 
 
 def test_doctor_prints_no_command_that_must_fail(tmp_path, capsys, monkeypatch):

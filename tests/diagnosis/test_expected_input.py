@@ -11,7 +11,7 @@ import tiny
 from corinfomax.cli.main import main
 from corinfomax.diagnosis import expected_input, measures
 from corinfomax.images import cache
-from corinfomax.recipes.fields import IMAGENET_STATS, Backbone
+from corinfomax.recipes.fields import IMAGENET_STATS, Backbone, Scaling
 from corinfomax.runtime import run_folder
 from corinfomax.views import operations
 
@@ -45,7 +45,11 @@ def trained_on(images, statistics, name="test_resnet", interpolation="bicubic"):
     pixels, sizes = images.batch(torch.arange(len(images)))
     mean, std = statistics
     with torch.no_grad():
-        model(operations.centre_view(pixels, sizes, size=32, mean=mean, std=std, interpolation=interpolation))
+        model(
+            operations.centre_view(
+                pixels, sizes, size=32, scaling=Scaling((255,) * 3, 3, mean, std), interpolation=interpolation
+            )
+        )
     return model.eval()
 
 

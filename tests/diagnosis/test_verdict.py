@@ -400,6 +400,10 @@ def test_a_run_that_ends_with_the_features_of_its_start_says_what_kept_them():
     assert "--tuning.projector-share 0.2" in ended(1.0, projector_share=0.95).advice
     assert ended(0.9).kind == ended(None).kind == "improving"
 
+    # a short run is no sign of a low learning rate
+    short = judge(row(2, cka=1.0), row(4, cka=1.0), recipe=replace(RECIPE, epochs=3), ended=True)
+    assert short.kind == "unchanged" and "A run of 4 steps is too short" in short.advice and "--epochs" in short.advice
+
     # while it runs the backbone may not have had its turn
     rows = [row(step, cka=1.0) for step in (10, 50, 100, 300)]
     assert judge(*rows, steps=1000).kind != "unchanged"

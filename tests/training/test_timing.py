@@ -31,5 +31,5 @@ def test_the_forecast_is_steps_times_seconds(step, duration):
     recipe = replace(tiny.RECIPE, epochs=100, batch=8)
     sentence = forecast(Speed(step, 6, 2_500_000_000), recipe, 84, CPU)  # ten steps an epoch
     assert f"about {duration} and 2.5 GB of memory on this cpu" in sentence
-    assert f"1,000 steps of 8, each {1e3 * step:,.0f} ms by 6 steps" in sentence
+    assert f"1,000 steps of 8, each {1e3 * step:,.0f} ms (6 steps on" in sentence
     assert "memory" not in forecast(Speed(step, 6, None), recipe, 84, CPU)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from corinfomax.recipes.fields import View
+from corinfomax.recipes.fields import Scaling, View
 from corinfomax.runtime.seeds import generator
 from corinfomax.views import cpu, operations
 
-STATS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+STATS = {"scaling": Scaling((255,) * 3, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))}
 EVERYTHING = View(rotate=20.0, jitter=1.0, grey=0.3, blur=0.7)
 CLOSE = {"rtol": 0, "atol": 1e-4}  # 2e-5 of a value in [0, 1], over the smallest std
 
@@ -68,7 +68,9 @@ def test_solarize_at_its_threshold(byte):
     """An image of one value: its crop has that value up to rounding, and at the threshold rounding decides."""
     images = torch.full((1, 3, 24, 24), byte, dtype=torch.uint8)
     p = operations.draw(View(flip=0, jitter=0, grey=0, solarize=1.0), torch.tensor([[24, 24]]), generator(0, "one"))
-    got = operations.apply(images, torch.tensor([[24, 24]]), p, size=16, mean=(0, 0, 0), std=(1, 1, 1))
+    got = operations.apply(
+        images, torch.tensor([[24, 24]]), p, size=16, scaling=Scaling((255,) * 3, 3, (0, 0, 0), (1, 1, 1))
+    )
     want = byte / 255 if byte < 128 else 1 - byte / 255
     torch.testing.assert_close(got, torch.full_like(got, want), rtol=0, atol=0.004 if byte == 128 else 1e-6)
 
@@ -107,14 +109,14 @@ def test_a_forked_process_makes_views_too():
     """A worker of torch's DataLoader inherits the pool, but none of its threads."""
     program = """
 import os, torch
-from corinfomax.recipes.fields import View
+from corinfomax.recipes.fields import Scaling, View
 from corinfomax.runtime.seeds import generator
 from corinfomax.views import operations
 torch.set_num_threads(2)
 sizes = torch.tensor([[20, 20]]).expand(8, 2)
 images = torch.randint(0, 256, (8, 3, 20, 20), dtype=torch.uint8)
 p = operations.draw(View(), sizes, generator(0, "fork"))
-views = lambda: operations.apply(images, sizes, p, size=16, mean=(0, 0, 0), std=(1, 1, 1))
+views = lambda: operations.apply(images, sizes, p, size=16, scaling=Scaling((255,) * 3, 3, (0, 0, 0), (1, 1, 1)))
 want = views()
 child = os.fork()
 if child == 0:
@@ -143,25 +145,35 @@ def test_nothing_outside_the_box_is_read():
     assert operations.apply(images, sizes, p, size=24, **STATS).equal(want)
 
 
-def test_without_a_writable_folder_each_process_compiles(tmp_path):
-    """A read-only installation without a home directory: only the first call takes longer."""
+def test_code_compiled_in_memory_makes_the_same_bits(tmp_path):
+    """A read-only installation without a home directory compiles in each process; others read the code from a disk.
+
+    Numba optimises a function again for each caller that inlines it: unless all are inlined, the two differ.
+    """
     package = Path(cpu.__file__).parents[1]
-    (tmp_path / "corinfomax" / "views").mkdir(parents=True)
-    for name in ("__init__.py", "views/__init__.py", "views/cpu.py"):
+    for name in ("__init__.py", "views/__init__.py", "views/cpu.py", "views/operations.py"):
+        (tmp_path / "corinfomax" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "corinfomax" / name).write_text((package / name).read_text())
+    for room in ("recipes", "runtime"):
+        (tmp_path / "corinfomax" / room).symlink_to(package / room)
+    torch.save(sample(8, 30, 26, EVERYTHING), tmp_path / "sample.pt")
     program = """
 import numba.core.caching as caching
 for locator in caching.CacheImpl._locator_classes:
     locator.from_function = classmethod(lambda cls, function, path: None)
-from corinfomax.views import cpu
-import numpy as np
-x = np.full((3, 4), 0.5, np.float32)
-cpu._solarize(x)
-assert (x == np.float32(0.5)).all() or (x < 0.5).all(), x
-print("compiled")
+import torch
+from corinfomax.recipes.fields import Scaling
+from corinfomax.views import cpu, operations
+images, sizes, p = torch.load("sample.pt", weights_only=False)
+views = operations.apply(images, sizes, p, size=24, scaling=Scaling((255,) * 3, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
+torch.save(views, "views.pt")
+print(cpu.__file__, sum(cpu._make_views.stats.cache_hits.values()))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "compiled\n"
+    assert done.stdout == f"{tmp_path}/corinfomax/views/cpu.py 0\n"
+    images, sizes, p = sample(8, 30, 26, EVERYTHING)
+    operations.apply(images, sizes, p, size=24, **STATS)  # compiles, if the code is not on the disk
+    assert torch.load(tmp_path / "views.pt").equal(operations.apply(images, sizes, p, size=24, **STATS))

@@ -9,13 +9,14 @@ import torchvision.transforms.v2.functional as T
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from corinfomax.recipes.fields import PAPER_VIEWS, View
+from corinfomax.recipes.fields import PAPER_VIEWS, Scaling, View
 from corinfomax.runtime.seeds import generator
 from corinfomax.views import operations
 
 BOTH = pytest.mark.parametrize("apply", [operations.apply, operations.compose])  # compiled, and for every device
 NOTHING = View(flip=0, jitter=0, grey=0, blur=0, solarize=0)
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+PLAIN = {"scaling": Scaling((255,) * 3, 3, (0.0,) * 3, (1.0,) * 3)}
+BYTES = (255, 255, 255)
 # float32 arithmetic in another order; one step of uint8 is 4e-3
 CLOSE = {"rtol": 0, "atol": 2e-5}
 
@@ -43,7 +44,7 @@ def test_crop_and_flip(h, w, size, kind):
     images = photos(16, h, w)
     images = images if kind == "uint8" else images.float() / 255
     p = operations.draw(replace(NOTHING, flip=0.5), sizes_of(images), generator(0, "test"))
-    got = operations.resized_crop(images, p.box, p.flip, size=size)
+    got = operations.resized_crop(images, p.box, p.flip, size=size, steps=BYTES if kind == "uint8" else (1, 1, 1))
     for image, (top, left, height, width), flip, ours in zip(images, p.box.tolist(), p.flip, got, strict=True):
         want = T.crop(image if kind == "float" else image.float() / 255, top, left, height, width)
         want = T.resize(want, [size, size], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
@@ -53,7 +54,9 @@ def test_crop_and_flip(h, w, size, kind):
 def test_crop_is_antialiased():
     stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     stripes[..., ::2] = 255
-    whole = operations.resized_crop(stripes, torch.tensor([[0, 0, 64, 64]]), torch.tensor([False]), size=16)
+    whole = operations.resized_crop(
+        stripes, torch.tensor([[0, 0, 64, 64]]), torch.tensor([False]), size=16, steps=BYTES
+    )
     assert (whole[..., 2:-2] - 0.5).abs().max() < 0.02
 
 
@@ -171,7 +174,7 @@ def test_a_view_is_its_operations_in_order(view, apply):
     n, size = 24, 32
     images = photos(n, 40, 36)
     p = operations.draw(view, sizes_of(images), generator(5, "test"))
-    got = apply(images, sizes_of(images), p, size=size, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    got = apply(images, sizes_of(images), p, size=size, scaling=Scaling(BYTES, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
     assert got.is_contiguous(memory_format=torch.channels_last)
     steps = (T.adjust_brightness, T.adjust_contrast, T.adjust_saturation, T.adjust_hue)
     kernel = 2 * operations.BLUR_RADIUS + 1
@@ -292,6 +295,8 @@ def test_views_on_cuda_are_the_same_and_never_wait():
 def test_chunks_of_a_large_batch_give_the_same_views(monkeypatch):
     images = photos(7, 40, 36)
     p = operations.draw(PAPER_VIEWS[0], sizes_of(images), generator(0, "chunks"))
-    whole = operations.resized_crop(images, p.box, p.flip, size=24)
+    whole = operations.resized_crop(images, p.box, p.flip, size=24, steps=BYTES)
     monkeypatch.setattr(operations, "CPU_CHUNK", 2 * 3 * 40 * 36)  # chunks of 2, 2, 2 and 1
-    torch.testing.assert_close(operations.resized_crop(images, p.box, p.flip, size=24), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        operations.resized_crop(images, p.box, p.flip, size=24, steps=BYTES), whole, rtol=0, atol=1e-6
+    )

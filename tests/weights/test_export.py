@@ -141,8 +141,7 @@ def test_timms_own_preprocessing_of_the_folder_is_ours(tmp_path, in_process, siz
         torch.from_numpy(picture).permute(2, 0, 1)[None],
         torch.tensor([[50, 50]]),
         size=32,
-        mean=saved.recipe.mean,
-        std=saved.recipe.std,
+        scaling=saved.recipe.scaling,
     )[0]
     # Pillow rounds, and cuts off overshoot, between its two directions; a step is 1/255 over a std of about 0.22.
     steps = (theirs - ours).abs() * 255 * 0.22

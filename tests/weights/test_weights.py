@@ -253,7 +253,7 @@ def test_a_torn_file_is_named(state, tmp_path, ending, message, content):
         (["timm:resnet19"], "timm knows no network 'resnet19'"),
         (["timm:resnet18.nope"], "timm has no weights 'resnet18.nope'; it has resnet18.a1_in1k"),
         (["timm:resnet18"], "are not on this machine and http"),
-        (["timm:hf-hub:me/net"], "timm's weights me/net are not on this machine and http"),
+        (["timm:hf-hub:me/net"], "timm's weights of me/net are not on this machine and http"),
         (["odd"], "names the architecture 'resnet19', unknown to timm"),
         (["bare"], "no model.safetensors or pytorch_model.bin beside it"),
     ],

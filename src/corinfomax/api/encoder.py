@@ -15,7 +15,6 @@ from corinfomax.api import settings
 from corinfomax.cli import inputs, process
 from corinfomax.cli.arguments import DataOptions
 from corinfomax.evaluation import features
-from corinfomax.images import cache
 from corinfomax.images.files import Source
 from corinfomax.images.in_memory import Labels, from_memory
 from corinfomax.weights.load import LoadedBackbone, load_backbone
@@ -73,15 +72,14 @@ class Encoder:
     def _embed_splits(self, name: str, options: DataOptions) -> Embedding:
         """The features of every split, one after the other, from cached images."""
         data = inputs.find_data(name, options)
-        splits = cache.load_every(data, side=self.recipe.cache_side, from_files=self.recipe.from_files)
+        recipe = inputs.fit_pixels(self.recipe, data)
+        splits = inputs.load_every(data, recipe)
         inputs.print_skipped(data, options.skip, splits)
         vectors, paths, names = [], list[str](), list[str]()
         labels: list[str | None] = []
         for split, images in splits.items():
             bar = f"embedding {split}"
-            vectors.append(
-                features.extract_features(self.backbone, images, self.recipe, device=self.device, progress=bar)
-            )
+            vectors.append(features.extract_features(self.backbone, images, recipe, device=self.device, progress=bar))
             paths += images.paths
             names += [split] * len(images)
             classes = [None] * len(images) if images.labels is None else images.labels.tolist()
@@ -93,7 +91,7 @@ class Encoder:
 
 
 def load(weights: Place, *, device: str = "auto", **options: Any) -> Encoder:
-    """An encoder from a run folder, a checkpoint, an exported folder, a file of weights, or "timm:NAME".
+    """An encoder from a run or its folder, a checkpoint, an exported folder, a file of weights, or "timm:NAME".
 
     A run that continued from weights without getting better gives the weights of its start. `options` tell what a file
     of weights does not record: `architecture`, `small_stem`, `prefix`, `size`, `mean`, `std`, `interpolation`. Raises

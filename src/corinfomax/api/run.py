@@ -59,6 +59,9 @@ class Run:
         """Images, versions and options of the run."""
         return self._recorded[1]
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     @property
     def verdict(self) -> Verdict | None:
         """The verdict in words, without labels; None before the end, or without any look."""

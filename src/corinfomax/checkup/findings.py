@@ -14,9 +14,9 @@ from torch import Tensor
 
 from corinfomax.checkup.inspect import Inspection
 from corinfomax.evaluation.similar import MIN_CORRELATION, near_duplicates
-from corinfomax.images.decode import LONGEST, join_levels, lost_range, too_many
+from corinfomax.images.decode import LONGEST, too_many
 from corinfomax.images.files import quoted
-from corinfomax.recipes.fields import Recipe
+from corinfomax.recipes.fields import RGB, Recipe
 
 TINY = 8  # pixels of the short side: anything smaller is an icon or an accident
 IMBALANCE = 10  # largest class ÷ smallest class
@@ -26,6 +26,7 @@ HEADER = "# Images to leave out of "  # marks a list that doctor may overwrite
 IMAGE_OF = {"train": "training image", "val": "validation image", "test": "test image"}
 DECODING = {  # of unusual formats; others are converted to RGB
     "16-bit": "levels are divided by 257",
+    "8-bit": "255 is read as the highest level of the others",
     "animated": "only the first frame is used",
     "transparent": "the background turns white",
     "floating-point": "levels are read as 0 to 1, or as 0 to 255 if any exceeds 1",
@@ -108,7 +109,7 @@ def collect_findings(inspections: Sequence[Inspection], recipe: Recipe) -> list[
     if not complete:
         text = "too many images look alike to compare all pairs, so the list of near-duplicates is incomplete"
         findings.append(Finding("incomplete", text))
-    findings += [*_without_content(inspections), *_lost_ranges(inspections)]
+    findings += _without_content(inspections)
     findings += [*_odd_images(images, recipe), *_classes(inspections)]
     return sorted(findings, key=lambda finding: not finding.must_fix)
 
@@ -177,17 +178,6 @@ def _without_content(inspections: Sequence[Inspection]) -> Iterator[Finding]:
         yield from _about("tiny", image, too_small, compress(paths, tiny), skip=True)
 
 
-def _lost_ranges(inspections: Sequence[Inspection]) -> Iterator[Finding]:
-    """Levels of 16-bit and floating-point images that are not read; a split is judged as a whole."""
-    for inspection in inspections:
-        for levels in join_levels(inspection.levels):
-            count = sum(each is not None and each.floating == levels.floating for each in inspection.levels)
-            if lost := lost_range(levels):
-                kind = "floating-point" if levels.floating else "16-bit"
-                subject = _count(count, f"{kind} {IMAGE_OF[inspection.split]}", "has")
-                yield Finding("range", f"{subject} {lost}", must_fix=True)
-
-
 def _odd_images(images: Catalogue, recipe: Recipe) -> Iterator[Finding]:
     """Unusual formats, each with the effect of decoding and an example; grey images; unusual sizes."""
     total = len(images.paths)
@@ -246,8 +236,13 @@ def _about(kind: str, noun: str, predicate: str, paths: Iterable[str], *, skip: 
 
 
 def colour_statistics(inspection: Inspection) -> dict[str, list[float]] | None:
-    """The `mean` and `std` of red, green and blue, to normalise with; None if a channel does not vary."""
-    mean, square = inspection.moments.mean(0) if inspection.paths else np.zeros((2, 3))  # equal weight for each image
+    """The `mean` and `std` of red, green and blue, to normalise with; None if one does not vary.
+
+    None too for other levels, of which a run measures them itself.
+    """
+    if inspection.pixels != RGB or not inspection.paths:
+        return None
+    mean, square = inspection.moments.mean(0)  # equal weight for each image
     std = np.sqrt(np.maximum(square - mean**2, 0))
     return {"mean": mean.tolist(), "std": std.tolist()} if std.min() >= 5e-5 else None  # four digits are printed
 

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Float64, Int64, UInt8
-from PIL import Image
 from torch import Tensor
 
 from corinfomax.evaluation.similar import THUMBNAIL
-from corinfomax.images.decode import DEEPEST, Levels, decode, deep_levels, map_images
+from corinfomax.images.decode import decode, map_images
 from corinfomax.images.files import Source
+from corinfomax.images.levels import Raster, as_rgb, is_deep
+from corinfomax.images.readers import Opened
+from corinfomax.recipes.fields import RGB, PixelFormat
 
 # By Pillow's mode.
 MODES = {"RGB": "", "L": "grey", "1": "black-and-white", "F": "floating-point", "P": "palette-based"}
@@ -23,6 +25,7 @@ class Inspection(NamedTuple):
     """Facts about the n readable images of one split; about 2 kB of memory per image."""
 
     split: str
+    pixels: PixelFormat
     paths: tuple[str, ...]
     labels: tuple[str, ...] | None
     unreadable: tuple[tuple[str, str], ...]  # path and reason of each
@@ -32,8 +35,7 @@ class Inspection(NamedTuple):
     thumbnails: UInt8[Tensor, "n 3 s s"]  # whole images, squeezed into a small square
     blank: Bool[np.ndarray, " n"]  # all pixels have one colour
     grey: Bool[np.ndarray, " n"]  # red, green and blue are equal in every pixel
-    levels: tuple[Levels | None, ...]  # of images with more than 8 bits
-    moments: Float64[np.ndarray, "n 2 3"]  # mean and mean square of red, green and blue in [0, 1]
+    moments: Float64[np.ndarray, "n 2 c"]  # mean and mean square of each channel in [0, 1]
     decoded_bytes: int  # of all images in the cache
 
 
@@ -43,21 +45,25 @@ class _ImageFacts(NamedTuple):
     digest: bytes
     blank: bool
     grey: bool
-    levels: Levels | None
     decoded_bytes: int
 
 
-def inspect_split(name: str, source: Source, side: int, *, progress: bool = True) -> Inspection:
+def inspect_split(
+    name: str, source: Source, side: int, pixels: PixelFormat = RGB, *, progress: bool = True
+) -> Inspection:
     """Decode each image of a split to a short side of at most `side` pixels and record facts about it.
 
     A few images per core are in memory at a time. Decompression bombs, as Pillow calls them, count as unreadable.
     """
     count = len(source.paths)
-    thumbnails, moments = np.zeros((count, 3, THUMBNAIL, THUMBNAIL), np.uint8), np.zeros((count, 2, 3))
+    thumbnails = np.zeros((count, 3, THUMBNAIL, THUMBNAIL), np.uint8)
+    moments = np.zeros((count, 2, pixels.channels))
     facts, unreadable = list[_ImageFacts](), dict[int, str]()
 
     # decode on all cores
-    results = map_images(source, lambda image: _inspect_image(image, side), progress, label=f"inspecting {name}")
+    results = map_images(
+        source, lambda image: _inspect_image(image, side, pixels), progress, label=f"inspecting {name}"
+    )
     with closing(results):
         for row, result in enumerate(results):
             if isinstance(result, str):
@@ -70,6 +76,7 @@ def inspect_split(name: str, source: Source, side: int, *, progress: bool = True
     readable = source.take([row for row in range(count) if row not in unreadable])
     return Inspection(
         split=name,
+        pixels=pixels,
         paths=readable.paths,
         labels=readable.labels,
         unreadable=tuple((source.paths[row], cause) for row, cause in unreadable.items()),
@@ -79,45 +86,33 @@ def inspect_split(name: str, source: Source, side: int, *, progress: bool = True
         thumbnails=torch.from_numpy(thumbnails[: len(facts)]),
         blank=np.array([image.blank for image in facts], bool),
         grey=np.array([image.grey for image in facts], bool),
-        levels=tuple(image.levels for image in facts),
         moments=moments[: len(facts)],
         decoded_bytes=sum(image.decoded_bytes for image in facts),
     )
 
 
 def _inspect_image(
-    image: Image.Image, side: int
-) -> tuple[_ImageFacts, UInt8[np.ndarray, "3 s s"], Float32[np.ndarray, "2 3"]]:
+    image: Opened, side: int, pixels: PixelFormat
+) -> tuple[_ImageFacts, UInt8[np.ndarray, "3 s s"], Float32[np.ndarray, "2 c"]]:
     """Facts, thumbnail and moments of an opened image."""
-    size, file_format = image.size, _format(image)  # decoding changes both
-    pixels = decode(image, side)
-    deep = deep_levels(image)
-    if deep is None and file_format == "16-bit":  # Pillow keeps the upper 8 bits of three channels
-        deep = Levels(0.0, min(float(pixels.max()) * 257 + 256, DEEPEST), floating=False)
-
-    # Images are compared as they are in the file: with few levels left, different ones would look the same.
-    compared = pixels if deep is None or image.mode == "RGB" else _stretched(image, deep)
+    size = image.values.shape[1::-1] if isinstance(image, Raster) else image.size  # decoding changes it
+    file_format = _format(image, pixels)
+    levels = decode(image, side, pixels)
 
     # Two matrix products: for small images Pillow's resize would spend its time on three copies.
-    levels = pixels.astype(np.float32)
-    thumbnail = _area_weights(compared.shape[1]) @ compared.astype(np.float32) @ _area_weights(compared.shape[2]).T
-    flat, x = pixels.reshape(3, -1), levels.reshape(3, -1) / 255
+    shown = as_rgb(levels, pixels).astype(np.float32)
+    thumbnail = _area_weights(shown.shape[1]) @ shown @ _area_weights(shown.shape[2]).T
+    flat = levels.reshape(pixels.channels, -1)
+    x = flat.astype(np.float32) / np.array(pixels.each(pixels.steps), np.float32)[:, None]
     moments = np.stack((x.mean(1), (x * x).mean(1)))
 
     # The shape goes into the hash: the same bytes in another shape are another image.
-    digest = hashlib.blake2b(compared.data, digest_size=16, salt=b"%d %d" % compared.shape[1:]).digest()
-    flat_range = (flat.max(1) - flat.min(1)).max() if deep is None else deep.high - deep.low
-    blank = bool(flat_range <= (3 if deep is None else 0))  # levels of 255: JPEG rounding
-    grey = np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[1], pixels[2])
-    facts = _ImageFacts(size, file_format, digest, blank, grey, deep, pixels.nbytes)
+    digest = hashlib.blake2b(levels.data, digest_size=16, salt=b"%d %d" % levels.shape[1:]).digest()
+    span = int((flat.max(1) - flat.min(1)).max())
+    blank = span <= (3 if pixels.is_bytes and not is_deep(image) else 0)  # levels of 255: JPEG rounding
+    grey = pixels.colours and np.array_equal(levels[0], levels[1]) and np.array_equal(levels[1], levels[2])
+    facts = _ImageFacts(size, file_format, digest, blank, grey, levels.nbytes)
     return facts, np.rint(thumbnail).astype(np.uint8), moments
-
-
-def _stretched(image: Image.Image, deep: Levels) -> Float32[np.ndarray, "3 h w"]:
-    """Levels of a loaded image of more than 8 bits, from 0 to 255 over their own range, in three equal channels."""
-    levels = np.nan_to_num(np.asarray(image), posinf=0, neginf=0).astype(np.float32)
-    levels = (levels - deep.low) * (255 / max(deep.high - deep.low, 1e-9))
-    return np.repeat(levels.astype(np.float32)[None], 3, axis=0)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -129,11 +124,16 @@ def _area_weights(length: int) -> Float32[np.ndarray, "s length"]:
     return (overlap.clip(0) * THUMBNAIL / length).astype(np.float32)
 
 
-def _format(image: Image.Image) -> str:
+def _format(image: Opened, pixels: PixelFormat) -> str:
+    """The format of an image, as far as it is unusual among images of this format."""
+    if not pixels.is_bytes:
+        return "" if is_deep(image) else "8-bit"
+    if isinstance(image, Raster):
+        return f"{8 * image.values.dtype.itemsize}-bit" if image.values.dtype != np.uint8 else ""
     if getattr(image, "is_animated", False):
         return "animated"
     if image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         return "16-bit"
-    if image.has_transparency_data:
+    if image.has_transparency_data and pixels.channels == 3:
         return "transparent"
     return MODES.get(image.mode, image.mode)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -31,6 +31,10 @@ class DataOptions:
     """Test on this share of the training images instead of a split."""
     test_split: str | None = None
     """Test on this split; default test, then val, then a tenth of train."""
+    stack: Literal["channels", "images"] | None = None
+    """Planes of a file that does not say what they are."""
+    channels: int | None = None
+    """Channels to read: 4 takes transparency for one, 3 leaves it out."""
     cache: PATH = None
     """Folder of decoded images; default $CORINFOMAX_CACHE or ~/.cache."""
     skip: PATH = None

@@ -63,6 +63,7 @@ class Doctor:
         # The forecast comes first: on a CPU the peak of memory is then that of training.
         cuda = device.type == "cuda"
         name, recipe, reason = published.choose(data.title, survey.images, survey.short_side, cuda=cuda)
+        recipe = fit.with_levels(recipe, survey.levels)
         precision = network.choose_precision(recipe, device, training=True)
         recipe = fit.fit_batch(replace(recipe, precision=precision), survey.images)
         forecast, speed = footprint.warning(recipe, device) if self.seconds else None, None
@@ -77,9 +78,10 @@ class Doctor:
 
         # Every image, once.
         order = sorted(splits, key=("train", "val", "test").index)
-        inspections = [inspect.inspect_split(name, splits[name], recipe.cache_side) for name in order]
+        inspections = [inspect.inspect_split(name, splits[name], recipe.cache_side, recipe.pixels) for name in order]
         all_findings = findings.collect_findings(inspections, recipe)
         all_findings += [findings.Finding("reading", note) for note in data.notes]
+        all_findings += [findings.Finding("levels", note) for note in survey.levels.notes]
         skipped = data.skip.union(*(finding.skip for finding in all_findings))
         remaining = len(set(inspections[0].paths) - skipped)
         if speed is not None and remaining > 1:

@@ -44,7 +44,6 @@ class Evaluate:
         """The scores; prints what was loaded and left out. `source` is images in memory instead of DATA."""
         from corinfomax.cli import inputs
         from corinfomax.evaluation import table
-        from corinfomax.images import cache
         from corinfomax.runtime import run_folder
 
         # the weights, then the images at the size that each of them sees
@@ -59,19 +58,22 @@ class Evaluate:
                 raise ValueError(f"{self.out} holds the scores of a run on its own images: name another file")
         images = inputs.options_of_own_images(self.images, source or self.data, ours)
         data = inputs.find_data(source or self.data, images)
+        ours = ours._replace(recipe=inputs.fit_pixels(ours.recipe, data))
         splits = inputs.load_splits(data, ours.recipe, images)
         table.check_labels(splits)
         inputs.warn_of_input(ours, splits.train, ours.recipe, device)
-        by_side, rivals = {ours.recipe.cache_side: splits}, list[table.Contender]()
+        loaded, rivals = {(ours.recipe.cache_side, ours.recipe.pixels): splits}, list[table.Contender]()
         remarks: tuple[str, ...] = ()
         if ours.run is not None and ours.facts is not None and ours.facts.start is not None:
             rivals, remarks = inputs.before(ours.run, splits, ours.recipe, ours.facts, device)
+            remarks = () if ours.facts.start.name in self.against else remarks  # which says to compare with it
         for name, rival in zip(table.distinct_names(self.against), loaded_rivals, strict=True):
-            side = rival.recipe.cache_side
-            if side not in by_side:
-                by_side[side] = cache.load(data, side=side, from_files=rival.recipe.from_files)
-            inputs.warn_of_input(rival, by_side[side].train, rival.recipe, device)
-            rivals.append(table.Contender(name, rival.backbone, rival.recipe, by_side[side]))
+            recipe = inputs.fit_pixels(rival.recipe, data)
+            key = recipe.cache_side, recipe.pixels
+            if key not in loaded:
+                loaded[key] = inputs.load_images(data, recipe)
+            inputs.warn_of_input(rival, loaded[key].train, recipe, device)
+            rivals.append(table.Contender(name, rival.backbone, recipe, loaded[key]))
 
         return table.evaluate(
             ours.backbone,

@@ -8,9 +8,11 @@ import timm
 import torch
 
 from corinfomax import network
+from corinfomax.cli import inputs
+from corinfomax.images.levels import SetLevels
 from corinfomax.images.sources import Data
 from corinfomax.recipes import fields, published
-from corinfomax.recipes.fields import Backbone, Recipe
+from corinfomax.recipes.fields import RGB, Backbone, Recipe
 from corinfomax.runtime.records import Start, WeightsOptions
 from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone
 
@@ -26,7 +28,7 @@ def choose_recipe(
         survey = data.survey()
         name, base, reason = published.choose(data.title, survey.images, survey.short_side, cuda=cuda)
 
-    shaped = base
+    shaped = base = with_levels(base, data.survey().levels)
     if "backbone.name" in flags and typed.backbone.name != base.backbone.name:
         shaped = _other_network(base, typed.backbone.name)
     recipe = fields.override(shaped, typed, flags & fields.flags(base).keys())
@@ -80,6 +82,10 @@ def adapt_recipe(
     """Name and recipe of a run that continues from weights: their network and input; the rest as named, or `adapt`."""
     # the recipe
     survey, weights = data.survey(), start.recipe
+    levels = survey.levels
+    adapts = weights.pixels == RGB and levels.pixels.channels != 1 and not levels.pixels.is_rgb
+    if not adapts:
+        weights = inputs.fit_pixels(weights, data)
     if name is None:
         vit, cuda = network.has_fixed_size(weights.backbone), device.type == "cuda"
         one_size = vit and not network.is_resizable(weights.backbone)
@@ -90,7 +96,9 @@ def adapt_recipe(
 
     # the network and its input, then what was typed
     shaped = replace(base, test_scale=1.0, backbone=weights.backbone, mean=weights.mean, std=weights.std)
-    shaped = replace(shaped, interpolation=weights.interpolation)
+    shaped = replace(shaped, interpolation=weights.interpolation, pixels=weights.pixels)
+    if adapts:
+        shaped = with_levels(shaped, levels)
     recipe = fields.override(shaped, typed, flags & fields.flags(base).keys())
     if network.has_fixed_size(weights.backbone) and recipe.size != weights.size:
         if not network.is_resizable(weights.backbone):
@@ -107,6 +115,22 @@ def adapt_recipe(
     images = f"{survey.images:,} images of {survey.short_side} px"
     print(f"recipe {name} at {recipe.size} px, {recipe.epochs:g} epochs, for {images}; --recipe names another")
     return name, recipe
+
+
+def with_levels(recipe: Recipe, levels: SetLevels) -> Recipe:
+    """The recipe for images of these levels, with the statistics of their channels."""
+    if levels.mean is None or levels.std is None:
+        return recipe
+    return replace(recipe, pixels=levels.pixels, mean=levels.mean, std=levels.std)
+
+
+def adapt_channels(start: LoadedBackbone, recipe: Recipe) -> LoadedBackbone:
+    """The starting weights with a first convolution for the recipe's channels, as timm adapts it; printed."""
+    if start.recipe.pixels.channels == recipe.pixels.channels:
+        return start
+    own = replace(start.recipe, pixels=recipe.pixels, mean=recipe.mean, std=recipe.std)
+    print(f"first convolution adapted from {start.recipe.pixels.channels} to {own.pixels.channels} channels")
+    return start._replace(backbone=network.with_channels(start.backbone, own), recipe=own)
 
 
 def start_record(start: LoadedBackbone, name: str, prefix: str | None, recipe: Recipe, flags: Collection[str]) -> Start:

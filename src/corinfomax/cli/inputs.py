@@ -16,10 +16,9 @@ from corinfomax.evaluation import table
 from corinfomax.images import cache, files, in_memory, tables
 from corinfomax.images.cache import Images, Splits
 from corinfomax.images.files import Source
-from corinfomax.images.named_sets import NAMED
-from corinfomax.images.sources import Data
+from corinfomax.images.sources import Data, is_name
 from corinfomax.recipes import fields
-from corinfomax.recipes.fields import Recipe
+from corinfomax.recipes.fields import RGB, PixelFormat, Recipe
 from corinfomax.runtime import memory, processes, run_folder
 from corinfomax.runtime.records import Facts, Results, WeightsOptions
 from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone, load_start
@@ -75,7 +74,8 @@ def load_several(names: Sequence[str], options: WeightsOptions, device: torch.de
 def find_data(name: str | Source, options: DataOptions) -> Data:
     """The images of a command, with its options."""
     skip = frozenset() if options.skip is None else tables.read_names(options.skip)
-    return Data(name, options.root, options.download, skip, options.cache, options.holdout, options.test_split)
+    places = (options.root, options.download, skip, options.cache)
+    return Data(name, *places, options.holdout, options.test_split, options.stack, options.channels)
 
 
 def load_all(
@@ -87,16 +87,46 @@ def load_all(
     options = options_of_own_images(options, data, loaded)
     source = find_data(data, options)
     print(*source.notes, sep="\n", end="\n" if source.notes else "")
-    splits = cache.load_every(source, side=loaded.recipe.cache_side, from_files=loaded.recipe.from_files)
+    loaded = loaded._replace(recipe=fit_pixels(loaded.recipe, source))
+    splits = load_every(source, loaded.recipe)
     print_skipped(source, options.skip, splits)
     warn_of_input(loaded, next(iter(splits.values())), loaded.recipe, device)
     return device, loaded, splits
 
 
+def fit_pixels(recipe: Recipe, data: Data) -> Recipe:
+    """The recipe of weights for 8-bit RGB with the range of these images; DataError for images of other channels.
+
+    Weights that were trained on other levels keep theirs.
+    """
+    levels = data.survey().levels
+    if recipe.pixels != RGB or levels.pixels == RGB:
+        return recipe
+    pixels = levels.pixels
+    if pixels.channels != 1 and not pixels.colours:
+        problem = f"{data.title} has images of {pixels.channels} channels, and these weights read red, green and blue"
+        raise files.DataError(f"{problem}: adapt them with pretrain --init")
+    each = {name: getattr(pixels, name)[:3] for name in ("low", "high", "steps")}
+    low, high = min(each["low"]), max(each["high"])
+    print(f"levels from {low:,.7g} to {high:,.7g} are read as 0 to 1, the range that these weights expect")
+    return replace(recipe, pixels=PixelFormat(**each))
+
+
+def load_images(data: Data, recipe: Recipe, *, progress: bool = True) -> Splits:
+    """Training and test images in the size and the levels of a recipe."""
+    side, pixels = recipe.cache_side, recipe.pixels
+    return cache.load(data, side=side, pixels=pixels, from_files=recipe.from_files, progress=progress)
+
+
+def load_every(data: Data, recipe: Recipe) -> dict[str, Images]:
+    """Every split in the size and the levels of a recipe."""
+    return cache.load_every(data, side=recipe.cache_side, pixels=recipe.pixels, from_files=recipe.from_files)
+
+
 def load_splits(data: Data, recipe: Recipe, options: DataOptions) -> Splits:
     """Training and test images; prints their numbers, what was skipped, and why labels or scores are missing."""
     print(*data.notes, sep="\n", end="\n" if data.notes else "")
-    train, test = splits = cache.load(data, side=recipe.cache_side, from_files=recipe.from_files)
+    train, test = splits = load_images(data, recipe)
     print_skipped(data, options.skip, {"train": train} if test is None else {"train": train, "test": test})
     scored = f", {len(test):,} to score on" if test is not None else ""
     classes = f", {len(train.classes)} classes (for scoring only)" if train.classes else ""
@@ -134,14 +164,15 @@ def print_skipped(data: Data, skip_list: Path | None, splits: Mapping[str, Image
     for split, images in splits.items():
         for path, reason in images.skipped[:1]:
             count = f"{len(images.skipped):,} unreadable image{'s' if len(images.skipped) > 1 else ''}"
-            print(f"left out {count} of {split}, first {files.quoted(path)}: {reason}")
+            example = f"first {files.quoted(path)}" if len(images.skipped) > 1 else files.quoted(path)
+            print(f"left out {count} of {split}, {example}: {reason}")
 
 
 def images_of_run(facts: Facts, *words: str) -> str:
     """The place of a run's images; MissingDataError if they moved, with `words`, the command to type."""
     if facts.data.startswith(in_memory.NAME):
         raise files.MissingDataError(f"the run was trained on {in_memory.NAME}: hand them over again, as data")
-    if facts.data not in NAMED and not Path(facts.data).exists():
+    if not is_name(facts.data) and not Path(facts.data).exists():
         raise files.MissingDataError(f"the run's images are not at {facts.data} any more: {messages.command(*words)}")
     return facts.data
 
@@ -149,6 +180,7 @@ def images_of_run(facts: Facts, *words: str) -> str:
 def options_of_run(options: DataOptions, run: Path, facts: Facts) -> DataOptions:
     """The data options of a run; typed ones win."""
     recorded: dict[str, Any] = {"holdout": facts.holdout, "test_split": facts.test_split}
+    recorded |= {"stack": facts.stack, "channels": facts.channels}
     recorded |= {"root": facts.root and Path(facts.root), "cache": facts.cache and Path(facts.cache)}
     recorded["skip"] = facts.skip and run / facts.skip
     if options.holdout is not None or options.test_split is not None:  # these two exclude each other
@@ -183,7 +215,7 @@ def are_own_images(name: str | Source, options: DataOptions, loaded: LoadedBackb
         return False
     untyped = replace(options, holdout=None, test_split=None, skip=None)
     data, recipe = find_data(name, options_of_run(untyped, run, facts)), loaded.recipe
-    train = cache.load(data, side=recipe.cache_side, from_files=recipe.from_files, progress=False).train
+    train = load_images(data, recipe, progress=False).train
     return train.fingerprint == facts.fingerprint
 
 

@@ -94,6 +94,7 @@ class Pretrain:
         init = str(Path(self.init).absolute()) if self.init is not None and Path(self.init).exists() else self.init
         values = fields.flags(self.settings) | {"recipe": self.recipe, "init": init}
         values |= {"holdout": self.images.holdout, "test-split": self.images.test_split}
+        values |= {"stack": self.images.stack, "channels": self.images.channels}
         resume.check_same(self.out, {flag: values[flag] for flag in typed & values.keys()})
         name = self.data if source is None else source
         if resume.is_complete(self.out) and (name is None or resume.has_images(self.out, Data(name, self.images.root))):
@@ -162,7 +163,10 @@ def _plan(command: Pretrain, typed: frozenset[str], device: "torch.device", sour
     # what a resumed run has recorded
     name, options, images, resumed = command.data, command.options, command.images, None
     if command.resume is not None:
-        fixed = {*fields.flags(Recipe()), *"recipe init prefix out holdout test-split skip download".split()}
+        fixed = {
+            *fields.flags(Recipe()),
+            *"recipe init prefix out holdout test-split skip stack channels download".split(),
+        }
         if changing := sorted(typed & fixed):
             rule = f"a resumed run keeps its recipe and its splits: --{changing[0]} cannot go with --resume"
             raise ValueError(f"{rule}. It takes DATA, --root, --cache, --device, --memory and how to log and save")
@@ -194,11 +198,11 @@ def _plan(command: Pretrain, typed: frozenset[str], device: "torch.device", sour
     elif command.init is not None:
         start = fit.load_init(command.init, command.prefix, command.settings, typed)
         recipe_name, recipe = fit.adapt_recipe(command.recipe, start, data, command.settings, typed, device)
+        start = fit.adapt_channels(start, recipe)
     else:
         recipe_name, recipe = fit.choose_recipe(command.recipe, data, command.settings, typed, device)
     if resumed is None:
-        if lost := data.survey().lost:
-            print(f"the images have {lost}")
+        print(*data.survey().levels.notes, sep="\n", end="\n" if data.survey().levels.notes else "")
         recipe = fit.fit_cache(fit.fit_views(recipe, typed), data)
     loop.check_parts(recipe)
     if start is None and recipe.tuning != Tuning():

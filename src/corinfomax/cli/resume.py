@@ -36,6 +36,7 @@ def check_same(run: Path, asked: Mapping[str, object]) -> None:
     recipe, facts = checkpoint.recorded(run)
     before = fields.flags(recipe) | {"recipe": facts.recipe_name, "init": facts.start and facts.start.name}
     before |= {"holdout": facts.holdout, "test-split": facts.test_split}
+    before |= {"stack": facts.stack, "channels": facts.channels}
     for flag, value in sorted(asked.items()):
         fitted = flag == "precision" or (flag == "batch" and before[flag] == facts.images)
         if flag in before and value != before[flag] and not fitted:

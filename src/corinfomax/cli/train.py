@@ -152,6 +152,8 @@ def _record(run: Path, plan: Plan, recipe: Recipe, splits: Splits) -> Facts:
         cache=None if images.cache is None else str(images.cache.absolute()),
         holdout=images.holdout,
         test_split=images.test_split,
+        stack=images.stack,
+        channels=images.channels,
         skip=None if images.skip is None else SKIP_LIST,
         scored=_scored(splits),
         start=plan.start_record,
@@ -245,7 +247,7 @@ def _judge(run: Path, recipe: Recipe, facts: Facts, *, error: str | None = None)
     if judged is not None:
         print(f"\nverdict: {judged.text}\n")
     if best is not None and best < max(saved):
-        print(f"best checkpoint by {verdict.BEST}, before the last: {saved[best]}")
+        print(f"best checkpoint by {verdict.BEST}, ahead of the last one: {saved[best]}")
 
 
 def _report(subject: Subject, device: torch.device) -> None:

@@ -42,7 +42,7 @@ def better_input(
 ) -> str | None:
     """Flags of a usual normalisation that fits the weights, if the recipe's is `far` from them; None without one."""
     norm = next((module for module in backbone.modules() if isinstance(module, _BatchNorm)), None)
-    if norm is None or norm.running_mean is None:
+    if norm is None or norm.running_mean is None or not recipe.pixels.is_rgb:
         return None
     sample = images.select(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:IMAGES])
     current = shift(backbone, norm, sample, recipe, device=device)

@@ -127,11 +127,12 @@ def _view(
 ) -> Iterator[Float[Tensor, "_ 3 s s"]]:
     """A view of the images, a few at a time; its random numbers belong to the whole batch."""
     pixels, sizes = images.batch(rows)
-    parameters = operations.draw(recipe.views[view % 2], sizes, generator(0, f"diagnosis view {view}", int(rows[0])))
+    rng = generator(0, f"diagnosis view {view}", int(rows[0]))
+    parameters = operations.draw(recipe.views[view % 2], sizes, rng, recipe.pixels)
     for start in range(0, len(rows), at_once):
         chunk = slice(start, start + at_once)
         x, chosen = pixels[chunk].to(device), parameters.take(chunk)
-        yield operations.apply(x, sizes[chunk], chosen, size=recipe.size, mean=recipe.mean, std=recipe.std)
+        yield operations.apply(x, sizes[chunk], chosen, size=recipe.size, scaling=recipe.scaling)
 
 
 def _float64(x: Tensor) -> Tensor:
@@ -280,7 +281,7 @@ def measure_images(images: Images, recipe: Recipe, *, device: torch.device) -> D
     x1, x2 = (next(_view(images, recipe, view, rows, device, len(rows))).flatten(1) for view in range(2))
 
     pixels, sizes = images.batch(rows)
-    plain = operations.centre_view(pixels.to(device), sizes, size=recipe.size, mean=recipe.mean, std=recipe.std)
+    plain = operations.centre_view(pixels.to(device), sizes, size=recipe.size, scaling=recipe.scaling)
     return measure_pixels(_float64(x1), _float64(x2), _float64(plain.flatten(1)))
 
 

@@ -87,7 +87,7 @@ def judge(
         or _invariance(last, looks[-1].step, measures, recipe, share)
         or _features_lost(rows, recipe, steps)
         or _rising(rows, recipe)
-        or (_recovered(rows, recipe, steps) or _unchanged(measures, recipe) if ended else None)
+        or (_recovered(rows, recipe, steps) or _unchanged(measures, recipe, last.step) if ended else None)
         or _progress(_comparable(looks, recipe, ended), recipe, share, ended)
     )
 
@@ -257,7 +257,7 @@ def _recovered(rows: Sequence[Row], recipe: Recipe, steps: int) -> Verdict | Non
     return Verdict("recovered", evidence, f"Those steps were lost. {verdict.advice}", verdict.measures)
 
 
-def _unchanged(measures: Measures, recipe: Recipe) -> Verdict | None:
+def _unchanged(measures: Measures, recipe: Recipe, steps: int) -> Verdict | None:
     """A run that ends with the features it started from."""
     if measures.cka is None or measures.cka < SAME:
         return None
@@ -266,6 +266,9 @@ def _unchanged(measures: Measures, recipe: Recipe) -> Verdict | None:
     advice = f"The backbone's learning rate is too low: try --tuning.lr-scale {10 * tuning.lr_scale:g}."
     if tuning.projector_share > MOSTLY:
         advice = "The projector was trained alone for most of the run: try --tuning.projector-share 0.2."
+    elif steps < ENOUGH:
+        epochs = math.ceil(recipe.epochs * ENOUGH / steps)
+        advice = f"A run of {steps} steps is too short to change them: try a new run with --epochs {epochs}."
     return Verdict("unchanged", evidence, advice, numbers)
 
 
@@ -295,7 +298,7 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
         longer = f"The run was too short to say more: try a new run with --epochs {epochs}."
         if last.step >= ENOUGH:
             longer = "Too few measurements to say more: raise --diagnoses."
-        when = "At the end" if ended else f"After {_percent(share)} of the steps"
+        when = f"After step {last.step}" if ended else f"After {_percent(share)} of the steps"
         evidence = f"{when} {shared}{used}."
         return Verdict("still warming up", evidence, longer if ended else "Nothing looks wrong so far.", numbers)
 

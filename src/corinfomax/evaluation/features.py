@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from corinfomax.evaluation import maps, similar
@@ -22,6 +22,7 @@ from corinfomax.network import autocast, evaluating, images_at_once, match_dtype
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import bars, extras, memory, run_folder
 from corinfomax.views import operations
+from corinfomax.views.cpu import Levels
 
 BATCH = 512  # at most
 MOST_NEIGHBOURED = 60_000  # images whose nearest neighbours are written: a minute on two cores
@@ -63,7 +64,9 @@ def features_of_source(
     """The rows of `extract_features` for images decoded on the way, without a cache; DataError if one is unreadable."""
     device, blocks, waiting = torch.device(device), list[Tensor](), list[np.ndarray]()
     size = images_at_once(model, recipe, device, side=recipe.test_side, most=BATCH)
-    decoded = map_images(source, partial(decode, side=recipe.cache_side), len(source.paths) > BATCH)
+    decoded = map_images(
+        source, partial(decode, side=recipe.cache_side, pixels=recipe.pixels), len(source.paths) > BATCH
+    )
     with closing(decoded):
         for row, image in enumerate(decoded):
             if isinstance(image, str):
@@ -78,7 +81,7 @@ def features_of_source(
 
 
 def features_of_pixels(
-    model: nn.Module, pixels: UInt8[Tensor, "n 3 h w"], sizes: Int[Tensor, "n 2"], recipe: Recipe, device: torch.device
+    model: nn.Module, pixels: Levels, sizes: Int[Tensor, "n 2"], recipe: Recipe, device: torch.device
 ) -> Float[Tensor, "n f"]:
     """The rows of `extract_features` for padded images of these heights and widths."""
     with evaluating(model), torch.inference_mode(), autocast(recipe, device):

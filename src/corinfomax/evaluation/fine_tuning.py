@@ -102,7 +102,7 @@ def _chunks(model: nn.Module, recipe: Recipe, device: torch.device) -> int:
     side = recipe.test_side
 
     def both_ways(count: int) -> None:
-        x = torch.zeros(count, 3, side, side, device=device).to(memory_format=torch.channels_last)
+        x = torch.zeros(count, recipe.pixels.channels, side, side, device=device).to(memory_format=torch.channels_last)
         with autocast(recipe, device):
             model(x).float().sum().backward()
 
@@ -114,7 +114,7 @@ def _chunks(model: nn.Module, recipe: Recipe, device: torch.device) -> int:
 
 
 def _losses(
-    model: nn.Module, x: Float[Tensor, "n 3 s s"], y: Int[Tensor, " n"], recipe: Recipe, chunks: int
+    model: nn.Module, x: Float[Tensor, "n c s s"], y: Int[Tensor, " n"], recipe: Recipe, chunks: int
 ) -> Iterator[Float[Tensor, ""]]:
     """The mean cross-entropy as a sum over chunks of the batch, each with two images at least."""
     chunks = max(1, min(chunks, len(x) // 2))
@@ -145,9 +145,9 @@ def _batches(
         # A random view of each image, at the test resolution.
         indices = batches[position]
         pixels, sizes = images.batch(indices)
-        parameters = operations.draw(view, sizes, generator(recipe.seed, f"{purpose} view", step))
+        parameters = operations.draw(view, sizes, generator(recipe.seed, f"{purpose} view", step), recipe.pixels)
         pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (pixels, images.labels[indices]))
-        x = operations.apply(pixels, sizes, parameters, size=recipe.test_side, mean=recipe.mean, std=recipe.std)
+        x = operations.apply(pixels, sizes, parameters, size=recipe.test_side, scaling=recipe.scaling)
         yield epoch, x, labels
 
 

@@ -64,7 +64,7 @@ def evaluate(
     """
     check_labels(splits)
     assert splits.test is not None
-    small = replace(recipe, size=min(recipe.size, _raw_side(len(splits.train))), test_scale=1.0)
+    small = replace(recipe, size=min(recipe.size, _raw_side(len(splits.train), recipe.pixels.channels)), test_scale=1.0)
     untrained = random_backbone(splits.train, recipe, device=device)
     contenders = [Contender("pretrained", backbone, recipe, splits), *rivals]
     pixels = Contender("raw pixels", nn.Flatten(), small, splits)
@@ -85,7 +85,7 @@ def evaluate(
         sentences=sentences,
         remarks=(
             *remarks_on(splits.train.labels, splits.test.labels, splits.train.classes),
-            *remark_on_start(outcomes),
+            *remark_on_start(outcomes, seed=recipe.seed),
             *remarks,
         ),
         train=len(splits.train),
@@ -93,12 +93,12 @@ def evaluate(
     )
 
 
-def _raw_side(images: int) -> int:
+def _raw_side(images: int, channels: int = 3) -> int:
     """Side of the raw pixels to score, smaller for more than 25,000 images.
 
     It depends on the images alone: scores must not change with the memory that is free.
     """
-    return min(RAW_SIDE, max(8, math.isqrt(RAW_NUMBERS // (3 * images))))
+    return min(RAW_SIDE, max(8, math.isqrt(RAW_NUMBERS // (channels * images))))
 
 
 def _outcomes(contender: Contender, device: torch.device, published_probe: bool, fine_tune: bool) -> Outcomes:
@@ -202,7 +202,7 @@ def random_backbone(images: Images, recipe: Recipe, *, device: torch.device) -> 
     are switched on.
     """
     torch.manual_seed(key(recipe.seed, "weights"))
-    model = network.build_backbone(recipe.backbone, size=recipe.size).to(device).to(memory_format=torch.channels_last)
+    model = network.backbone_for(recipe).to(device).to(memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # the plain mean over batches
@@ -265,14 +265,18 @@ def remarks_on(train: Int[Tensor, " n"], test: Int[Tensor, " m"], classes: Seque
     return tuple(remarks)
 
 
-def remark_on_start(outcomes: dict[str, Outcomes]) -> tuple[str, ...]:
-    """A sentence if a baseline is above weights that continued, before and after: comparing those two misses it."""
-    linear = {name: 100 * float(by_probe["linear"].mean()) for name, by_probe in outcomes.items()}
-    best = max(BASELINES, key=lambda name: linear.get(name, 0.0))
-    if BEFORE not in linear or linear.get(best, 0.0) <= max(linear["pretrained"], linear[BEFORE]):
+def remark_on_start(outcomes: dict[str, Outcomes], *, seed: int) -> tuple[str, ...]:
+    """A sentence if a baseline is clearly above weights that continued, both before and after."""
+    if BEFORE not in outcomes:
+        return ()
+    linear = {name: by_probe["linear"][0] for name, by_probe in outcomes.items()}
+    best = max(BASELINES, key=lambda name: float(linear[name].mean()))
+    compared = intervals.compare(linear[best], {name: linear[name] for name in ("pretrained", BEFORE)}, seed=seed)
+    if compared.verdict != "better":
         return ()
     words = {"raw pixels": "Raw pixels reach", "untrained": "An untrained network reaches"}[best]
-    return (f"{words} linear {linear[best]:.1f}, more than these weights: they do not suit these images.",)
+    scores = f"linear {compared.score:.1f}, clearly more than the {compared.other_score:.1f} of these weights"
+    return (f"{words} {scores}: the weights do not suit these images.",)
 
 
 def check_labels(splits: Splits) -> None:

@@ -1,6 +1,5 @@
 """Images inside zip and tar files, located by the archive's index and read in place."""
 
-import os
 import posixpath
 import tarfile
 import zipfile
@@ -190,8 +189,9 @@ def _read_tar(archive: Path, unread: Unread) -> tuple[dict[str, Position], dict[
             if stem not in texts:
                 continue
             start, size, _ = texts[stem]
+            file.seek(start)
             try:
-                labels[name] = os.pread(file.fileno(), size, start).decode().strip()
+                labels[name] = file.read(size).decode().strip()
             except UnicodeDecodeError as error:
                 raise DataError(f"{stem}.cls in {archive} is no text: {error}") from error
     return positions, labels

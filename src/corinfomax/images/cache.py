@@ -15,14 +15,15 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64, UInt8
-from PIL import Image
+from jaxtyping import Int, Int64, Num
 from torch import Tensor
 
 from corinfomax.images.decode import check_skipped, cores, decode, map_images, padded, read_again, upright_size
 from corinfomax.images.files import DataError, Source, default_cache
 from corinfomax.images.mapped import MappedFile
+from corinfomax.images.readers import Opened
 from corinfomax.images.sources import Data
+from corinfomax.recipes.fields import RGB, PixelFormat
 from corinfomax.runtime.seeds import generator
 
 COPIED_AT_ONCE = 2**26  # bytes
@@ -38,9 +39,9 @@ class Files(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The n images of one split, RGB, uint8, in the cache or in their files."""
+    """The n images of one split in the cache or in their files, as uint8 or uint16 levels."""
 
-    pixels: UInt8[Tensor, " bytes"]  # 3×height×width of each cached image: a read-only memory map; empty with `files`
+    pixels: Num[Tensor, " levels"]  # channels×height×width of each cached image: a read-only map; empty with `files`
     offsets: Int[Tensor, " n"]  # start of each image in `pixels`
     sizes: Int[Tensor, "n 2"]  # height and width of each cached image, or of the upright image in each file
     paths: tuple[str, ...]  # from the root of the data, with forward slashes; name/row in an array set
@@ -48,6 +49,7 @@ class Images:
     classes: tuple[str, ...]  # sorted class names of the training images; () without labels
     skipped: tuple[tuple[str, str], ...]  # path and reason of each unreadable image of the split
     fingerprint: str  # of paths, decoded pixels and selection; copying or touching files does not change it
+    format: PixelFormat = RGB  # channels and levels of `pixels`
     files: Files | None = None  # the files, for images that are not cached
     mapped: MappedFile | None = None  # the file behind `pixels`
     unlabelled: str = ""  # why existing labels cannot be used
@@ -73,29 +75,29 @@ class Images:
         return self._grid is not None
 
     @cached_property
-    def _grid(self) -> tuple[UInt8[Tensor, "rows 3 h w"], Int[Tensor, " n"]] | None:
+    def _grid(self) -> tuple[Num[Tensor, "rows c h w"], Int[Tensor, " n"]] | None:
         """`pixels` as equal images, and the row of each image among them; None if sizes differ."""
         if not len(self) or self.files is not None or (self.sizes != self.sizes[0]).any():
             return None
         height, width = self.sizes[0].tolist()
-        stride = 3 * height * width
+        stride = self.format.channels * height * width
         if (self.offsets % stride).any():  # equal images selected from a cache of unequal ones
             return None
         rows = len(self.pixels) // stride
-        return self.pixels[: rows * stride].view(rows, 3, height, width), self.offsets // stride
+        return self.pixels[: rows * stride].view(rows, -1, height, width), self.offsets // stride
 
-    def cached(self, indices: Int[Tensor, " b"]) -> list[UInt8[np.ndarray, "3 _ _"]]:
+    def cached(self, indices: Int[Tensor, " b"]) -> list[Num[np.ndarray, "c _ _"]]:
         """The cached images at `indices`, without copying them; `pixels` must be on the CPU."""
         # NumPy: torch would start its threads for every image, ruinous on busy cores.
-        pixels, sizes = self.pixels.numpy(), self.sizes[indices].tolist()
+        pixels, sizes, channels = self.pixels.numpy(), self.sizes[indices].tolist(), self.format.channels
         if self.mapped is not None:
             self.mapped.trim()  # at what was read before
         return [
-            pixels[offset : offset + 3 * height * width].reshape(3, height, width)
+            pixels[offset : offset + channels * height * width].reshape(channels, height, width)
             for offset, (height, width) in zip(self.offsets[indices].tolist(), sizes, strict=True)
         ]
 
-    def batch(self, indices: Int[Tensor, " b"]) -> tuple[UInt8[Tensor, "b 3 h w"], Int[Tensor, "b 2"]]:
+    def batch(self, indices: Int[Tensor, " b"]) -> tuple[Num[Tensor, "b c h w"], Int[Tensor, "b 2"]]:
         """Images at `indices` on the device of `pixels`, and their heights and widths on the CPU.
 
         Images of unequal sizes lie at the top left of the largest height and width, zeros elsewhere. Without a cache
@@ -105,7 +107,9 @@ class Images:
             if self.files is None:
                 images = self.cached(indices)
             else:  # in threads: Pillow holds no lock in decoding, most of the work for large images
-                read = partial(read_again, self.files.source, work=partial(decode, side=self.files.side))
+                read = partial(
+                    read_again, self.files.source, work=partial(decode, side=self.files.side, pixels=self.format)
+                )
                 with ThreadPoolExecutor(cores()) as pool:
                     images = list(pool.map(read, self.files.rows[indices].tolist()))
             pixels, sizes = map(torch.from_numpy, padded(images))
@@ -113,7 +117,7 @@ class Images:
 
         grid, rows = self._grid[0], self._grid[1][indices]
         if grid.device.type == "cpu":  # NumPy, as in `cached`
-            pixels = torch.empty(len(rows), *grid.shape[1:], dtype=torch.uint8)
+            pixels = torch.empty(len(rows), *grid.shape[1:], dtype=grid.dtype)
             for chosen, out in zip(rows.split(IMAGES_PER_TRIM), pixels.split(IMAGES_PER_TRIM), strict=True):
                 grid.numpy().take(chosen.numpy(), 0, out.numpy(), "clip")  # the other modes copy `out`
                 if self.mapped is not None:
@@ -141,7 +145,9 @@ class Splits(NamedTuple):
         return self.train.labels is not None and self.test is not None and self.test.labels is not None
 
 
-def load(data: str | Path | Data, *, side: int, from_files: bool = False, progress: bool = True) -> Splits:
+def load(
+    data: str | Path | Data, *, side: int, pixels: PixelFormat = RGB, from_files: bool = False, progress: bool = True
+) -> Splits:
     """Images to train on and, if there are any, to test on, decoded into the cache at first use.
 
     The short side of larger images is reduced to `side` pixels. The test images are the share `data.holdout` of the
@@ -152,7 +158,7 @@ def load(data: str | Path | Data, *, side: int, from_files: bool = False, progre
     """
     data = data if isinstance(data, Data) else Data(data)
     splits, test = data.splits(), data.test_name
-    read = partial(_load_split, cache=data.cache, side=side, from_files=from_files, progress=progress)
+    read = partial(_load_split, cache=data.cache, side=side, pixels=pixels, from_files=from_files, progress=progress)
     classes = _class_names(splits["train"])
     images = read(splits["train"], classes)
     if len(classes) == 1:  # nothing to tell apart
@@ -165,12 +171,12 @@ def load(data: str | Path | Data, *, side: int, from_files: bool = False, progre
 
 
 def load_every(
-    data: str | Path | Data, *, side: int, from_files: bool = False, progress: bool = True
+    data: str | Path | Data, *, side: int, pixels: PixelFormat = RGB, from_files: bool = False, progress: bool = True
 ) -> dict[str, Images]:
     """Every whole split by name; arguments and errors as for `load`, classes of all splits."""
     data = data if isinstance(data, Data) else Data(data)
     splits = data.splits()
-    read = partial(_load_split, cache=data.cache, side=side, from_files=from_files, progress=progress)
+    read = partial(_load_split, cache=data.cache, side=side, pixels=pixels, from_files=from_files, progress=progress)
     classes = _class_names(*splits.values())
     return {name: read(source, classes) for name, source in splits.items()}
 
@@ -211,7 +217,13 @@ class CacheContent(NamedTuple):
 
 
 def _load_split(
-    source: Source, classes: tuple[str, ...], cache: Path | None, side: int, from_files: bool, progress: bool
+    source: Source,
+    classes: tuple[str, ...],
+    cache: Path | None,
+    side: int,
+    pixels: PixelFormat,
+    from_files: bool,
+    progress: bool,
 ) -> Images:
     """One split from its cache, which is built if it is missing or torn."""
     if side < 1:
@@ -221,20 +233,23 @@ def _load_split(
 
     # the folder's name depends on all that the decoded pixels depend on, but for the files' content: new images take
     # the place of the old ones, which would fill the disk otherwise
-    kind = f"{CACHE_FORMAT} {'files' if from_files else side} ".encode()
+    form = "" if pixels == RGB else repr(pixels)
+    kind = f"{CACHE_FORMAT} {'files' if from_files else side} {form}{source.stack or ''}".encode()
     names = os.fsencode("\0".join((*source.paths, source.root)))
     folder = (cache or default_cache()).absolute() / _digest_of(kind, names)
     for _ in range(3):  # another process may delete a torn cache just after this one mended it
-        if (content := _open(folder, source, from_files)) is not None:
+        if (content := _open(folder, source, pixels, from_files)) is not None:
             break
-        _build(source, side, folder, from_files, progress)
+        _build(source, side, pixels, folder, from_files, progress)
     else:
         raise DataError(f"the image cache {folder} does not stay whole; delete it and start one process first")
     rows, sizes = torch.from_numpy(content.table[:, 0].copy()), torch.from_numpy(content.table[:, 1:].copy())
-    lengths = 3 * sizes.prod(1) * (not from_files)
+    lengths = pixels.channels * sizes.prod(1) * (not from_files)
+    levels = getattr(torch, pixels.dtype)
     paths = tuple(source.paths[row] for row in rows.tolist())
     return Images(
-        pixels=torch.empty(0, dtype=torch.uint8) if content.mapped is None else content.mapped.bytes,
+        pixels=torch.empty(0, dtype=levels) if content.mapped is None else content.mapped.bytes.view(levels),
+        format=pixels,
         mapped=content.mapped,
         offsets=lengths.cumsum(0) - lengths,
         sizes=sizes,
@@ -248,7 +263,7 @@ def _load_split(
     )
 
 
-def _open(folder: Path, source: Source, from_files: bool) -> CacheContent | None:
+def _open(folder: Path, source: Source, pixels: PixelFormat, from_files: bool) -> CacheContent | None:
     """Read a cache folder; None if it is missing, torn or not of the images as they are now."""
     try:
         # index.npy and index.json, against the length of pixels.bin
@@ -258,20 +273,22 @@ def _open(folder: Path, source: Source, from_files: bool) -> CacheContent | None
         if notes["stamps"] != _digest_of(source.stamps.tobytes()):
             return None
         size = (folder / "pixels.bin").stat().st_size
-        if size != 3 * table[:, 1:].prod(1).sum() * (not from_files) or len(table) + len(skipped) != len(source.paths):
+        if size != pixels.bytes * table[:, 1:].prod(1).sum() * (not from_files):
+            return None
+        if len(table) + len(skipped) != len(source.paths):
             return None
         return CacheContent(table, None if from_files else MappedFile(folder / "pixels.bin"), skipped, digest)
     except (OSError, EOFError, ValueError, KeyError):
         return None
 
 
-def _build(source: Source, side: int, folder: Path, from_files: bool, progress: bool) -> None:
+def _build(source: Source, side: int, pixels: PixelFormat, folder: Path, from_files: bool, progress: bool) -> None:
     """Decode a split into `folder`, which appears whole or not at all."""
 
-    def work(image: Image.Image) -> tuple[int, int, np.ndarray]:
+    def work(image: Opened) -> tuple[int, int, np.ndarray]:
         height, width = upright_size(image)
-        pixels = decode(image, 32 if from_files else side)  # reads the whole file, and so finds a torn one
-        return (height, width, pixels) if from_files else (*pixels.shape[1:], pixels)
+        levels = decode(image, 32 if from_files else side, pixels)  # reads the whole file, and so finds a torn one
+        return (height, width, levels) if from_files else (*levels.shape[1:], levels)
 
     count = len(source.paths)
     table: list[tuple[int, int, int]] = []
@@ -289,11 +306,11 @@ def _build(source: Source, side: int, folder: Path, from_files: bool, progress: 
                 if isinstance(result, str):
                     skipped.append((row, result))
                     continue
-                height, width, pixels = result
+                height, width, levels = result
                 table.append((row, height, width))
-                digest.update(pixels.data)
+                digest.update(levels.data)
                 if not from_files:
-                    stream.write(pixels.data)
+                    stream.write(levels.data)
         check_skipped(source, skipped)
 
         # the index; its root and side are for a person who tidies up
@@ -306,11 +323,11 @@ def _build(source: Source, side: int, folder: Path, from_files: bool, progress: 
         for path in unfinished.iterdir():
             with path.open("r+b") as stream:
                 os.fsync(stream.fileno())
-        _publish(unfinished, folder, source, from_files)
+        _publish(unfinished, folder, source, pixels, from_files)
     except OSError as error:
         done = len(table) + len(skipped)
-        written = 0 if from_files else sum(3 * height * width for _, height, width in table)
-        needed = written * count // done if done else 4 * side * side * count
+        written = 0 if from_files else sum(pixels.bytes * height * width for _, height, width in table)
+        needed = written * count // done if done else pixels.bytes * side * side * count * 4 // 3
         need = f"{count:,} images need about {needed / 1e6:,.0f} MB there"
         remedy = f"{need}: make room, or name another folder with --cache"
         raise DataError(f"cannot write the image cache in {folder.parent}: {error.strerror}; {remedy}") from error
@@ -318,15 +335,15 @@ def _build(source: Source, side: int, folder: Path, from_files: bool, progress: 
         shutil.rmtree(unfinished, ignore_errors=True)  # exists only if it was not published
 
 
-def _publish(unfinished: Path, folder: Path, source: Source, from_files: bool) -> None:
+def _publish(unfinished: Path, folder: Path, source: Source, pixels: PixelFormat, from_files: bool) -> None:
     """Give a whole cache its name, unless another process was first."""
-    if _open(folder, source, from_files) is not None:
+    if _open(folder, source, pixels, from_files) is not None:
         return
     shutil.rmtree(folder, ignore_errors=True)  # torn, or of other images
     try:
         unfinished.rename(folder)
     except OSError:
-        if _open(folder, source, from_files) is None:
+        if _open(folder, source, pixels, from_files) is None:
             raise
 
 

@@ -1,7 +1,6 @@
-"""Decoding: image files and arrays to upright RGB bytes, whole or in crops, many at a time."""
+"""Decoding: image files and arrays to upright levels of a format, whole or in crops, many at a time."""
 
 import contextlib
-import io
 import math
 import multiprocessing
 import os
@@ -11,26 +10,25 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Int, Int64, Num, UInt8
-from PIL import Image, UnidentifiedImageError
+from jaxtyping import Float32, Int, Int64, Num, UInt8
+from PIL import Image
 from PIL.Image import Transpose
 
 from corinfomax.images.files import DataError, Source
+from corinfomax.images.levels import Raster, as_raster, is_deep, scaled, stored, to_rgb
+from corinfomax.images.readers import Opened, opened, upright
+from corinfomax.recipes.fields import RGB, PixelFormat
 from corinfomax.runtime import bars
 
-# Never EPS: Pillow would hand it to Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 LONGEST = 4  # longest side of a cached image, in short sides: it bounds the padding of a batch
 FORK_ABOVE = 256  # images; starting processes takes longer than decoding fewer
 IMAGES_PER_TASK = 32  # handing over one 32×32 image costs as much as decoding it
-DEEPEST = 65535  # highest level of 16 bits
 OVERSIZE = 2  # sides of the view that a reduced crop keeps, so that resampling it is nearly exact
 GRACE = 5.0  # seconds for an executor to notice that a process was killed
 KILLED = "a process that was decoding images was killed, perhaps because memory ran out"
@@ -40,21 +38,10 @@ UPRIGHT: dict[object, Transpose] = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.R
 UPRIGHT |= {5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
 Task = Callable[[Any], Any]
 T = TypeVar("T")
-Crop = tuple[UInt8[np.ndarray, "3 _ _"], tuple[float, ...]]  # whole pixels that cover a crop, and its box among them
-Crops = tuple[UInt8[np.ndarray, "n 3 h w"], Int[np.ndarray, "n 2"], Num[np.ndarray, "n 4"]]
+Crop = tuple[Num[np.ndarray, "c _ _"], tuple[float, ...]]  # whole pixels that cover a crop, and its box among them
+Crops = tuple[Num[np.ndarray, "n c h w"], Int[np.ndarray, "n 2"], Num[np.ndarray, "n 4"]]
 """One crop of each image: pixels, at the top left of zeros or, if cached, of anything; their height and width; boxes of
 top, left, height and width, whose edges may lie inside a pixel."""
-
-
-def open_image(content: Path | io.BytesIO | np.ndarray) -> Image.Image:
-    """Open a file, or pixels; a malformed one may raise nearly any Exception, now or in decoding."""
-    if isinstance(content, np.ndarray):
-        return Image.fromarray(content)
-    try:
-        return Image.open(content, formats=FORMATS)
-    except UnidentifiedImageError as error:
-        empty = isinstance(content, Path) and content.stat().st_size == 0
-        raise DataError("empty file" if empty else "not an image") from error
 
 
 def reason(error: Exception) -> str:
@@ -62,120 +49,100 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def try_image(source: Source, row: int, work: Callable[[Image.Image], T]) -> T | str:
+def try_image(source: Source, row: int, work: Callable[[Opened], T]) -> T | str:
     """Result of `work` on one opened image of `source`, or the reason it is unreadable."""
     try:
-        with open_image(source.content(row)) as image:
+        with opened(source.content(row), source.plane(row), source.stack) as image:
             return work(image)
-    except Exception as error:  # Pillow's parsers raise nearly anything
+    except Exception as error:  # parsers raise nearly anything
         return reason(error)
 
 
-def read_again(source: Source, row: int, work: Callable[[Image.Image], T]) -> T:
+def read_again(source: Source, row: int, work: Callable[[Opened], T]) -> T:
     """As `try_image`, for images that were readable once: raises DataError if one no longer is."""
     if isinstance(result := try_image(source, row, work), str):
         raise DataError(f"{source.paths[row]} in {source.root} cannot be read any more: {result}")
     return result
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
+def upright_size(image: Opened) -> tuple[int, int]:
     """Height and width of an opened image once it is upright."""
+    if isinstance(image, Raster):
+        height, width, _ = image.values.shape
+        return height, width
     width, height = image.size
     sideways = image.getexif().get(0x0112) in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow turns a TIFF itself
     return (width, height) if sideways else (height, width)
 
 
-def decode(image: Image.Image, side: int) -> UInt8[np.ndarray, "3 h w"]:
-    """Decode an opened image to upright RGB, its short side reduced to `side` if it is longer.
+def decode(image: Opened, side: int, pixels: PixelFormat = RGB) -> Num[np.ndarray, "c h w"]:
+    """Decode an opened image to upright levels of a format, its short side reduced to `side` if it is longer.
 
     An animation gives its first frame, an image longer than LONGEST short sides its middle. Transparency lies over
-    white. 16-bit levels (mode I counts as such) are divided by 257; floats are 0 to 1, or 0 to 255 if any is above 1.
-    Raises Pillow's errors for a file that is damaged or cut off.
+    white. Raises DataError for an image of other channels or of levels that the format does not have, and Pillow's
+    errors for a file that is damaged or cut off.
     """
+    if is_deep(image) or pixels != RGB:
+        return _decode_levels(image, side, pixels)
+    assert isinstance(image, Image.Image)
+
     # A JPEG decodes faster at 1/2, 1/4 or 1/8 of its size; keep twice the side to resample from.
     short = min(image.size)
     drafted = image.draft(None, (2 * side * image.width // short, 2 * side * image.height // short))
     image.load()
-    upright = UPRIGHT.get(image.getexif().get(0x0112))
+    orientation = UPRIGHT.get(image.getexif().get(0x0112))
     rgb = to_rgb(image)
 
-    # the middle of a long image
     width, height = drafted[1][2:] if drafted else rgb.size  # a drafted image ends at a fraction of a pixel
+    box, size = _reduced(width, height, side)
+    rgb = rgb.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+    if orientation is not None:
+        rgb = rgb.transpose(orientation)
+    return _planar(np.asarray(rgb))
+
+
+def _decode_levels(image: Opened, side: int, pixels: PixelFormat) -> Num[np.ndarray, "c h w"]:
+    levels = _upright_levels(image, pixels)
+    box, size = _reduced(levels.shape[1], levels.shape[0], side)
+    if size != levels.shape[1::-1]:
+        planes = [Image.fromarray(plane) for plane in np.ascontiguousarray(levels.transpose(2, 0, 1))]
+        reduced = [plane.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0) for plane in planes]
+        levels = np.stack([np.asarray(plane) for plane in reduced], 2)
+    return stored(levels, pixels)
+
+
+def _upright_levels(image: Opened, pixels: PixelFormat) -> Float32[np.ndarray, "h w c"]:
+    """The levels of an opened image in a format, not yet rounded."""
+    if isinstance(image, Raster):
+        return scaled(image, pixels)
+    image.load()
+    levels = scaled(as_raster(image, pixels.channels), pixels)
+    return upright(levels, int(image.getexif().get(0x0112, 1)) if image.format != "TIFF" else 1)
+
+
+def _reduced(width: float, height: float, side: int) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
+    """The middle of a long image as a box, and the size to which it is reduced."""
     shorter = min(width, height)
     longest = LONGEST * max(shorter, side)
     x, y = max(0, width - longest) // 2, max(0, height - longest) // 2
     width, height = min(width, longest), min(height, longest)
-
-    # reduce and turn it
     size = round(width), round(height)
     if shorter > side:
         size = max(side, round(width * side / shorter)), max(side, round(height * side / shorter))
-    rgb = rgb.resize(size, Image.Resampling.BICUBIC, (x, y, x + width, y + height), reducing_gap=3.0)
-    if upright is not None:
-        rgb = rgb.transpose(upright)
-    return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+    return (x, y, x + width, y + height), size
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded image to RGB, as `decode` describes it."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray(np.rint(np.asarray(image).clip(0, DEEPEST) / 257).astype(np.uint8))
-    elif image.mode == "F":
-        levels = np.nan_to_num(np.asarray(image))
-        levels = levels * 255 if levels.max() <= 1 else levels
-        image = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
-    elif image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
-
-
-class Levels(NamedTuple):
-    """Lowest and highest level of images with more than 8 bits."""
-
-    low: float
-    high: float
-    floating: bool  # numbers with a fraction; else integers, read as 0 to DEEPEST
-
-
-def deep_levels(image: Image.Image) -> Levels | None:
-    """Levels of a loaded image of more than 8 bits, before `to_rgb` reduces them; None for other images."""
-    if not image.mode.startswith(("I", "F")):
-        return None
-    levels = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
-    return Levels(float(levels.min()), float(levels.max()), image.mode == "F")
-
-
-def join_levels(levels: Iterable[Levels | None]) -> list[Levels]:
-    """The range of all images with integers, and that of all with floating-point numbers, if there are any."""
-    deep = [image for image in levels if image is not None]
-    kinds = [[image for image in deep if image.floating == floating] for floating in (False, True)]
-    return [Levels(min(x.low for x in kind), max(x.high for x in kind), kind[0].floating) for kind in kinds if kind]
-
-
-def lost_range(levels: Levels) -> str | None:
-    """A sentence about levels that decoding cuts off or merges, with a remedy; None if all is well."""
-    low, high, floating = levels
-    span = f"levels from {low:,.7g} to {high:,.7g}"
-    if floating and (low < 0 or high > 255):
-        return f"{span}, and are read as 0 to 255: what is outside is cut off; scale them to 0 to 1"
-    if floating or (low >= 0 and DEEPEST / 4 < high <= DEEPEST) or low == high == 0:
-        return None
-    if low < 0 or high > DEEPEST:
-        outside = f"{span}, and are read as 0 to {DEEPEST:,}: what is outside is cut off"
-        return f"{outside}; shift and scale them to that range"
-    bits = max(int(high), 1).bit_length()
-    remaining = (2**bits - 1) // 257 + 1
-    problem = f"{span}, within 0 to {2**bits - 1:,} of {DEEPEST:,}, so only {remaining} of 256 are left"
-    return f"{problem}; multiply them by {2 ** (16 - bits)}"
-
-
-def read_crops(image: Image.Image, boxes: Int[np.ndarray, "v 4"], side: int) -> list[Crop]:
-    """Read regions of an opened image as RGB; `boxes` are in pixels of the upright image.
+def read_crops(image: Opened, boxes: Int[np.ndarray, "v 4"], side: int, pixels: PixelFormat = RGB) -> list[Crop]:
+    """Read regions of an opened image as levels of a format; `boxes` are in pixels of the upright image.
 
     Large crops are reduced while OVERSIZE times `side` remains: first all together as far as the smallest allows, by
     decoding a JPEG at 1/2, 1/4 or 1/8, then each by the means of blocks of pixels.
     """
+    if is_deep(image) or pixels != RGB:
+        planes = _upright_levels(image, pixels).transpose(2, 0, 1)
+        whole = [Image.fromarray(plane) for plane in np.ascontiguousarray(planes)]
+        return [_crop(whole, box, side, lambda levels: stored(levels, pixels)) for box in boxes.tolist()]
+    assert isinstance(image, Image.Image)
     height, width = upright_size(image)
     reduction = max(1, int(boxes[:, 2:].min()) // (OVERSIZE * side))
     full = image.width
@@ -192,20 +159,28 @@ def read_crops(image: Image.Image, boxes: Int[np.ndarray, "v 4"], side: int) -> 
     # The file's last row and column may be fractions of a pixel, and upright they may come first.
     above = rgb.height - scale * height if orientation in (3, 4, 7, 8) else 0.0
     before = rgb.width - scale * width if orientation in (2, 3, 6, 7) else 0.0
-
-    # the whole pixels around each crop
-    crops: list[Crop] = []
+    crops = []
     for box in boxes.tolist():
         top, left, height, width = (scale * edge for edge in box)
-        top, left = top + above, left + before
-        right, bottom = min(math.ceil(left + width), rgb.width), min(math.ceil(top + height), rgb.height)
-        x, y = min(int(left), right - 1), min(int(top), bottom - 1)
-        factor = max(1, int(min(height, width)) // (OVERSIZE * side))
-        pixels = rgb.reduce(factor, (x, y, right, bottom))
-        edges = (top - y, left - x, min(height, bottom - top), min(width, right - left))
-        region = np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
-        crops.append((region, tuple(edge / factor for edge in edges)))
+        crops.append(_crop([rgb], (top + above, left + before, height, width), side, _planar))
     return crops
+
+
+def _crop(
+    planes: Sequence[Image.Image], box: Sequence[float], side: int, store: Callable[[np.ndarray], np.ndarray]
+) -> Crop:
+    """The whole pixels around a box of upright planes, reduced by blocks, and the box among them."""
+    top, left, height, width = box
+    right, bottom = min(math.ceil(left + width), planes[0].width), min(math.ceil(top + height), planes[0].height)
+    x, y = min(int(left), right - 1), min(int(top), bottom - 1)
+    factor = max(1, int(min(height, width)) // (OVERSIZE * side))
+    reduced = [np.asarray(plane.reduce(factor, (x, y, right, bottom))) for plane in planes]
+    edges = (top - y, left - x, min(height, bottom - top), min(width, right - left))
+    return store(np.dstack(reduced)), tuple(edge / factor for edge in edges)
+
+
+def _planar(levels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "3 h w"]:
+    return np.ascontiguousarray(levels.transpose(2, 0, 1))
 
 
 def too_many(unreadable: int, count: int) -> bool:
@@ -230,7 +205,7 @@ def cores() -> int:
 
 
 def map_images(
-    source: Source, work: Callable[[Image.Image], T], progress: bool, *, label: str = "decoding"
+    source: Source, work: Callable[[Opened], T], progress: bool, *, label: str = "decoding"
 ) -> Generator[T | str, None, None]:
     """Result of `work` on each opened image of `source`, or the reason it is unreadable.
 
@@ -262,11 +237,12 @@ def map_images(
 
 
 def padded(
-    images: Sequence[UInt8[np.ndarray, "3 _ _"]], new: Callable[..., np.ndarray] = np.zeros
-) -> tuple[UInt8[np.ndarray, "n 3 h w"], Int64[np.ndarray, "n 2"]]:
+    images: Sequence[Num[np.ndarray, "c _ _"]], new: Callable[..., np.ndarray] = np.zeros
+) -> tuple[Num[np.ndarray, "n c h w"], Int64[np.ndarray, "n 2"]]:
     """One batch of unequal images, each at the top left of the largest height and width."""
     sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
-    batch = new((len(images), 3, *sizes.max(0, initial=0)), np.uint8)
+    channels, kind = (len(images[0]), images[0].dtype) if images else (3, np.uint8)
+    batch = new((len(images), channels, *sizes.max(0, initial=0)), kind)
     for slot, image, (height, width) in zip(batch, images, sizes.tolist(), strict=True):
         slot[:, :height, :width] = image
     return batch, sizes
@@ -274,7 +250,7 @@ def padded(
 
 @contextlib.contextmanager
 def crop_reader(
-    source: Source, workers: int
+    source: Source, workers: int, pixels: PixelFormat
 ) -> Iterator[Callable[[Sequence[int], Int[np.ndarray, "n v 4"], int], list[Crops]]]:
     """Start processes that read crops from the files of `source` until the end of the block.
 
@@ -285,7 +261,9 @@ def crop_reader(
     def work(task: tuple[Sequence[int], Int[np.ndarray, "n v 4"], int]) -> list[list[Crop]]:
         rows, boxes, side = task
         regions = zip(rows, boxes, strict=True)
-        return [read_again(source, row, partial(read_crops, boxes=box, side=side)) for row, box in regions]
+        return [
+            read_again(source, row, partial(read_crops, boxes=box, side=side, pixels=pixels)) for row, box in regions
+        ]
 
     def read(rows: Sequence[int], boxes: Int[np.ndarray, "n v 4"], side: int) -> list[Crops]:
         # a few files a task, over all workers
@@ -301,7 +279,7 @@ def crop_reader(
         yield read
 
 
-def crop_cached(images: Sequence[UInt8[np.ndarray, "3 _ _"]], boxes: Int[np.ndarray, "n v 4"]) -> list[Crops]:
+def crop_cached(images: Sequence[Num[np.ndarray, "c _ _"]], boxes: Int[np.ndarray, "n v 4"]) -> list[Crops]:
     """Crop decoded images, one batch per view; `boxes` are in their pixels."""
     batches = []
     for view in boxes.transpose(1, 0, 2).tolist():
@@ -373,7 +351,8 @@ _tasks: list[Task] = []  # of a forked process: its one task
 def _start_worker(task: Task, parent: int) -> None:
     """Prepare a forked process: it leaves signals to its parent, and ends when that is gone."""
     _tasks.append(task)
-    os.setpgid(0, 0)  # out of the parent's group, to which a terminal or batch system sends signals
+    if sys.platform != "win32":  # out of the parent's group, to which a terminal or batch system sends signals
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -12,13 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
 EXTENSIONS: tuple[str, ...] = (".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
 EXTENSIONS += (".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+ARRAYS = (".npy", ".npz")
+STACKS = (*ARRAYS, ".tif", ".tiff", ".dcm", ".dicom", ".ima")  # files that may hold several images
+EXTENSIONS += (*ARRAYS, ".dcm", ".dicom", ".heic", ".heif", ".ima", ".jxl")
 NO_IMAGES = frozenset(".cls .csv .db .htm .html .ini .ipynb .json .jsonl .log .md .pdf .py .rst .sh .tsv .txt".split())
 NO_IMAGES |= frozenset(".xls .xlsx .xml .yaml .yml".split())
 """Endings of files that most data sets hold beside images; they are ignored silently."""
@@ -47,15 +50,26 @@ class Stored(NamedTuple):
         with Path(self.archives[archive]).open("rb", buffering=0) as file:
             if method != PLAIN:
                 # a zip header: 30 bytes that end with two lengths, a name and extra fields of those lengths
-                header = os.pread(file.fileno(), 30, start)
+                file.seek(start)
+                header = _read(file, 30)
                 start += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            packed = os.pread(file.fileno(), size, start)
+            file.seek(start)
+            packed = _read(file, size)
         if method != DEFLATED:
             return packed
         content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, LARGEST)
         if len(content) == LARGEST:
             raise OSError(errno.EFBIG, f"more than {LARGEST / 1e9:.0f} GB once unpacked")
         return content
+
+
+def _read(file: io.RawIOBase, size: int) -> bytes:
+    """Read `size` bytes, or fewer at the end of the file: one unbuffered read may give less."""
+    parts = []
+    while size and (part := file.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 @dataclass(frozen=True)
@@ -68,12 +82,22 @@ class Source:
     labels: tuple[str, ...] | None  # class name of each image
     array: Callable[[], Any] | None = None  # gives the pixels of an array set, read once, or images in memory, by row
     stored: Stored | None = None  # positions of the files if they lie in archives
+    planes: tuple[int | None, ...] | None = None  # number of each image in its file, where files hold several
+    stack: Literal["channels", "images"] | None = None  # meaning of planes, where files do not record it
 
     def content(self, row: int) -> Path | io.BytesIO | np.ndarray:
-        """One image as `decode.open_image` takes it."""
+        """The file of one image, or its pixels, as `readers.opened` takes it."""
         if self.array is not None:
             return self.array()[row]
-        return Path(self.root, self.paths[row]) if self.stored is None else io.BytesIO(self.stored.read(row))
+        return Path(self.root, self.file(row)) if self.stored is None else io.BytesIO(self.stored.read(row))
+
+    def plane(self, row: int) -> int | None:
+        """The number of an image in its file; None if it is alone there."""
+        return None if self.planes is None else self.planes[row]
+
+    def file(self, row: int) -> str:
+        """Path of the file of one image."""
+        return self.paths[row] if self.plane(row) is None else self.paths[row].rpartition("#")[0]
 
     def take(self, rows: Sequence[int]) -> "Source":
         """The images in these rows."""
@@ -83,6 +107,7 @@ class Source:
             paths=tuple(self.paths[row] for row in rows),
             stamps=self.stamps if read else self.stamps[rows],
             labels=None if self.labels is None else tuple(self.labels[row] for row in rows),
+            planes=None if self.planes is None else tuple(self.planes[row] for row in rows),
             array=functools.cache(lambda: read()[rows]) if read else None,
             stored=stored and stored._replace(positions=stored.positions[rows]),
         )
@@ -210,6 +235,12 @@ def scan(root: Path, below: str = "", unread: Unread | None = None) -> Stamps:
                     stamps[path] = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino  # its `stamp`
                 elif stat.S_ISREG(status.st_mode):
                     unread.file(path)
+    # beside other images, arrays are features or labels
+    arrays = [path for path in stamps if path.lower().endswith(ARRAYS)]
+    if len(arrays) < len(stamps):
+        for path in arrays:
+            del stamps[path]
+            unread.file(path)
     return dict(sorted(stamps.items()))
 
 

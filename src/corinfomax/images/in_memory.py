@@ -22,7 +22,7 @@ def from_memory(images: Any, labels: Labels | None = None) -> Source:
     """The source of images in memory: of an array or tensor of n images, or of a list.
 
     An image is a path, a Pillow image, or an array or tensor of height×width, height×width×channels or
-    channels×height×width, as uint8 or as floats from 0 to 1; a single channel may have 16 bits. Raises DataError for
+    channels×height×width: integers, colours from 0 to 1, or other channels as floats of any range. Raises DataError for
     anything else.
     """
     try:
@@ -84,30 +84,33 @@ def _pixels(item: Any, row: int) -> np.ndarray:
         item = ImageOps.exif_transpose(item)
         if item.mode not in ("1", "L", "RGB", "RGBA", "I", "I;16", "F"):
             item = item.convert("RGBA" if item.has_transparency_data else "RGB")
-        elif item.mode == "I":
-            item = np.asarray(item).clip(0, 65535).astype(np.uint16)
     array = item.detach().cpu().numpy() if isinstance(item, torch.Tensor) else np.asarray(item)
 
-    # channels last; a tensor has them first by custom, an array last
+    if array.ndim not in (2, 3) or not array.size:
+        shape = "×".join(map(str, array.shape)) or "a number"
+        raise DataError(f"image {row} has the shape {shape}: want height×width, with channels first or last if any")
+
+    # channels last: a usual number of them, else the shorter axis; a tensor has them first by custom, an array last
     if array.ndim == 3:
         first, last = array.shape[0] in CHANNELS, array.shape[2] in CHANNELS
-        if first and (isinstance(item, torch.Tensor) or not last):
-            array = array.transpose(1, 2, 0)
+        if first == last:
+            first = array.shape[0] < array.shape[2] or (first and isinstance(item, torch.Tensor))
+        array = array.transpose(1, 2, 0) if first else array
         array = array[:, :, 0] if array.shape[2] == 1 else array
-    if array.ndim not in (2, 3) or not array.size or (array.ndim == 3 and array.shape[2] not in CHANNELS):
-        shape = "×".join(map(str, array.shape)) or "a number"
-        raise DataError(f"image {row} has the shape {shape}: want height×width, with 1, 3 or 4 channels first or last")
 
-    # 8 bits, or a deep single channel
+    # levels
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
-    if array.dtype == np.uint8 or (array.ndim == 2 and array.dtype == np.uint16):
+    colours = array.ndim == 3 and array.shape[2] in CHANNELS
+    if np.issubdtype(array.dtype, np.integer):
         return array
+    if np.issubdtype(array.dtype, np.floating) and not colours:
+        return array.astype(np.float32)
     low, high = float(array.min()), float(array.max())
     if np.issubdtype(array.dtype, np.floating) and low >= 0 and high <= 1:
-        return np.rint(array * 255).astype(np.uint8) if array.ndim == 3 else array.astype(np.float32)
+        return np.rint(array * 255).astype(np.uint8)
     levels = f"{array.dtype} levels from {low:g} to {high:g}"
-    raise DataError(f"image {row} has {levels}: want uint8, or floats from 0 to 1, before any normalisation")
+    raise DataError(f"image {row} has {levels}: colours are integers, or floats from 0 to 1, before any normalisation")
 
 
 def _plain(label: object) -> object:

@@ -11,7 +11,6 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 PAGES_AT_ONCE = 2**25  # bytes of pages after which they are given back: they count as memory of the process
-LINUX = sys.platform == "linux"
 
 
 class MappedFile:
@@ -34,14 +33,14 @@ class MappedFile:
 
     def give_back(self) -> None:
         """Take the pages from this process; they stay in the system's cache, and reading them again is cheap."""
-        if LINUX:  # elsewhere the advice may mean something else
+        if sys.platform == "linux":  # elsewhere the advice may mean something else
             self._map.madvise(mmap.MADV_DONTNEED)
             self._before = _pages_of_files()
 
 
 def _pages_of_files() -> int:
     """Bytes of files in this process: a call takes microseconds."""
-    if not LINUX:
+    if sys.platform != "linux":
         return 0
     with open("/proc/self/statm", "rb") as stream:  # noqa: PTH123 (a Path takes longer than the rest)
         return int(stream.read().split()[2]) * mmap.PAGESIZE

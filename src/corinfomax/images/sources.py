@@ -2,18 +2,20 @@
 
 import difflib
 import statistics
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
+from corinfomax.images import files, levels, parquet, readers
 from corinfomax.images.archives import PACKED, SUFFIXES, from_archives, shards_in
-from corinfomax.images.decode import Levels, deep_levels, join_levels, lost_range, try_image
+from corinfomax.images.decode import cores, map_images, try_image
 from corinfomax.images.files import DataError, Located, MissingDataError, Source
 from corinfomax.images.layout import from_folder
+from corinfomax.images.levels import SetLevels
 from corinfomax.images.named_sets import NAMED
+from corinfomax.images.readers import Opened, StackAxis
 from corinfomax.images.tables import from_list, from_table
 
 ROOT = Path("data")  # of the named sets
@@ -22,15 +24,16 @@ ROOT = Path("data")  # of the named sets
 class Survey(NamedTuple):
     images: int
     short_side: int  # median over at most 64 images, in pixels
-    lost: str | None = None  # levels of images with more than 8 bits that are not read, as a sentence
+    levels: SetLevels = SetLevels()
 
 
 @dataclass(frozen=True)
 class Data:
     """One set of images: its name, skip list and cache, and the choice of images to test on.
 
-    The name is a set in NAMED, a folder of images or archives, or a .txt list, .csv table, .zip or .tar. A string that
-    names a set always means the set; `./cifar10`, or a Path, means the folder. A Source is images in memory.
+    The name is a set in NAMED, `hf:` and a data set of the Hugging Face hub, a folder of images or archives, or a .txt
+    list, .csv or .parquet table, .zip or .tar. A string that names a set always means the set; `./cifar10`, or a Path,
+    means the folder. A Source is images in memory.
     """
 
     name: str | Path | Source
@@ -40,6 +43,8 @@ class Data:
     cache: Path | None = None  # folder of the cached images; `files.default_cache()` by default
     holdout: float | None = None  # share of the training images to test on instead of another split
     test_split: str | None = None  # split to test on; by default test, else val
+    stack: StackAxis | None = None  # meaning of several planes in a file, where it does not record that
+    channels: int | None = None  # of each image, where they can be read in several ways
 
     def __post_init__(self) -> None:
         if self.holdout is not None and not 0 <= self.holdout < 1:
@@ -75,15 +80,23 @@ class Data:
             return Located({"train": self.name})
         if isinstance(self.name, str) and self.name in NAMED:
             return Located(NAMED[self.name](self.name, self.root or ROOT, self.download))
+        if isinstance(self.name, str) and self.name.startswith(parquet.HUB):
+            return parquet.from_hub(self.name)
         place = Path(self.name).expanduser()
         if place.is_dir():
-            return _from_folder(place.resolve())
-        if place.is_file():
-            return _from_file(place.absolute())
+            located = _from_folder(place.resolve())
+        elif place.is_file():
+            located = _from_file(place.absolute())
+        else:
+            raise self._missing()
+        splits = {name: with_planes(source, self.stack) for name, source in located.splits.items()}
+        return located._replace(splits=splits)
+
+    def _missing(self) -> MissingDataError:
         close = difflib.get_close_matches(str(self.name), NAMED, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         sets = f"it is none of the named sets {', '.join(NAMED)}"
-        raise MissingDataError(f"no folder or file {str(self.name)!r} here, and {sets}{hint}")
+        return MissingDataError(f"no folder or file {str(self.name)!r} here, and {sets}{hint}")
 
     @property
     def test_name(self) -> str | None:
@@ -102,22 +115,45 @@ class Data:
         return self.test_split or min(usable, default=None)  # test comes before val
 
     def survey(self) -> Survey:
-        """Count and median short side of the training images; raises DataError if none opens."""
-        train = self.splits()["train"]
+        """Count, median short side and levels of the training images; raises DataError if none opens."""
+        return self._surveyed
+
+    @cached_property
+    def _surveyed(self) -> Survey:
+        """The survey, made once: where images are more than 8-bit RGB, all of them are read for their levels."""
+        splits = self.splits()
+        train = splits["train"]
         count = len(train.paths)
         rows = range(0, count, max(1, count // 64))[:64]
-        results = [try_image(train, row, _side_and_levels) for row in rows]
+        results = [try_image(train, row, _side_and_depth) for row in rows]
         opened = [result for result in results if not isinstance(result, str)]
         if not opened:
             raise DataError(f"none of {len(rows)} files in {train.root} opens as an image, first {train.paths[0]}")
         side = int(statistics.median(side for side, _ in opened))
-        deep = join_levels([levels for _, levels in opened])
-        return Survey(count, side, next(filter(None, map(lost_range, deep)), None))
+        if 2 * sum(deep for _, deep in opened) <= len(opened) and self.channels in (None, 3):
+            return Survey(count, side)
+        return Survey(count, side, self._measure_levels(list(splits.values())))
+
+    def _measure_levels(self, sources: list[Source]) -> SetLevels:
+        """The levels of all images, read once."""
+
+        def measure(image: Opened) -> levels.ImageLevels:
+            if not isinstance(image, levels.Raster):
+                image.load()
+            return levels.image_levels(levels.as_raster(image, self.channels), self.channels)
+
+        measured = [each for source in sources for each in map_images(source, measure, True, label="measuring levels")]
+        usable = [each for each in measured if not isinstance(each, str)]
+        if self.channels is not None:
+            usable = [each for each in usable if each.channels == self.channels]
+            if not usable:
+                raise DataError(f"no image of {self.title} has {self.channels} channels: leave out --channels")
+        return levels.set_levels(usable)
 
     @property
     def absolute_name(self) -> str:
         """A name of the same images in any folder: that of the set, an absolute path, or in memory their digest."""
-        if isinstance(self.name, Source) or self.name in NAMED:
+        if isinstance(self.name, Source) or is_name(str(self.name)):
             return self.title
         return str(Path(self.name).expanduser().absolute())
 
@@ -131,7 +167,7 @@ class Data:
         """The set and its folder, or the resolved path: equal for two Data of the same images."""
         if isinstance(self.name, Source):
             return self.name.root, Path()
-        if self.name in NAMED:
+        if is_name(str(self.name)):
             return str(self.name), (self.root or ROOT).resolve()
         return "", Path(self.name).expanduser().resolve()
 
@@ -142,34 +178,76 @@ class Data:
         return (self.root or ROOT).absolute() if named else None
 
 
-def _side_and_levels(image: Image.Image) -> tuple[int, Levels | None]:
-    """Short side of an opened image; only those of more than 8 bits are decoded."""
-    side = min(image.size)
-    if image.mode.startswith(("I", "F")):
-        image.load()
-    return side, deep_levels(image)
+def is_name(name: str) -> bool:
+    """True for the name of a set, which is no path."""
+    return name in NAMED or name.startswith(parquet.HUB)
+
+
+def _side_and_depth(image: Opened) -> tuple[int, bool]:
+    """Short side of an opened image, and whether it is more than 8-bit RGB."""
+    side = min(image.values.shape[:2]) if isinstance(image, levels.Raster) else min(image.size)
+    return side, levels.is_deep(image)
+
+
+def with_planes(source: Source, stack: StackAxis | None) -> Source:
+    """The source with a row for each image in files that hold several; DataError where that is not clear."""
+    source = replace(source, stack=stack)
+    rows = [row for row, path in enumerate(source.paths) if path.lower().endswith(files.STACKS)]
+    if source.array is not None or not rows:
+        return source
+
+    def count(row: int) -> int | DataError:
+        try:
+            return readers.planes(source.content(row), stack)
+        except DataError as error:
+            return error
+        except Exception:  # unreadable: decoding says why
+            return 1
+
+    with ThreadPoolExecutor(cores()) as pool:
+        counts = dict(zip(rows, pool.map(count, rows), strict=True))
+    for row, number in counts.items():
+        if isinstance(number, readers.UnclearError):
+            raise readers.UnclearError(f"{source.paths[row]} in {source.root}: {number}")
+    whole = {row: number if isinstance(number, int) else 1 for row, number in counts.items()}
+    if max(whole.values()) == 1:
+        return source
+
+    # one row an image
+    numbers = [(row, plane) for row in range(len(source.paths)) for plane in range(whole.get(row, 1))]
+    several = {row for row, number in whole.items() if number > 1}
+    expanded = source.take([row for row, _ in numbers])
+    planes = tuple(plane if row in several else None for row, plane in numbers)
+    paths = tuple(source.paths[row] + (f"#{plane}" if row in several else "") for row, plane in numbers)
+    return replace(expanded, paths=paths, planes=planes)
 
 
 def _from_file(place: Path) -> Located:
     suffix = place.suffix.lower()
     if suffix in SUFFIXES:
         return from_archives(place.parent, [place])
+    if suffix == parquet.ENDING:
+        return parquet.from_parquet(place)
     if suffix in (".txt", ".csv", ".tsv"):
         return from_list(place) if suffix == ".txt" else from_table(place)
     if place.name.lower().endswith(PACKED):
         raise DataError(f"images in {place} cannot be read in place; unpack it, or make it a .tar or .zip")
-    kinds = "a list of images (.txt), a table (.csv, .tsv) or an archive (.zip, .tar)"
+    kinds = "a list of images (.txt), a table (.csv, .tsv, .parquet) or an archive (.zip, .tar)"
     raise DataError(f"{place} is not {kinds}: give one of those, or a folder")
 
 
 def _from_folder(place: Path) -> Located:
     """The images in a folder, or in the archives in it if there are no others."""
+    if parquet.is_saved(place):
+        return parquet.from_saved(place)
     shards = shards_in(place)
     try:
         located = from_folder(place)
     except MissingDataError:
         if shards:
             return from_archives(place, shards)
+        if any(place.glob(f"*{parquet.ENDING}")) or any(place.glob(f"*/*{parquet.ENDING}")):
+            return parquet.from_parquet(place)
         folders = sorted(path for path in place.iterdir() if path.is_dir())
         if inner := [path for folder in folders for path in shards_in(folder)]:
             remedy = "put them into one folder, each named by its split (train-0001.tar)"

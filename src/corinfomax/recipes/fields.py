@@ -13,12 +13,85 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 Rare = Annotated[T, "rare"]  # a setting that --help leaves out
 ALPHA_PER_DIM = 3.906  # attraction = 2(1−cos)/D, so alpha ∝ D keeps the pull on the cosine: 250 at D = 64 in the paper
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Scaling(NamedTuple):
+    """The way of stored levels to a network: level ÷ steps is in [0, 1], then (x − mean) ÷ std, for each channel."""
+
+    steps: tuple[int, ...]
+    colours: int  # channels, the first ones, that are red, green and blue: 3 or 0
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelFormat:
+    """The channels and levels of images: a value v of a file is stored as steps · (v − low) / (high − low), rounded.
+
+    Each tuple has a number for each channel, or one for all.
+    """
+
+    channels: int = 3
+    colours: bool = True  # the first three channels are red, green and blue
+    low: tuple[float, ...] = (0.0,)
+    high: tuple[float, ...] = (255.0,)
+    steps: tuple[int, ...] = (255,)  # highest stored level: above 255 images are stored with 16 bits
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise ValueError(f"channels is {self.channels}; an image has at least 1")
+        if self.colours and self.channels < 3:
+            raise ValueError(f"{self.channels} channels cannot be red, green and blue: --pixels.no-colours")
+        for name in ("low", "high", "steps"):
+            if (count := len(getattr(self, name))) not in (1, self.channels):
+                raise ValueError(f"{name} has {count} numbers; give 1, or one for each of {self.channels} channels")
+        if not all(low < high for low, high in zip(self.each(self.low), self.each(self.high), strict=True)):
+            raise ValueError(f"low is {self.low} and high is {self.high}; each low must be below its high")
+        if not all(1 <= steps <= 65535 for steps in self.steps):
+            raise ValueError(f"steps is {self.steps}; stored levels are from 0 to at most 65535")
+
+    def each(self, values: tuple[T, ...]) -> tuple[T, ...]:
+        """One of `values` for each channel."""
+        return values * (self.channels // len(values))
+
+    @property
+    def is_rgb(self) -> bool:
+        """True for red, green and blue alone, of any depth."""
+        return self.colours and self.channels == 3
+
+    @property
+    def is_bytes(self) -> bool:
+        """True for levels as 8-bit files have them."""
+        return (set(self.low), set(self.high), set(self.steps)) == ({0.0}, {255.0}, {255})
+
+    @property
+    def dtype(self) -> Literal["uint8", "uint16"]:
+        """The type of stored levels."""
+        return "uint8" if max(self.steps) < 256 else "uint16"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a stored pixel, all channels together."""
+        return self.channels * (1 if self.dtype == "uint8" else 2)
+
+    @property
+    def colour_channels(self) -> int:
+        """The number of channels that are colours: 3 or 0."""
+        return 3 if self.colours else 0
+
+    @property
+    def other_channels(self) -> int:
+        """The number of channels that are no colours."""
+        return self.channels - self.colour_channels
+
+
+RGB = PixelFormat()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,14 +228,12 @@ class Tuning:
     """Share of the backbone's blocks to train, the last ones; 1 is all."""
     lr_scale: float = 1.0
     """Learning rate of the backbone ÷ that of the projector."""
-    layer_decay: float = 1.0
-    """Learning rate of each block ÷ that of the block after it."""
+    layer_decay: Rare[float] = 1.0  # learning rate of each block ÷ that of the block after it
     projector_share: float = 0.0
     """Share of the steps, the first ones, that train the projector alone."""
     batch_norm: Literal["adapt", "keep"] = "adapt"
     """BatchNorm statistics: adapt to the new images, or keep the weights' own."""
-    pull: float = 0.0
-    """Weight decay towards the starting weights (L2-SP)."""
+    pull: Rare[float] = 0.0  # weight decay towards the starting weights (L2-SP)
     average: float = 1.0
     """Final weights: start + average · (end − start); 1 is the end."""
 
@@ -215,10 +286,11 @@ class Recipe:
     """Short side of the cached images, in pixels; smaller ones keep their size."""
     from_files: bool = False
     """Crop from the files at full resolution; cache no images."""
-    mean: tuple[float, float, float] = IMAGENET_STATS[0]
-    """Mean of red, green and blue in [0, 1]."""
-    std: tuple[float, float, float] = IMAGENET_STATS[1]
-    """Standard deviation of red, green and blue."""
+    pixels: Rare[PixelFormat] = RGB
+    mean: tuple[float, ...] = IMAGENET_STATS[0]
+    """Mean of each channel, in [0, 1]."""
+    std: tuple[float, ...] = IMAGENET_STATS[1]
+    """Standard deviation of each channel."""
     views: tuple[View, View] = PAPER_VIEWS
     """Augmentation of each view, in turn."""
     n_views: int = 2
@@ -242,6 +314,10 @@ class Recipe:
             raise ValueError(f"mean is {self.mean}; each is from 0 to 1: divide means of levels from 0 to 255 by 255")
         if not all(0 < std <= 1 for std in self.std):
             raise ValueError(f"std is {self.std}; each is above 0 and at most 1: divide those of 0 to 255 by 255")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.pixels.channels:
+                problem = f"{name} has {len(getattr(self, name))} numbers for {self.pixels.channels} channels"
+                raise ValueError(f"{problem}: give one for each")
 
         # Views and batches.
         if self.n_views < 2:
@@ -258,6 +334,11 @@ class Recipe:
     def steps(self, images: int) -> int:
         """The number of steps of a run on so many images."""
         return round(self.epochs * (images // self.batch))
+
+    @property
+    def scaling(self) -> Scaling:
+        """The numbers by which views scale the images."""
+        return Scaling(self.pixels.each(self.pixels.steps), self.pixels.colour_channels, self.mean, self.std)
 
     @property
     def test_side(self) -> int:

@@ -160,13 +160,13 @@ def contact_sheet(subject: Subject, *, device: torch.device) -> list[content.She
     for i, row in enumerate(batch.indices.tolist()):
         described = []
         for v, (view, parameters) in enumerate(zip(shown, batch.parameters, strict=True)):
-            caption = view_caption(recipe.views[v % 2], parameters, batch.sizes[i], i)
+            caption = view_caption(recipe.views[v % 2], parameters, batch.sizes[i], i, colours=recipe.pixels.colours)
             described.append((webp_text(view[i], SHEET_SIDE, quality=85), caption))
         sheet.append(content.SheetRow(pool.path(row), webp_text(pool.pixels(row), SHEET_SIDE), described))
     return sheet
 
 
-def view_caption(view: View, p: ViewParameters, size: Int[Tensor, " 2"], i: int) -> str:
+def view_caption(view: View, p: ViewParameters, size: Int[Tensor, " 2"], i: int, *, colours: bool = True) -> str:
     """The random operations of image i's view in words, in their order; `size` is the image's height and width."""
     _, _, height, width = p.box[i].tolist()
     phrases = {
@@ -174,8 +174,8 @@ def view_caption(view: View, p: ViewParameters, size: Int[Tensor, " 2"], i: int)
         f"rotated {round(float(p.angle[i]))}°".replace("-", "−"): view.rotate,
         "flipped": p.flip[i],
         "jitter": p.jitter[i],
-        "grey": p.grey[i],
+        "grey": colours and p.grey[i],
         f"blur {float(p.sigma[i]):.1f} px": p.blur[i],
-        "solarised": p.solarize[i],
+        "solarised": colours and p.solarize[i],
     }
     return " · ".join(phrase for phrase, applied in phrases.items() if applied)

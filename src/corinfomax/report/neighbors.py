@@ -7,13 +7,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import UInt8
+from jaxtyping import Num
 from torch import nn
 
 from corinfomax.evaluation import features, similar
-from corinfomax.images.decode import decode, open_image, reason
+from corinfomax.images.decode import decode, reason
 from corinfomax.images.files import DataError
-from corinfomax.recipes.fields import Recipe
+from corinfomax.images.levels import as_rgb
+from corinfomax.images.readers import opened
+from corinfomax.recipes.fields import PixelFormat, Recipe
 from corinfomax.report import page
 from corinfomax.report.content import Card, Neighbourhood
 from corinfomax.report.thumbnails import Pool, webp_text
@@ -41,7 +43,7 @@ def search(
     # the queries, decoded like the images of the pool; one at a time, as sizes may differ
     vectors = []
     for query in queries:
-        pixels = torch.from_numpy(_read_query(query, recipe.cache_side))[None]
+        pixels = torch.from_numpy(_read_query(query, recipe.cache_side, recipe.pixels))[None]
         vectors.append(features.features_of_pixels(backbone, pixels, torch.tensor([pixels.shape[2:]]), recipe, device))
 
     # the mean feature of the pool or of a part of it, as the origin of the cosines
@@ -58,10 +60,10 @@ def search(
     return list(map(Matches, queries, nearest.rows.tolist(), nearest.cosine.tolist()))
 
 
-def _read_query(query: Path, side: int) -> UInt8[np.ndarray, "3 h w"]:
+def _read_query(query: Path, side: int, pixels: PixelFormat) -> Num[np.ndarray, "c h w"]:
     try:
-        with open_image(query) as image:
-            return decode(image, side)
+        with opened(query) as image:
+            return decode(image, side, pixels)
     except FileNotFoundError:
         raise DataError(f"no image at {query}") from None
     except Exception as error:  # a malformed file makes Pillow's parsers raise nearly anything
@@ -80,11 +82,11 @@ def matches_as_text(matches: Matches, pool: Pool) -> str:
 
 def matches_as_page(results: Sequence[Matches], pool: Pool, *, data: str) -> str:
     """One HTML page with every query and its matches."""
-    neighbourhoods = []
+    neighbourhoods, pixels = [], next(iter(pool.splits.values())).format
     for query, rows, cosines in results:
-        pixels = _read_query(query, CARD_SIDE).transpose(1, 2, 0)
+        picture = as_rgb(_read_query(query, CARD_SIDE, pixels), pixels).transpose(1, 2, 0)
         cards = []
         for row, cosine in zip(rows, cosines, strict=True):
             cards.append(Card(pool.path(row), pool.label(row), webp_text(pool.pixels(row), CARD_SIDE), cosine))
-        neighbourhoods.append(Neighbourhood(Card(str(query), None, webp_text(pixels, CARD_SIDE)), cards))
+        neighbourhoods.append(Neighbourhood(Card(str(query), None, webp_text(picture, CARD_SIDE)), cards))
     return page.render_neighbours(neighbourhoods, data=data, images=len(pool))

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from corinfomax import __version__
 from corinfomax.diagnosis.verdict import GOOD
-from corinfomax.images import in_memory
+from corinfomax.images import in_memory, levels
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
 from corinfomax.recipes.published import RECIPES
@@ -45,6 +45,7 @@ def render(content: Content) -> str:
     values = {**content._asdict(), **content.subject._asdict(), "best_scores": best_scores, "charts": run_charts}
     values |= {"steps": recipe.steps(facts.images), "settings": settings(recipe, facts.recipe_name)}
     values |= {"tone": tone(content.results.verdict), "payload": as_script(payload)}
+    values["false_colours"] = levels.colours_shown(recipe.pixels)
     values["title"] = f"{Path(facts.data).stem or facts.data} · {facts.recipe_name}"
     values["command"] = repeat_command(content.subject.run, facts, recipe)
     return fill("report.html", SCRIPTS, STYLES, **values)
@@ -138,6 +139,7 @@ def repeat_command(run: Path, facts: Facts, recipe: Recipe) -> str:
     command = ["corinfomax", "pretrain", facts.data]
     command += ["--init", facts.start.name, *facts.start.words] if facts.start is not None else []
     places = {"root": facts.root, "cache": facts.cache, "holdout": facts.holdout, "test-split": facts.test_split}
+    places |= {"stack": facts.stack, "channels": facts.channels}
     for flag, value in places.items():
         if value is not None:
             command += [f"--{flag}", str(value)]

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from corinfomax.images.cache import Images
+from corinfomax.images.levels import as_rgb, shown_channels
 from corinfomax.recipes.fields import Recipe
 from corinfomax.views import operations
 
@@ -46,9 +47,9 @@ class Pool:
         return None if images.labels is None else images.classes[int(images.labels[local])]
 
     def pixels(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
-        """One image in the size of the cache."""
+        """A picture of one image in the size of the cache."""
         _, images, local = self.place(row)
-        return images.batch(torch.tensor([local]))[0][0].cpu().permute(1, 2, 0).numpy()
+        return as_rgb(images.batch(torch.tensor([local]))[0][0].cpu().numpy(), images.format).transpose(1, 2, 0)
 
     def thumbnails(self, rows: Int[Tensor, " m"], *, side: int) -> Float[Tensor, "m 3 {side} {side}"]:
         """Whole images at ascending `rows`, each squeezed into a small square, in [0, 1]."""
@@ -58,7 +59,8 @@ class Pool:
                 pixels, sizes = images.batch(chunk)
                 box = torch.cat((torch.zeros_like(sizes), sizes), 1)  # all of the image
                 unflipped = torch.zeros(len(sizes), dtype=torch.bool)
-                squares.append(operations.resized_crop(pixels, box, unflipped, size=side).contiguous().cpu())
+                steps, shown = images.format.each(images.format.steps), shown_channels(images.format)
+                squares.append(operations.resized_crop(pixels, box, unflipped, size=side, steps=steps)[:, shown].cpu())
         return torch.cat(squares)
 
     def sample(self, count: int, generator: torch.Generator) -> "Pool":
@@ -104,7 +106,8 @@ def webp_thumbnails(pool: Pool, rows: Sequence[int], *, budget: int) -> list[str
     return [webp_text(pool.pixels(row), side) for row in rows]
 
 
-def view_pixels(x: Float[Tensor, "n 3 s s"], recipe: Recipe) -> UInt8[np.ndarray, "n s s 3"]:
-    """Views as the network gets them, turned back into pixels."""
+def view_pixels(x: Float[Tensor, "n c s s"], recipe: Recipe) -> UInt8[np.ndarray, "n s s 3"]:
+    """Views as the network gets them, turned back into pictures."""
     shift, scale = torch.tensor((recipe.mean, recipe.std), device=x.device)[:, :, None, None]
-    return (255 * (x.float() * scale + shift)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    levels = (255 * (x.float() * scale + shift)).round_().clamp_(0, 255).cpu().numpy()
+    return np.stack([as_rgb(view, recipe.pixels) for view in levels]).transpose(0, 2, 3, 1)

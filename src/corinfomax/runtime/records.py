@@ -88,6 +88,8 @@ class Facts(NamedTuple):
     cache: str | None = None
     holdout: float | None = None
     test_split: str | None = None
+    stack: Literal["channels", "images"] | None = None  # meaning of several planes in a file
+    channels: int | None = None
     skip: str | None = None  # name of the list of skipped images in the run folder
     scored: str | None = None  # changes when a test image or a label does
     start: Start | None = None  # None for random weights

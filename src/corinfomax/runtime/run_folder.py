@@ -5,6 +5,7 @@ import errno
 import glob
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -190,11 +191,10 @@ def locked(run: Path) -> Iterator[None]:
 
     ValueError when another process holds it. Systems and file systems without locks go unprotected.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         yield
         return
+    import fcntl
 
     path = run / ".lock"
     while True:

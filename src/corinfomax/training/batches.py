@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Num, UInt8
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from corinfomax.images.cache import Images
@@ -19,13 +19,14 @@ from corinfomax.images.decode import cores, crop_cached, crop_reader
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime.seeds import generator
 from corinfomax.views import operations
+from corinfomax.views.cpu import Levels
 from corinfomax.views.operations import ViewParameters
 
 
 class Pixels(NamedTuple):
     """Whole images, or the region of each image that one view's crop covers; padded to one height and width."""
 
-    images: UInt8[Tensor, "n 3 h w"]
+    images: Levels
     sizes: Int[Tensor, "n 2"]  # height and width without padding, on the CPU
     boxes: Num[Tensor, "n 4"] | None = None  # the crop in these pixels, on the CPU; None for whole images
 
@@ -68,7 +69,7 @@ def _order(seed: int, epoch: int, count: int) -> Int[Tensor, " n"]:
 def draw_views(recipe: Recipe, sizes: Int[Tensor, "b 2"], step: int) -> list[ViewParameters]:
     """Random parameters of each view of a step's images, which have these heights and widths."""
     generators = [generator(recipe.seed, f"view {i}", step) for i in range(recipe.n_views)]
-    return [operations.draw(recipe.views[i % 2], sizes, rng) for i, rng in enumerate(generators)]
+    return [operations.draw(recipe.views[i % 2], sizes, rng, recipe.pixels) for i, rng in enumerate(generators)]
 
 
 # Read.
@@ -98,7 +99,7 @@ def reader(
     if images.files is not None:
         source, rows, _ = images.files
         workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of the processes on this machine
-        crop_files = stack.enter_context(crop_reader(source, workers))
+        crop_files = stack.enter_context(crop_reader(source, workers, images.format))
 
     def read_regions(batch: Batch) -> Batch:
         boxes = torch.stack([p.box for p in batch.parameters], 1)
@@ -117,7 +118,7 @@ def reader(
 # Apply.
 
 
-def apply_views(recipe: Recipe, batch: Batch, device: torch.device) -> list[Float[Tensor, "n 3 s s"]]:
+def apply_views(recipe: Recipe, batch: Batch, device: torch.device) -> list[Float[Tensor, "n c s s"]]:
     """The views of a batch that has its pixels, on the device: one tensor per view."""
     batch = batch.to(device)
     whole = batch.pixels[0].boxes is None
@@ -125,5 +126,5 @@ def apply_views(recipe: Recipe, batch: Batch, device: torch.device) -> list[Floa
     for i, p in enumerate(batch.parameters):
         images, sizes, boxes = batch.pixels[0 if whole else i]
         p = p if boxes is None else p._replace(box=boxes)
-        views.append(operations.apply(images, sizes, p, size=recipe.size, mean=recipe.mean, std=recipe.std))
+        views.append(operations.apply(images, sizes, p, size=recipe.size, scaling=recipe.scaling))
     return views

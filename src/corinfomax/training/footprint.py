@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from corinfomax.network import Network, autocast, freeze, match_dtype
+from corinfomax.network import Network, autocast, freeze, match_dtype, network_for
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import memory, processes
 from corinfomax.runtime.memory import Tally
@@ -37,7 +37,7 @@ def measure_footprint(recipe: Recipe, device: torch.device) -> Footprint:
     """The footprint of a step, from a forward and a backward pass of one view of two images, and of four."""
     # Not the learner: its BatchNorm may wait for other processes.
     dtype = torch.float64 if recipe.precision == "float64" else None
-    network = Network(recipe.backbone, recipe.projector, size=recipe.size).to(device, dtype)
+    network = network_for(recipe).to(device, dtype)
     network = network.to(memory_format=torch.channels_last)
     freeze(network.backbone, recipe.tuning)
     saved, peaks = list[int](), list[int]()
@@ -56,14 +56,16 @@ def measure_footprint(recipe: Recipe, device: torch.device) -> Footprint:
     kept = state + trained * (2 if recipe.optim.name == "adamw" else 1)
     if recipe.tuning.pull:
         kept += sum(weight.nbytes for weight in network.backbone.parameters() if weight.requires_grad)
-    view = 4 * (3 * recipe.size**2 + 4 * recipe.projector.widths[-1])
-    pixels = 3 * recipe.cache_side**2 * (1 + AHEAD) if device.type == "cpu" else 3 * recipe.cache_side**2
+    view = 4 * (recipe.pixels.channels * recipe.size**2 + 4 * recipe.projector.widths[-1])
+    pixels = recipe.pixels.bytes * recipe.cache_side**2 * (1 + AHEAD if device.type == "cpu" else 1)
     fixed = trained + 2 * kept + (COMPILED / HEAP if device.type == "cpu" else 0)
     return Footprint(fixed, pixels + recipe.n_views * view, saved_each, max(0.0, peak_each - saved_each))
 
 
 def _project(network: Network, recipe: Recipe, device: torch.device, images: int) -> Tensor:
-    x = torch.randn(images, 3, recipe.size, recipe.size, device=device).to(memory_format=torch.channels_last)
+    x = torch.randn(images, recipe.pixels.channels, recipe.size, recipe.size, device=device).to(
+        memory_format=torch.channels_last
+    )
     with autocast(recipe, device):
         return network(match_dtype(x, network))
 

@@ -22,7 +22,7 @@ def backward(
     project: Callable[[Float[Tensor, "m 3 s s"], int], Float[Tensor, "m d"]],
     network: nn.Module,
     criterion: Callable[..., Terms],
-    views: Sequence[Float[Tensor, "n 3 s s"]],
+    views: Sequence[Float[Tensor, "n c s s"]],
     chunk_size: int,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> Terms:

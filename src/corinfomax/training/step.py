@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from corinfomax.network import Network, autocast, choose_precision, freeze, has_fixed_size, match_dtype
+from corinfomax.network import Network, autocast, choose_precision, freeze, has_fixed_size, match_dtype, network_for
 from corinfomax.objective.covariance import CorInfoMaxLoss, NotFiniteInputError, Terms
 from corinfomax.objective.kernel import KernelLoss
 from corinfomax.recipes.fields import Recipe
@@ -65,7 +65,7 @@ def build(
 
     # The network: weights first, then device, memory format and shared BatchNorm.
     torch.manual_seed(key(recipe.seed, "weights"))
-    network = Network(recipe.backbone, recipe.projector, size=recipe.size)
+    network = network_for(recipe)
     if start is not None:
         network.load_state_dict({**network.state_dict(), **start})
     network = network.to(device, torch.float64 if recipe.precision == "float64" else None)
@@ -99,7 +99,7 @@ def build_criterion(recipe: Recipe) -> CorInfoMaxLoss | KernelLoss:
 def update(
     recipe: Recipe,
     learner: Learner,
-    views: Sequence[Float[Tensor, "n 3 s s"]],
+    views: Sequence[Float[Tensor, "n c s s"]],
     step: int,
     device: torch.device,
     lap: Callable[[str], object] = lambda part: None,

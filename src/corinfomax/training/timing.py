@@ -61,8 +61,8 @@ def forecast(measured: Speed, recipe: Recipe, images: int, device: torch.device)
         needs += f" and {measured.memory / 1e9:,.1f} GB of memory"
     return (
         f"training takes about {needs} on this {device.type}: {recipe.epochs:g} epochs of {images:,} images are "
-        f"{steps:,} steps of {recipe.batch}, each {1e3 * measured.step:,.0f} ms by {measured.steps} steps timed now on "
-        "made-up images; scores and report come on top"
+        f"{steps:,} steps of {recipe.batch}, each {1e3 * measured.step:,.0f} ms ({measured.steps} steps on made-up "
+        "images, timed just now); scores and report come on top"
     )
 
 

@@ -1,11 +1,11 @@
-"""Views of uint8 images on a CPU, compiled: an image goes through all operations while it lies in the cache.
+"""Views of images on a CPU, compiled: an image goes through all operations while it lies in the cache.
 
 `operations` has the equations (`hue` explains `_hue` here); the results agree up to rounding. The bits of a view depend
 neither on the rest of its batch nor on the number of threads.
 
 Numba compiles a function on its first call, keeps the machine code on disk and runs it without Python's lock. Between
-the operations an image is float32 (3, size · size), stored column by column: in this transposed order both passes of
-resampling, and both of blur, run along contiguous memory.
+the operations an image is float32 (channels, size · size), stored column by column: in this transposed order both
+passes of resampling, and both of blur, run along contiguous memory.
 """
 
 import functools
@@ -20,25 +20,26 @@ from typing import Any, NamedTuple, TypeVar
 import numba
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Num, UInt8
+from jaxtyping import Bool, Float, Int, Num, UInt8, UInt16
 from numpy import float32
 from torch import Tensor
+
+from corinfomax.recipes.fields import Scaling
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 LUMA = (0.2989, 0.587, 0.114)  # shares of red, green and blue in grey, ITU-R BT.601
 
 # As float32: Python's numbers are float64 to Numba, and would widen everything they meet.
 _0, _1, _2, _3, _4, _6 = (float32(x) for x in (0, 1, 2, 3, 4, 6))
-_BYTE, _TINY, _THRESHOLD = (float32(x) for x in (1 / 255, 1e-30, 128 / 255))
+_TINY, _THRESHOLD = (float32(x) for x in (1e-30, 128 / 255))
 _RED, _GREEN, _BLUE = (float32(x) for x in LUMA)
 
 Sizes = Int[Tensor, "n 2"]  # height and width of each image
-PerChannel = tuple[float, ...]  # a number for red, green and blue
-Images = UInt8[np.ndarray, "n 3 h w"]
+Levels = UInt8[Tensor, "n c h w"] | UInt16[Tensor, "n c h w"]  # images as the cache holds them
 Vector = Float[np.ndarray, " p"]
 Integers = Int[np.ndarray, "..."]
 Floats = Float[np.ndarray, "..."]
-Planes = Float[np.ndarray, "3 p"]  # red, green and blue of an image, each column by column
+Planes = Float[np.ndarray, "c p"]  # the channels of an image, each column by column; colours come first
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -53,6 +54,7 @@ class ViewPlan(NamedTuple):
     angle: Float[Tensor, " n"]  # rotation before the window is resampled, radians
     adjustments: Int[Tensor, "n 4"]  # BRIGHTNESS, CONTRAST, SATURATION and HUE in order of application; −1 is none
     factors: Float[Tensor, "n 4"]  # factor of each adjustment, in the same order
+    own: Float[Tensor, "n o 2"]  # brightness and contrast factors of each channel that is no colour
     grey: Bool[Tensor, " n"]
     blur: Bool[Tensor, " n"]
     kernel: Float[Tensor, "n k"]  # weights of the blur
@@ -60,16 +62,20 @@ class ViewPlan(NamedTuple):
 
 
 def apply_plan(
-    images: UInt8[Tensor, "n 3 h w"], sizes: Sizes, plan: ViewPlan, *, size: int, mean: PerChannel, std: PerChannel
-) -> Float[Tensor, "n 3 {size} {size}"]:
+    images: Levels, sizes: Sizes, plan: ViewPlan, *, size: int, scaling: Scaling
+) -> Float[Tensor, "n c {size} {size}"]:
     """Make the views: `size`×`size` pixels, normalised, channels_last; on as many threads as torch uses.
 
-    Raises ValueError for a window that leaves its image, and for a plan of another number of images.
+    Raises ValueError for a window that leaves its image, and for a plan of another number of images or channels.
     """
     # refuse parameters that lead outside the arrays: machine code would read and write there unchecked
     n = len(images)
     if any(len(field) != n for field in (sizes, *plan)):
         raise ValueError(f"{n} images need as many rows of every parameter")
+    channels, known = images.shape[1], len(scaling.steps)
+    if channels != known or plan.own.shape[1:] != (channels - scaling.colours, 2):
+        factors = f"{plan.own.shape[1]} of them have factors of their own"
+        raise ValueError(f"images have {channels} channels, the scaling {known}, and {factors}: they must agree")
     low, high, frame = plan.low, plan.high, torch.tensor(images.shape[2:])
     outside = ((low < 0) | (low >= high) | (high > sizes) | (sizes > frame)).any(1)
     if outside.any():
@@ -80,10 +86,11 @@ def apply_plan(
         )
 
     # Numba reads NumPy arrays only
-    out = torch.empty(n, 3, size, size, memory_format=torch.channels_last)
+    out = torch.empty(n, channels, size, size, memory_format=torch.channels_last)
     fields: list[Any] = [tensor.contiguous().numpy() for tensor in (images, sizes, *plan)]
-    normalisation = np.array(mean, np.float32), (1 / np.array(std)).astype(np.float32)
-    arrays = (*fields[:2], ViewPlan(*fields[2:]), *normalisation, out.permute(0, 2, 3, 1).numpy())
+    unit, inverse_std = (1 / np.array((scaling.steps, scaling.std), np.float64)).astype(np.float32)
+    numbers = (scaling.colours, unit, np.array(scaling.mean, np.float32), inverse_std)
+    arrays = (*fields[:2], ViewPlan(*fields[2:]), *numbers, out.permute(0, 2, 3, 1).numpy())
 
     # equal shares of the images: the first for this thread, the others for the pool
     threads = max(1, min(torch.get_num_threads(), n))
@@ -107,7 +114,9 @@ if hasattr(os, "register_at_fork"):  # a forked process inherits the pool but no
 def compiled(function: Function) -> Function:
     """Machine code for `function`, made on its first call and kept beside this file or in the user's cache."""
     function = inspect.unwrap(function)  # tests wrap functions in a type checker, which Numba cannot read
-    options: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
+    # A function that is not inlined has a copy of its own, which may round otherwise: only a process that compiles
+    # calls it.
+    options: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy", "forceinline": True}
     try:
         return numba.njit(**options, cache=True)(function)
     except RuntimeError:  # no folder is writable: each process compiles for itself
@@ -116,9 +125,18 @@ def compiled(function: Function) -> Function:
 
 @compiled
 def _make_views(
-    begin: int, end: int, images: Images, sizes: Integers, plan: Any, mean: Vector, inverse_std: Vector, out: Floats
+    begin: int,
+    end: int,
+    images: Num[np.ndarray, "n c h w"],
+    sizes: Integers,
+    plan: Any,
+    colours: int,
+    unit: Vector,
+    mean: Vector,
+    inverse_std: Vector,
+    out: Floats,
 ) -> None:
-    """Write the views of images begin … end − 1 to `out` (n, s, s, 3); `plan` is a ViewPlan of arrays."""
+    """Write the views of images begin … end − 1 to `out` (n, s, s, c); `plan` is a ViewPlan of arrays."""
     # the most taps of any cubic: four pixels wide, wider if the image shrinks, padded to groups of four
     size, taps = out.shape[1], 8
     for n in range(begin, end):
@@ -126,13 +144,13 @@ def _make_views(
             taps = max(taps, math.ceil(4 * plan.extent[n, axis] / size) + 4)
 
     # scratch memory, used again for every image
-    most_rows, most_columns = images.shape[2:]
+    channels, most_rows, most_columns = images.shape[1:]
     weights = np.empty((2, size, taps), np.float32)
     first, count, stops = np.empty((2, size), np.int64), np.empty((2, size), np.int64), np.empty(2, np.int64)
     line = np.empty(most_columns, np.float32)
-    tall = np.empty((most_columns, 3, size), np.float32)
-    rotated = np.empty((3, most_rows, most_columns), np.float32)
-    x = np.empty((3, size * size), np.float32)
+    tall = np.empty((most_columns, channels, size), np.float32)
+    rotated = np.empty((channels, most_rows, most_columns), np.float32)
+    x = np.empty((channels, size * size), np.float32)
     padded_size = size + plan.kernel.shape[1] - 1
     padded, blurred = np.empty(size * padded_size, np.float32), np.empty(size * padded_size, np.float32)
 
@@ -145,25 +163,29 @@ def _make_views(
 
         # rotate, crop, flip
         if plan.angle[n] != 0:
-            _rotate(images[n], sizes[n], plan.angle[n], rotated)  # gives 0 … 1, where an image has bytes
-            _resample(rotated, first, count, weights, stops, plan.flip[n], _1, line, tall, x)
+            _rotate(images[n], sizes[n], plan.angle[n], rotated)
+            _resample(rotated, first, count, weights, stops, plan.flip[n], unit, line, tall, x)
         else:
-            _resample(images[n], first, count, weights, stops, plan.flip[n], _BYTE, line, tall, x)
+            _resample(images[n], first, count, weights, stops, plan.flip[n], unit, line, tall, x)
 
         # jitter
+        rgb, others = x[:colours], x[colours:]
         for place in range(4):
-            if plan.adjustments[n, place] == HUE:
-                _hue(x, plan.factors[n, place])
-            elif plan.adjustments[n, place] >= 0:
-                _blend(x, plan.adjustments[n, place], plan.factors[n, place])
+            adjustment = plan.adjustments[n, place]
+            if adjustment == HUE and colours:
+                _hue(rgb, plan.factors[n, place])
+            elif adjustment >= 0 and colours:
+                _blend(rgb, adjustment, plan.factors[n, place])
+            if 0 <= adjustment <= CONTRAST:
+                _blend_apart(others, adjustment, plan.own[n])
 
         # grey, blur, solarize, normalise
-        if plan.grey[n]:
-            _grey(x)
+        if plan.grey[n] and colours:
+            _grey(rgb)
         if plan.blur[n]:
             _blur(x, plan.kernel[n], size, padded, blurred)
         if plan.solarize[n]:
-            _solarize(x)
+            _solarize(rgb)
         _normalize(x, mean, inverse_std, out[n])
 
 
@@ -199,13 +221,13 @@ def _cubic_weights(
 
 @compiled
 def _resample(
-    image: Num[np.ndarray, "3 h w"],
+    image: Num[np.ndarray, "c h w"],
     first: Integers,
     count: Integers,
     weights: Floats,
     stops: Integers,
     flip: bool,
-    unit: np.float32,
+    unit: Vector,
     line: Vector,
     tall: Floats,
     x: Planes,
@@ -219,12 +241,12 @@ def _resample(
     width = right - left
 
     # vertically: each row of the view is a weighted sum of rows of the image
-    for c in range(3):
+    for c in range(len(image)):
         for i in range(size):
             for four in range(count[0, i]):
                 k, row = 4 * four, first[0, i] + 4 * four
-                w0, w1 = weights[0, i, k] * unit, weights[0, i, k + 1] * unit
-                w2, w3 = weights[0, i, k + 2] * unit, weights[0, i, k + 3] * unit
+                w0, w1 = weights[0, i, k] * unit[c], weights[0, i, k + 1] * unit[c]
+                w2, w3 = weights[0, i, k + 2] * unit[c], weights[0, i, k + 3] * unit[c]
                 r0, r1 = image[c, row, left:right], image[c, min(row + 1, bottom), left:right]
                 r2, r3 = image[c, min(row + 2, bottom), left:right], image[c, min(row + 3, bottom), left:right]
                 if four == 0:
@@ -239,7 +261,7 @@ def _resample(
     # horizontally: each column of the view is a weighted sum of columns
     for j in range(size):
         to = size - 1 - j if flip else j
-        for c in range(3):
+        for c in range(len(image)):
             column = x[c, to * size : (to + 1) * size]
             for four in range(count[1, j]):
                 k, u = 4 * four, first[1, j] + 4 * four - left
@@ -259,7 +281,7 @@ def _resample(
 
 
 @compiled
-def _rotate(image: UInt8[np.ndarray, "3 h w"], sizes: Integers, angle: float, out: Float[np.ndarray, "3 h w"]) -> None:
+def _rotate(image: Num[np.ndarray, "c h w"], sizes: Integers, angle: float, out: Float[np.ndarray, "c h w"]) -> None:
     height, width = image.shape[1:]
     cos, sin = float32(math.cos(angle)), float32(math.sin(angle))
     cy, cx = float32((sizes[0] - 1) / 2), float32((sizes[1] - 1) / 2)
@@ -271,10 +293,10 @@ def _rotate(image: UInt8[np.ndarray, "3 h w"], sizes: Integers, angle: float, ou
             a, b = int(np.floor(u)), int(np.floor(v))
             right, below = u - float32(a), v - float32(b)
             if 0 <= a < width - 1 and 0 <= b < height - 1:  # all four neighbours are inside
-                w00, w01 = (_1 - below) * (_1 - right) * _BYTE, (_1 - below) * right * _BYTE
-                w10, w11 = below * (_1 - right) * _BYTE, below * right * _BYTE
+                w00, w01 = (_1 - below) * (_1 - right), (_1 - below) * right
+                w10, w11 = below * (_1 - right), below * right
                 y, x = np.uint64(b), np.uint64(a)  # unsigned: Numba need not test for an index below 0
-                for c in range(3):
+                for c in range(len(image)):
                     out[c, i, j] = (
                         w00 * float32(image[c, y, x])
                         + w01 * float32(image[c, y, x + np.uint64(1)])
@@ -282,13 +304,13 @@ def _rotate(image: UInt8[np.ndarray, "3 h w"], sizes: Integers, angle: float, ou
                         + w11 * float32(image[c, y + np.uint64(1), x + np.uint64(1)])
                     )
             else:  # black outside
-                for c in range(3):
+                for c in range(len(image)):
                     out[c, i, j] = _0
                 for row, row_weight in ((b, _1 - below), (b + 1, below)):
                     for column, column_weight in ((a, _1 - right), (a + 1, right)):
                         if 0 <= row < height and 0 <= column < width:
-                            for c in range(3):
-                                out[c, i, j] += row_weight * column_weight * _BYTE * float32(image[c, row, column])
+                            for c in range(len(image)):
+                                out[c, i, j] += row_weight * column_weight * float32(image[c, row, column])
 
 
 @compiled
@@ -315,6 +337,20 @@ def _blend(x: Planes, adjustment: int, factor: np.float32) -> None:
             red[p] = min(max(factor * red[p] + rest, _0), _1)
             green[p] = min(max(factor * green[p] + rest, _0), _1)
             blue[p] = min(max(factor * blue[p] + rest, _0), _1)
+
+
+@compiled
+def _blend_apart(x: Planes, adjustment: int, own: Float[np.ndarray, "c 2"]) -> None:
+    """Brightness or contrast of channels that are no colours, each by its own factor and about its own mean."""
+    for c in range(len(x)):
+        factor, plane, rest = own[c, adjustment], x[c], _0
+        if adjustment == CONTRAST:
+            total = _0
+            for p in range(len(plane)):
+                total += plane[p]
+            rest = (_1 - factor) * total / float32(len(plane))
+        for p in range(len(plane)):
+            plane[p] = min(max(factor * plane[p] + rest, _0), _1)
 
 
 @compiled
@@ -350,7 +386,7 @@ def _grey(x: Planes) -> None:
 def _blur(x: Planes, kernel: Vector, size: int, padded: Vector, blurred: Vector) -> None:
     radius = len(kernel) // 2
     padded_size = size + 2 * radius
-    for c in range(3):
+    for c in range(len(x)):
         # horizontally: columns mirrored beyond both borders; one tap further is one column further
         for j in range(padded_size):
             padded[j * size : (j + 1) * size] = x[c, _mirror(j - radius, size) * size :][:size]
@@ -400,9 +436,9 @@ def _solarize(x: Planes) -> None:
 
 
 @compiled
-def _normalize(x: Planes, mean: Vector, inverse_std: Vector, out: Float[np.ndarray, "s s 3"]) -> None:
+def _normalize(x: Planes, mean: Vector, inverse_std: Vector, out: Float[np.ndarray, "s s c"]) -> None:
     size = len(out)
-    for c in range(3):
+    for c in range(len(x)):
         a, b = inverse_std[c], -mean[c] * inverse_std[c]
         for i in range(size):
             for j in range(size):

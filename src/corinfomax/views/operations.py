@@ -1,22 +1,23 @@
 """Random views of a batch: draw parameters for each image, then apply them with pure functions.
 
-Images enter as uint8 (n, 3, h, w), are float32 in [0, 1] between the operations, and leave normalised, channels_last.
-In a batch of mixed sizes each image stands at the top left of a frame of zeros, and `sizes` holds its (height, width).
-With the same parameters every operation equals torchvision's on a float image.
+Images enter as uint8 or uint16 (n, c, h, w), are float32 in [0, 1] between the operations, and leave normalised,
+channels_last. In a batch of mixed sizes each image stands at the top left of a frame of zeros, and `sizes` holds its
+(height, width). With the same parameters every operation equals torchvision's on a float image. Operations on colours
+leave the channels alone that are none; these have a brightness and a contrast of their own.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Num, UInt8
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from corinfomax.recipes.fields import Recipe, View
+from corinfomax.recipes.fields import RGB, PixelFormat, Recipe, Scaling, View
 from corinfomax.views import cpu
-from corinfomax.views.cpu import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, PerChannel, Sizes
+from corinfomax.views.cpu import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, Levels, Sizes
 
 CPU_CHUNK = 2**21  # pixel values resampled at once on a CPU: 8 MiB of float32
 GPU_CHUNK = 2**27  # and on a GPU, where each chunk costs a hundred launches: 512 MiB
@@ -37,13 +38,14 @@ class ViewParameters(NamedTuple):
     blur: Bool[Tensor, " n"]
     sigma: Float[Tensor, " n"]  # standard deviation of the blur, pixels of the view
     solarize: Bool[Tensor, " n"]
+    own: Float[Tensor, "n c 2"]  # brightness and contrast factors of each channel that is no colour
 
     def take(self, indices: Int[Tensor, " m"] | slice) -> "ViewParameters":
         """Select images, such as one process's share of the batch."""
         return ViewParameters(*(field[indices] for field in self))
 
 
-def draw(view: View, sizes: Sizes, generator: torch.Generator) -> ViewParameters:
+def draw(view: View, sizes: Sizes, generator: torch.Generator, pixels: PixelFormat = RGB) -> ViewParameters:
     """Draw everything random about one view of n images, whose `sizes` are (height, width)."""
     n = len(sizes)
 
@@ -66,6 +68,7 @@ def draw(view: View, sizes: Sizes, generator: torch.Generator) -> ViewParameters
         blur=chance(view.blur),
         sigma=uniform(*view.blur_sigma),
         solarize=chance(view.solarize),
+        own=torch.stack([uniform(low, high, pixels.other_channels) for low, high in ranges[:2]], 2),
     )
 
 
@@ -96,66 +99,64 @@ def _draw_boxes(view: View, sizes: Sizes, generator: torch.Generator) -> Int[Ten
 
 
 def apply(
-    images: UInt8[Tensor, "n 3 h w"], sizes: Sizes, p: ViewParameters, *, size: int, mean: PerChannel, std: PerChannel
-) -> Float[Tensor, "n 3 {size} {size}"]:
+    images: Levels, sizes: Sizes, p: ViewParameters, *, size: int, scaling: Scaling
+) -> Float[Tensor, "n c {size} {size}"]:
     """Views of `size`×`size` pixels, as the parameters say: on the images' device, normalised, channels_last.
 
     Compiled code makes them on a CPU and raises ValueError for a box that leaves its image; elsewhere `compose` does.
     """
-    if images.device.type != "cpu" or images.dtype != torch.uint8:
-        return compose(images, sizes, p, size=size, mean=mean, std=std)
+    if images.device.type != "cpu":
+        return compose(images, sizes, p, size=size, scaling=scaling)
 
     window = (p.box[:, :2].double(), p.box[:, 2:].double(), *_covered_pixels(p.box))
     adjustments, factors = torch.where(p.jitter[:, None], p.order, -1), p.factors.gather(1, p.order)
-    colour = (adjustments, factors, p.grey, p.blur, blur_kernel(p.sigma, size), p.solarize)
+    colour = (adjustments, factors, p.own, p.grey, p.blur, blur_kernel(p.sigma, size), p.solarize)
     plan = cpu.ViewPlan(*window, p.flip, p.angle.deg2rad(), *colour)
-    return cpu.apply_plan(images, sizes, plan, size=size, mean=mean, std=std)
+    return cpu.apply_plan(images, sizes, plan, size=size, scaling=scaling)
 
 
 def compose(
-    images: UInt8[Tensor, "n 3 h w"], sizes: Sizes, p: ViewParameters, *, size: int, mean: PerChannel, std: PerChannel
-) -> Float[Tensor, "n 3 {size} {size}"]:
+    images: Levels, sizes: Sizes, p: ViewParameters, *, size: int, scaling: Scaling
+) -> Float[Tensor, "n c {size} {size}"]:
     """The views of `apply`, one operation after another on the whole batch, on any device."""
-    x = rotate(images.float() / 255, sizes, p.angle) if (p.angle != 0).any() else images
-    x = jitter(resized_crop(x, p.box, p.flip, size=size), p)
-    x = _apply_where(p.grey, x, lambda x: grey(x).expand_as(x))
+    x = rotate(images.float(), sizes, p.angle) if (p.angle != 0).any() else images
+    x = jitter(resized_crop(x, p.box, p.flip, size=size, steps=scaling.steps), p)
+    x = _apply_where(p.grey, x, _on_colours(lambda rgb: grey(rgb).expand_as(rgb), scaling.colours))
     x = _apply_where(p.blur, x, blur, p.sigma)
-    x = _apply_where(p.solarize, x, solarize)
-    return normalize(x, mean=mean, std=std)
+    x = _apply_where(p.solarize, x, _on_colours(solarize, scaling.colours))
+    return normalize(x, mean=scaling.mean, std=scaling.std)
 
 
 def centre_view(
-    images: UInt8[Tensor, "n 3 h w"],
+    images: Levels,
     sizes: Sizes,
     *,
     size: int,
-    mean: PerChannel,
-    std: PerChannel,
+    scaling: Scaling,
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
-) -> Float[Tensor, "n 3 {size} {size}"]:
+) -> Float[Tensor, "n c {size} {size}"]:
     """The test view: short side resized to ⌊8/7·size⌋, antialiased, then the centre square; normalised."""
     # Resize and crop are one linear map, so the resized image is never made.
     resized = (size * 8 // 7) * sizes // sizes.min(1, keepdim=True).values
     scale = sizes / resized
     start, extent, zeros = ((resized - size) / 2).round() * scale, size * scale, torch.zeros_like(sizes)
-    if images.device.type == "cpu" and images.dtype == torch.uint8 and interpolation == "bicubic":
+    if images.device.type == "cpu" and interpolation == "bicubic":
         # resample alone: no flip, no angle, no change of colour
         off, ones = torch.zeros(len(images), dtype=torch.bool), torch.ones(len(images), 4)
-        colour = (torch.full((len(images), 4), -1), ones, off, off, ones[:, :1], off)
+        own = torch.ones(len(images), images.shape[1] - scaling.colours, 2)
+        colour = (torch.full((len(images), 4), -1), ones, own, off, off, ones[:, :1], off)
         plan = cpu.ViewPlan(start.double(), extent.double(), zeros, sizes, off, off.float(), *colour)
-        return cpu.apply_plan(images, sizes, plan, size=size, mean=mean, std=std)
+        return cpu.apply_plan(images, sizes, plan, size=size, scaling=scaling)
 
     windows, linear = torch.stack((start, extent, zeros, sizes)), interpolation == "bilinear"
-    x = _resample(images, windows, zeros[:, 0] > 0, size=size, linear=linear)
-    return normalize(x, mean=mean, std=std)
+    x = _resample(images, windows, zeros[:, 0] > 0, size=size, steps=scaling.steps, linear=linear)
+    return normalize(x, mean=scaling.mean, std=scaling.std)
 
 
-def test_view(
-    images: UInt8[Tensor, "n 3 h w"], sizes: Sizes, recipe: Recipe, device: torch.device
-) -> Float[Tensor, "n 3 s s"]:
+def test_view(images: Levels, sizes: Sizes, recipe: Recipe, device: torch.device) -> Float[Tensor, "n c s s"]:
     """The centre view of a recipe, as features, scores and exports see the images."""
-    mean, std, filtered = recipe.mean, recipe.std, recipe.interpolation
-    return centre_view(images.to(device), sizes, size=recipe.test_side, mean=mean, std=std, interpolation=filtered)
+    filtered = recipe.interpolation
+    return centre_view(images.to(device), sizes, size=recipe.test_side, scaling=recipe.scaling, interpolation=filtered)
 
 
 def _apply_where(chosen: Bool[Tensor, " n"], x: Tensor, operation: Callable[..., Tensor], *values: Tensor) -> Tensor:
@@ -169,7 +170,18 @@ def _apply_where(chosen: Bool[Tensor, " n"], x: Tensor, operation: Callable[...,
     return x.index_copy(0, on_device, operation(x[on_device], *(value[indices] for value in values)))
 
 
-def rotate(x: Float[Tensor, "n 3 h w"], sizes: Sizes, angle: Float[Tensor, " n"]) -> Float[Tensor, "n 3 h w"]:
+def _on_colours(operation: Callable[[Tensor], Tensor], colours: int) -> Callable[[Tensor], Tensor]:
+    """`operation` on the first `colours` channels of images."""
+
+    def on_colours(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        if colours in (0, x.shape[1]):
+            return operation(x) if colours else x
+        return torch.cat((operation(x[:, :colours]), x[:, colours:]), 1)
+
+    return on_colours
+
+
+def rotate(x: Float[Tensor, "n c h w"], sizes: Sizes, angle: Float[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
     """Turn each image by `angle` degrees counter-clockwise about its own centre, bilinear, black outside."""
     n, _, h, w = x.shape
     cos, sin = angle.deg2rad().cos(), angle.deg2rad().sin()
@@ -187,13 +199,19 @@ def rotate(x: Float[Tensor, "n 3 h w"], sizes: Sizes, angle: Float[Tensor, " n"]
 
 
 def resized_crop(
-    x: Num[Tensor, "n 3 h w"], box: Num[Tensor, "n 4"], flip: Bool[Tensor, " n"], *, size: int
-) -> Float[Tensor, "n 3 {size} {size}"]:
+    x: Num[Tensor, "n c h w"],
+    box: Num[Tensor, "n 4"],
+    flip: Bool[Tensor, " n"],
+    *,
+    size: int,
+    steps: Sequence[int],
+) -> Float[Tensor, "n c {size} {size}"]:
     """Resample each image's box (top, left, height, width) to `size`×`size`, antialiased bicubic; flip if chosen.
 
-    Takes uint8 in 0 … 255 or float in 0 … 1, gives 0 … 1. Nothing outside the box is read.
+    Takes levels from 0 to `steps` of each channel and gives 0 … 1. Nothing outside the box is read.
     """
-    return _resample(x, torch.stack((box[:, :2].float(), box[:, 2:].float(), *_covered_pixels(box))), flip, size=size)
+    windows = torch.stack((box[:, :2].float(), box[:, 2:].float(), *_covered_pixels(box)))
+    return _resample(x, windows, flip, size=size, steps=steps)
 
 
 def _covered_pixels(box: Num[Tensor, "n 4"]) -> tuple[Int[Tensor, "n 2"], Int[Tensor, "n 2"]]:
@@ -202,36 +220,46 @@ def _covered_pixels(box: Num[Tensor, "n 4"]) -> tuple[Int[Tensor, "n 2"], Int[Te
     return corner.floor().long(), (corner + extent).ceil().long()
 
 
-def _resample(x: Tensor, windows: Float[Tensor, "4 n 2"], flip: Tensor, *, size: int, linear: bool = False) -> Tensor:
+def _resample(
+    x: Num[Tensor, "n c h w"],
+    windows: Float[Tensor, "4 n 2"],
+    flip: Bool[Tensor, " n"],
+    *,
+    size: int,
+    steps: Sequence[int],
+    linear: bool = False,
+) -> Float[Tensor, "n c {size} {size}"]:
     """Resample a window of each image to `size`×`size` pixels in [0, 1]: two batched matrix products.
 
     `windows` are start, extent, low and high, each vertical and horizontal; only pixels in [low, high) are read.
     """
-    n, _, h, w = x.shape
-    most = max(1, (CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK) // (3 * h * w))
+    n, c, h, w = x.shape
+    most = max(1, (CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK) // (c * h * w))
     if n > most:  # one float copy of a batch of large images would go through memory again and again
         chunks = zip(x.split(most), windows.split(most, 1), flip.split(most), strict=True)
-        return torch.cat([_resample(*chunk, size=size, linear=linear) for chunk in chunks])
+        return torch.cat([_resample(*chunk, size=size, steps=steps, linear=linear) for chunk in chunks])
 
     # most source pixels behind a pixel; before the move, as reading them from a GPU would make the host wait
     taps = [math.ceil(4 * max(float(extent) / size, 1.0)) + 1 for extent in windows[1].amax(0)]
 
-    # a matrix for each direction; the vertical one maps bytes to [0, 1]
-    scale = 255.0 if x.dtype == torch.uint8 else 1.0
+    # a matrix for each direction; the vertical one maps levels to [0, 1]
     windows, flip = (tensor.to(x.device, non_blocking=True) for tensor in (windows, flip))
-    vertical = _filter_matrices(windows[:, :, 0], h, size, taps[0], linear=linear) / scale
+    vertical = _filter_matrices(windows[:, :, 0], h, size, taps[0], linear=linear) / steps[0]
     horizontal = _filter_matrices(windows[:, :, 1], w, size, taps[1], linear=linear)
     horizontal = torch.where(flip[:, None, None], horizontal.flip(1), horizontal)
-    return _apply_matrices(x, vertical, horizontal).clamp_(0, 1)
+    x = _apply_matrices(x, vertical, horizontal)
+    if len(set(steps)) > 1:
+        x *= (steps[0] / torch.tensor(steps)).to(x.device, non_blocking=True)[:, None, None]
+    return x.clamp_(0, 1)
 
 
 def _apply_matrices(x: Tensor, vertical: Float[Tensor, "n s h"], horizontal: Float[Tensor, "n s w"]) -> Tensor:
     """Multiply the columns of each image by one matrix and its rows by another."""
-    (n, _, h, w), s = x.shape, vertical.shape[1]
+    (n, c, h, w), s = x.shape, vertical.shape[1]
     # Rows outermost, then channels: both products are plain bmm, and nothing is copied between them.
-    rows = x.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).reshape(n, h * 3, w)
-    rows = torch.bmm(rows, horizontal.mT).reshape(n, h, 3 * s)
-    return torch.bmm(vertical, rows).reshape(n, s, 3, s).transpose(1, 2).contiguous()
+    rows = x.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).reshape(n, h * c, w)
+    rows = torch.bmm(rows, horizontal.mT).reshape(n, h, c * s)
+    return torch.bmm(vertical, rows).reshape(n, s, c, s).transpose(1, 2).contiguous()
 
 
 def _filter_matrices(
@@ -269,13 +297,33 @@ def _filter_matrices(
     return weights.new_zeros(len(weights), size, length).scatter_add_(2, places, weights)
 
 
-def jitter(x: Float[Tensor, "n 3 h w"], p: ViewParameters) -> Float[Tensor, "n 3 h w"]:
+def jitter(x: Float[Tensor, "n c h w"], p: ViewParameters) -> Float[Tensor, "n c h w"]:
     """Adjust brightness, contrast, saturation and hue of the images in `p.jitter`, in the order of each."""
+    others = p.own.shape[1]
+    rgb, apart = x.split((x.shape[1] - others, others), 1)
+    own = p.own.to(x.device, non_blocking=True)
     for place in range(4):
         adjustment = torch.where(p.jitter, p.order[:, place], -1)
-        factor = p.factors.gather(1, p.order[:, place : place + 1])[:, 0]
-        x = _apply_where(adjustment == HUE, blend(x, adjustment, factor), hue, factor)
-    return x
+        if rgb.shape[1]:
+            factor = p.factors.gather(1, p.order[:, place : place + 1])[:, 0]
+            rgb = _apply_where(adjustment == HUE, blend(rgb, adjustment, factor), hue, factor)
+        if others:
+            apart = blend_apart(apart, adjustment, own)
+    return torch.cat((rgb, apart), 1) if others else rgb
+
+
+def blend_apart(
+    x: Float[Tensor, "n c h w"], adjustment: Int[Tensor, " n"], own: Float[Tensor, "n c 2"]
+) -> Float[Tensor, "n c h w"]:
+    """Adjust brightness or contrast of each channel by its own factor, clamped to [0, 1]; ignore the rest.
+
+    Each is `factor` · channel + (1 − `factor`) · 0 or the channel's mean.
+    """
+    of_mean, of_black = (_per_image((adjustment == kind).float(), x) for kind in (CONTRAST, BRIGHTNESS))
+    brightness, contrast = own[:, :, :1, None], own[:, :, 1:, None]
+    factor = 1 + of_black * (brightness - 1) + of_mean * (contrast - 1)
+    rest = of_mean * (1 - factor) * x.mean((2, 3), keepdim=True)
+    return torch.addcmul(rest, x, factor).clamp_(0, 1)
 
 
 def blend(
@@ -324,7 +372,7 @@ def grey(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:
     return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
-def blur(x: Float[Tensor, "n 3 s s"], sigma: Float[Tensor, " n"]) -> Float[Tensor, "n 3 s s"]:
+def blur(x: Float[Tensor, "n c s s"], sigma: Float[Tensor, " n"]) -> Float[Tensor, "n c s s"]:
     """Blur each square image with a Gaussian of its own sigma in pixels, reflected at the border.
 
     One linear map a line, with the border folded in: pixel i takes tap k from pixel reflect(i + k).
@@ -349,12 +397,12 @@ def blur_kernel(sigma: Float[Tensor, " n"], size: int) -> Float[Tensor, "n k"]:
     return torch.softmax(-0.5 * (taps / sigma[:, None]).square(), 1)
 
 
-def solarize(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+def solarize(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
     """Invert every value at or above 128 of 255."""
     return torch.where(x >= 128 / 255, 1 - x, x)
 
 
-def normalize(x: Float[Tensor, "n 3 h w"], *, mean: PerChannel, std: PerChannel) -> Float[Tensor, "n 3 h w"]:
+def normalize(x: Float[Tensor, "n c h w"], *, mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "n c h w"]:
     """(x − mean) / std of each channel; channels_last, the memory format that convolutions prefer."""
     shift, scale = torch.tensor((mean, std)).to(x.device, non_blocking=True)[:, :, None, None]
     return ((x - shift) / scale).contiguous(memory_format=torch.channels_last)

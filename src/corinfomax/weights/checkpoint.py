@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from corinfomax.network import Network
+from corinfomax.network import Network, network_for
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import run_folder
@@ -110,7 +110,7 @@ def recorded(run: Path) -> tuple[Recipe, Facts]:
 def load_network(weights: Path) -> tuple[Network, Checkpoint]:
     """Network in eval mode and checkpoint: the one at the path, or the last of a run folder."""
     weights, loaded = load_last(weights) if weights.is_dir() else (weights, load_checkpoint(weights))
-    network = Network(loaded.recipe.backbone, loaded.recipe.projector, size=loaded.recipe.size)
+    network = network_for(loaded.recipe)
     try:
         network.load_state_dict(loaded.network)
     except RuntimeError as error:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
-from corinfomax.network import build_backbone, has_fixed_size
+from corinfomax.network import backbone_for, has_fixed_size
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Backbone, Recipe
 from corinfomax.runtime import extras, run_folder
@@ -59,7 +59,7 @@ def export_backbone(
         if form == "timm":
             loader = _write_folder(path, backbone, saved, results)
         elif form == "state-dict":
-            loader = "by torchvision alone" if recipe.backbone in TORCHVISION else "by timm alone"
+            loader = f"by {_library(recipe)} alone"
             write_tensors(path, backbone, recipe, saved.facts.start)
         else:
             loader = "by onnxruntime alone"
@@ -78,12 +78,15 @@ def _write_folder(path: Path, backbone: nn.Module, saved: Checkpoint, results: R
     # The network and the preprocessing of test images.
     recipe, timms = saved.recipe, timm.get_pretrained_cfg(saved.recipe.backbone.name)
     assert timms is not None
-    inputs = {"input_size": [3, recipe.test_side, recipe.test_side], "fixed_input_size": timms.fixed_input_size}
+    inputs = {
+        "input_size": [recipe.pixels.channels, recipe.test_side, recipe.test_side],
+        "fixed_input_size": timms.fixed_input_size,
+    }
     inputs |= {"crop_pct": 0.875, "crop_mode": "center"}  # timm resizes to ⌊size · 8/7⌋
     inputs |= {"interpolation": recipe.interpolation, "mean": recipe.mean, "std": recipe.std}
     layers = {"num_classes": 0, "first_conv": timms.first_conv, "classifier": timms.classifier}
     network = {"architecture": recipe.backbone.name.partition(".")[0], "num_classes": 0}
-    network |= {"num_features": backbone.num_features, "model_args": _timm_arguments(recipe.backbone, recipe.size)}
+    network |= {"num_features": backbone.num_features, "model_args": _timm_arguments(recipe)}
     start = saved.facts.start
     if start is not None:
         inputs |= _origin(start)
@@ -95,14 +98,15 @@ def _write_folder(path: Path, backbone: nn.Module, saved: Checkpoint, results: R
     run_folder.write_json(path / "config.json", config)
     plain = not recipe.backbone.small_stem
     if not plain:
-        (path / "load.py").write_text(loading_code(recipe.backbone, recipe.size), encoding="utf-8")
+        (path / "load.py").write_text(loading_code(recipe), encoding="utf-8")
     (path / "README.md").write_text(card.markdown(saved, results, plain=plain), encoding="utf-8")
     return "by timm alone" if plain else "by its load.py and timm alone"
 
 
 def _write_onnx(path: Path, backbone: nn.Module, recipe: Recipe) -> None:
     """Write an ONNX program with a free batch size."""
-    images, shapes = (torch.zeros(2, 3, recipe.test_side, recipe.test_side),), ({0: torch.export.Dim("batch")},)
+    side, shapes = recipe.test_side, ({0: torch.export.Dim("batch")},)
+    images = (torch.zeros(2, recipe.pixels.channels, side, side),)
     program = torch.onnx.export(
         backbone, images, input_names=["images"], output_names=["features"], dynamic_shapes=shapes, verbose=False
     )
@@ -129,28 +133,38 @@ def _origin(start: Start) -> dict[str, str | None]:
     return {"license": start.license, "origin_url": start.source, "paper_ids": start.paper}
 
 
-def _timm_arguments(backbone: Backbone, size: int) -> dict[str, int | list[int]]:
+def _timm_arguments(recipe: Recipe) -> dict[str, int | list[int]]:
     """Arguments of timm.create_model for the network, but for its name."""
+    backbone, channels = recipe.backbone, recipe.pixels.channels
     lists = {"layers": backbone.layers, "channels": backbone.channels}
-    arguments = {name: list(value) for name, value in lists.items() if value is not None}
-    return {"num_classes": 0, **arguments, **({"img_size": size} if has_fixed_size(backbone) else {})}
+    arguments: dict[str, int | list[int]] = {"num_classes": 0}
+    arguments |= {name: list(value) for name, value in lists.items() if value is not None}
+    arguments |= {"img_size": recipe.size} if has_fixed_size(backbone) else {}
+    return arguments | ({"in_chans": channels} if channels != 3 else {})
 
 
-def loading_code(backbone: Backbone, size: int) -> str:
+def _library(recipe: Recipe) -> str:
+    """The library whose network the recipe's is: torchvision has some of timm's, for RGB."""
+    return "torchvision" if recipe.backbone in TORCHVISION and recipe.pixels.channels == 3 else "timm"
+
+
+def loading_code(recipe: Recipe) -> str:
     """Python source without this package: its `backbone(path)` builds the network with the tensors of that file."""
     # after a narrow stem the first block is another too
-    width = len(build_backbone(backbone, size=size).get_parameter("conv1.weight")) if backbone.small_stem else 64
-    arguments = ", ".join(f"{key}={value!r}" for key, value in _timm_arguments(backbone, size).items())
-    library = "torchvision" if backbone in TORCHVISION else "timm"
+    backbone = recipe.backbone
+    width = len(backbone_for(recipe).get_parameter("conv1.weight")) if backbone.small_stem else 64
+    arguments = ", ".join(f"{key}={value!r}" for key, value in _timm_arguments(recipe).items())
+    values = {"name": backbone.name.partition(".")[0], "width": width, "channels": recipe.pixels.channels}
     return card.template("load.py.jinja").render(
-        backbone=backbone, name=backbone.name.partition(".")[0], width=width, arguments=arguments, library=library
+        backbone=backbone, arguments=arguments, library=_library(recipe), **values
     )
 
 
 def _feature_difference(path: Path, backbone: nn.Module, recipe: Recipe, form: ExportFormat) -> float:
     """Largest difference of a feature after reloading, relative to the largest feature if that is above 1."""
     rng = generator(recipe.seed, "export")
-    images = torch.randn(sum(TRIAL_BATCHES), 3, recipe.test_side, recipe.test_side, generator=rng)
+    side = recipe.test_side
+    images = torch.randn(sum(TRIAL_BATCHES), recipe.pixels.channels, side, side, generator=rng)
     with torch.inference_mode():
         before = torch.cat([backbone(x) for x in images.split(TRIAL_BATCHES)])
 
@@ -161,7 +175,7 @@ def _feature_difference(path: Path, backbone: nn.Module, recipe: Recipe, form: E
         folder = Path(name)
         save_file({"images": images}, folder / "images.safetensors")
         (folder / "main.py").write_text(script, encoding="utf-8")
-        (folder / "load.py").write_text(loading_code(recipe.backbone, recipe.size), encoding="utf-8")
+        (folder / "load.py").write_text(loading_code(recipe), encoding="utf-8")
         command = [sys.executable, "main.py", str(path.absolute())]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import Tensor, nn
 
 from corinfomax.images.files import listed
-from corinfomax.network import build_backbone, check_name, has_fixed_size, measure, smallest_side
+from corinfomax.network import backbone_for, check_name, has_fixed_size, measure, smallest_side
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Backbone, Recipe
 from corinfomax.runtime import run_folder
@@ -93,7 +93,7 @@ def load_backbone(name: str, options: WeightsOptions = WeightsOptions(), *, last
     tensors, recipe, recorded, origin = read_state_dict(path)
     if recipe is not None:
         _refuse_options(options, path)
-        loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
+        loaded = _load_tensors(backbone_for(recipe), tensors, recipe, str(path))
         return loaded._replace(config=origin)
     if (architecture := options.architecture or recorded) is None:
         likely = identify(tensors)
@@ -101,7 +101,7 @@ def load_backbone(name: str, options: WeightsOptions = WeightsOptions(), *, last
         raise ValueError(f"{path} does not record its network; add --architecture {likely or 'NETWORK'} ({hint})")
     backbone = Backbone(name=architecture, small_stem=options.small_stem)
     recipe = _timm_recipe(backbone, options, _timm_config(architecture))
-    model = build_backbone(backbone, size=recipe.size)
+    model = backbone_for(recipe)
     loaded = _load_tensors(model, tensors, recipe, str(path), options.prefix)
     assumed = [name for name in ("mean", "std", "interpolation") if getattr(options, name) is None]
     flags = listed([f"--{name}" for name in assumed])
@@ -117,7 +117,7 @@ def load_start(run: Path) -> LoadedBackbone:
         raise FileNotFoundError(f"{lost}: put it back, or name a checkpoint in {run / 'checkpoints'}")
     tensors, own, _, _ = read_state_dict(path)
     recipe, start = own or saved.recipe, saved.facts.start
-    loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(path))
+    loaded = _load_tensors(backbone_for(recipe), tensors, recipe, str(path))
     if start is not None and checkpoint.digest(loaded.backbone.state_dict()) != start.digest:
         raise checkpoint.DamagedError(f"{path} was changed: it is not what the run started from")
     origin = "" if start is None else f", which continued from {start.name}"
@@ -227,7 +227,7 @@ def _load_timm_folder(folder: Path, options: WeightsOptions) -> LoadedBackbone:
     record = PretrainedCfg(license=spec.get("license"), origin_url=source, paper_ids=papers)
     if recipe is not None:  # an export of ours
         _refuse_options(options, folder)
-        loaded = _load_tensors(build_backbone(recipe.backbone, size=recipe.size), tensors, recipe, str(folder))
+        loaded = _load_tensors(backbone_for(recipe), tensors, recipe, str(folder))
         return loaded._replace(config=record)
 
     # Any other network of timm.
@@ -299,7 +299,7 @@ def _check_reachable(name: str, config: PretrainedCfg) -> None:
     except urllib.error.HTTPError:
         pass  # the hub answers
     except OSError as error:
-        problem = f"timm's weights {name} are not on this machine and {constants.ENDPOINT} does not answer"
+        problem = f"timm's weights of {name} are not on this machine and {constants.ENDPOINT} does not answer"
         raise ConnectionError(f"{problem}: go online, or name a file of weights") from error
 
 
@@ -319,8 +319,8 @@ def _timm_recipe(backbone: Backbone, options: WeightsOptions, config: Pretrained
     return Recipe(
         size=side,
         cache_side=side * 8 // 7,
-        mean=options.mean or tuple(config.mean),  # type: ignore[arg-type]
-        std=options.std or tuple(config.std),  # type: ignore[arg-type]
+        mean=options.mean or tuple(config.mean),
+        std=options.std or tuple(config.std),
         interpolation=interpolation,
         backbone=backbone,
     )
