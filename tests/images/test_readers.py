@@ -199,6 +199,17 @@ def test_dicom_is_read_in_its_own_units_and_without_a_window(tmp_path):
     np.testing.assert_array_equal(numbers(path, 2).values[:, :, 0], frames[2])
 
 
+def test_dicom_files_named_by_a_scanner_are_images(tmp_path):
+    """Without an ending, or by numbers between dots; other files of such names are none."""
+    dicom(tmp_path / "IM0001", noise(8, 9))
+    dicom(tmp_path / "1.2.840.113619.2", noise(3, 8, 9))
+    (tmp_path / "README").write_text("no image")
+    data = Data(tmp_path)
+    names = [f"1.2.840.113619.2#{plane}" for plane in range(3)]
+    assert data.splits()["train"].paths == (*names, "IM0001")
+    assert data.notes == ("not read: 1 file without an ending, first README",)
+
+
 @pytest.mark.parametrize(("module", "suffix"), [("tifffile", "tif"), ("pydicom", "dcm")])
 def test_a_file_that_needs_an_extra_says_so(tmp_path, monkeypatch, module, suffix):
     path = tmp_path / f"a.{suffix}"
@@ -229,3 +240,18 @@ def test_a_photograph_is_pillows(tmp_path):
         with opened(path) as image:
             assert isinstance(image, Image.Image)
     assert readers.planes(tmp_path / "RGB.tif") == 1
+
+
+def test_formats_of_plug_ins(tmp_path):
+    """Written without Pillow, so that only the reader can have loaded the plug-in."""
+    pillow_heif, imagecodecs = pytest.importorskip("pillow_heif"), pytest.importorskip("imagecodecs")
+    pytest.importorskip("pillow_jxl")
+    y, x = np.mgrid[0:64, 0:48]
+    values = np.dstack((4 * y, 5 * x, 2 * (x + y))).astype(np.uint8)
+    pillow_heif.from_bytes("RGB", (48, 64), values.tobytes()).save(tmp_path / "a.heic", quality=95)
+    (tmp_path / "a.jxl").write_bytes(imagecodecs.jpegxl_encode(values, lossless=True))
+    for suffix, apart in (("heic", 12), ("jxl", 0)):
+        with opened(tmp_path / f"a.{suffix}") as image:
+            assert image.mode == "RGB" and image.size == (48, 64)
+            assert np.abs(np.asarray(image).astype(int) - values).max() <= apart
+    assert Data(tmp_path).splits()["train"].paths == ("a.heic", "a.jxl")

@@ -28,6 +28,7 @@ NO_IMAGES |= frozenset(".xls .xlsx .xml .yaml .yml".split())
 SYSTEM_FOLDERS = frozenset(("@eadir", "@recycle", "#recycle", "$recycle.bin", "__macosx", "system volume information"))
 """Folders that storage devices and archivers make, with thumbnails and deleted files; in lower case."""
 ABOUT = {"system folder": " with thumbnails or deleted files", "folder": " without permission"}  # not read
+DICOM, DICOM_START = b"DICM", 128  # mark of a DICOM file, and the bytes before it
 LARGEST = 2**30  # bytes of one unpacked file: above any image, below a bomb
 PLAIN, ZIPPED, DEFLATED = range(3)  # raw bytes; raw bytes after a zip header; compressed bytes after a zip header
 
@@ -233,6 +234,8 @@ def scan(root: Path, below: str = "", unread: Unread | None = None) -> Stamps:
                     pending.append((f"{path}/", parents | {folder}))
                 elif is_image and stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
                     stamps[path] = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino  # its `stamp`
+                elif stat.S_ISREG(status.st_mode) and _is_bare_dicom(root / path):
+                    stamps[path] = stamp(status)
                 elif stat.S_ISREG(status.st_mode):
                     unread.file(path)
     # beside other images, arrays are features or labels
@@ -242,6 +245,23 @@ def scan(root: Path, below: str = "", unread: Unread | None = None) -> Stamps:
             del stamps[path]
             unread.file(path)
     return dict(sorted(stamps.items()))
+
+
+def _is_bare_dicom(path: Path) -> bool:
+    """True for a DICOM file that is named as scanners do: without an ending, or by numbers between dots."""
+    if any(letter.isalpha() for letter in path.suffix):
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(DICOM_START + len(DICOM))[DICOM_START:] == DICOM
+    except OSError:
+        return False
+
+
+def may_hold_several(path: str) -> bool:
+    """True for the path of an image file that may hold several images, by its ending."""
+    name = path.lower()
+    return name.endswith(STACKS) or not name.endswith(EXTENSIONS)  # without a known ending it is DICOM
 
 
 def from_files(root: Path, stamps: Stamps, labels: tuple[str, ...] | None) -> Source:

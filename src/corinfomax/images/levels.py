@@ -99,7 +99,7 @@ def stored(levels: Float32[np.ndarray, "h w c"], pixels: PixelFormat) -> Num[np.
 
 
 class ImageLevels(NamedTuple):
-    """What one image tells of the levels of its set."""
+    """Range and sample of the levels of one image."""
 
     channels: int
     colours: bool
@@ -135,11 +135,11 @@ class SetLevels(NamedTuple):
     pixels: PixelFormat = RGB
     mean: tuple[float, ...] | None = None  # None for 8-bit RGB, whose recipes know them
     std: tuple[float, ...] | None = None
-    notes: tuple[str, ...] = ()  # what is read, and what is not
+    notes: tuple[str, ...] = ()  # sentences about levels that are read, cut off or left out
 
 
 def set_levels(images: Sequence[ImageLevels]) -> SetLevels:
-    """The format that keeps the levels of these images, and statistics that a few extreme values do not change.
+    """A format that keeps the levels of these images, and statistics that ignore a few extreme values.
 
     Integers keep every level if they span at most 65,535; without a sign they go up to a power of two, which is the
     same in another part of the images. Floats are stored in 65,535 steps.
@@ -160,7 +160,7 @@ def set_levels(images: Sequence[ImageLevels]) -> SetLevels:
     span = max(float(high.max()) - bottom, 1.0)
     if all(image.kind != "f" for image in chosen) and span <= MOST_STEPS:
         span = 2.0 ** max(8, int(span).bit_length()) - 1 if bottom == 0 else span
-        # 255 steps are those of 8-bit files, among which deeper images would be divided by 257
+        # never 255 steps here: they mark 8-bit files, beside which deeper images are divided by 257
         steps = MOST_STEPS if span == 255 and max(image.bits for image in chosen) > 8 else round(span)
         pixels = PixelFormat(channels=channels, colours=colours, low=(bottom,), high=(bottom + span,), steps=(steps,))
     else:
@@ -225,7 +225,7 @@ def as_rgb(levels: Num[np.ndarray, "c h w"], pixels: PixelFormat) -> UInt8[np.nd
 
 
 def shown_channels(pixels: PixelFormat) -> list[int]:
-    """The channels that a picture shows in red, green and blue."""
+    """Channels to show as red, green and blue."""
     return {1: [0, 0, 0], 2: [0, 1, 1]}.get(pixels.channels, [0, 1, 2])
 
 

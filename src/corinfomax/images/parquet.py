@@ -51,6 +51,8 @@ class _Columns(NamedTuple):
 
 def _source_of_parts(place: Path, parts: Sequence[Path]) -> Source:
     parquet = _library("pyarrow.parquet", "Parquet", "pyarrow", extra="parquet")
+
+    # row and class of each image
     places, paths, labels = [], list[str](), list[str]()
     columns = None
     for number, part in enumerate(parts):
@@ -64,6 +66,8 @@ def _source_of_parts(place: Path, parts: Sequence[Path]) -> Source:
                 places += [(number, group, row) for row in range(rows)]
             paths += [f"{part.name}/{row:06d}" for row in range(len(places) - first)]
     assert columns is not None
+
+    # the images, read when they are needed
     stamps = np.array([stamp(part.stat()) for part in parts], np.int64)
     rows = ParquetImages([str(part) for part in parts], columns.image, np.array(places, np.int64).reshape(-1, 3))
     return Source(str(place.absolute()), tuple(paths), stamps, _all_labels(place, labels), rows)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from corinfomax.images.files import DataError
+from corinfomax.images.files import DICOM, DICOM_START, DataError
 from corinfomax.images.levels import Raster
 from corinfomax.runtime import extras
 
@@ -21,8 +21,7 @@ from corinfomax.runtime import extras
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"]
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes of a file; + is BigTIFF
 PNG_OF_16_BITS = (b"\x10\x02", b"\x10\x06", b"\x10\x04")  # bits and kind in its header: RGB, RGBA, grey with alpha
-NUMPY, ZIP, DICOM = b"\x93NUMPY", b"PK\x03\x04", b"DICM"
-DICOM_START = 128  # bytes before its mark
+NUMPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"
 PLUGINS = {b"ftyphei": "pillow_heif", b"ftypmif1": "pillow_heif", b"ftyphev": "pillow_heif", b"JXL ": "pillow_jxl"}
 PLUGINS |= {b"\xff\x0a": "pillow_jxl"}
 PACKAGES = {"pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}  # of modules with other names
@@ -101,7 +100,7 @@ def _start(content: Path | io.BytesIO) -> bytes:
 
 
 def _reader(content: Path | io.BytesIO, start: bytes) -> Any:
-    """The function that reads a file of numbers; None for one that Pillow reads without loss."""
+    """Function that reads a file of numbers; None where Pillow reads it without loss."""
     if start.startswith(TIFF):
         return None if _is_plain_tiff(content) else _read_tiff
     if start.startswith((NUMPY, ZIP)):
@@ -216,9 +215,9 @@ def _unpacked(path: Path, _: int) -> list[np.ndarray]:
 
 
 def _images_of(array: np.ndarray, stack: StackAxis | None) -> np.ndarray:
-    """A view of an array whose first axis is images and, of four, whose last is channels.
+    """View of an array with images on its first axis and, of four axes, channels on its last.
 
-    Of three axes a last one of 1, 3 or 4 is channels; any other array of three needs `stack`.
+    With three axes, a last one of 1, 3 or 4 is channels; any other array of three axes needs `stack`.
     """
     if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4) and stack is None):
         return array[None]
@@ -247,6 +246,7 @@ def _read_array(content: Any, plane: int | None, stack: StackAxis | None) -> Ope
 
 def _read_dicom(content: Any, plane: int | None, stack: StackAxis | None) -> Opened:
     """An image of a DICOM file in the units of its rescale slope and intercept, without a window; black is low."""
+    # the frame, with its colours
     library = _library("pydicom", "DICOM")
     pixels = importlib.import_module("pydicom.pixels")
     dataset = library.dcmread(content)
@@ -255,11 +255,11 @@ def _read_dicom(content: Any, plane: int | None, stack: StackAxis | None) -> Ope
     photometric = str(dataset.PhotometricInterpretation)
     if photometric == "PALETTE COLOR":
         values = pixels.apply_color_lut(values, dataset)
-    if photometric == "MONOCHROME1":  # high is black
-        low, bits = (
-            (-(2 ** (int(dataset.BitsStored) - 1)) if dataset.PixelRepresentation else 0),
-            int(dataset.BitsStored),
-        )
+
+    # black is low, and levels are in the units of the device
+    if photometric == "MONOCHROME1":
+        bits = int(dataset.BitsStored)
+        low = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
         values = (2 * low + 2**bits - 1) - values.astype(np.int32)
     values = pixels.apply_rescale(values, dataset)
     if values.dtype.kind == "f" and (values == np.rint(values)).all():

@@ -192,7 +192,7 @@ def _side_and_depth(image: Opened) -> tuple[int, bool]:
 def with_planes(source: Source, stack: StackAxis | None) -> Source:
     """The source with a row for each image in files that hold several; DataError where that is not clear."""
     source = replace(source, stack=stack)
-    rows = [row for row, path in enumerate(source.paths) if path.lower().endswith(files.STACKS)]
+    rows = [row for row, path in enumerate(source.paths) if files.may_hold_several(path)]
     if source.array is not None or not rows:
         return source
 
