@@ -118,6 +118,18 @@ def test_weights_for_colours_are_adapted_to_bands_and_given_back_with_them(tmp_p
     assert "adapt them with pretrain --init" in capsys.readouterr().err
 
 
+def test_weights_for_colours_keep_their_statistics_beside_infrared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "data", 4, near_infrared)
+    save_file(build_backbone(Backbone(name="test_resnet")).state_dict(), "rgb.safetensors")
+    words = ["--size", "32", "--batch", "8", "--epochs", "1", "--projector.widths", "32", "8", "--no-report"]
+    words += ["--backbone.name", "test_resnet", "--no-evaluate", "--out", "run"]
+    assert main(["pretrain", "data", "--init", "rgb.safetensors", *words]) == 0
+    recipe = load_last(Path("run"))[1].recipe
+    assert recipe.mean[:3] == corinfomax.load("rgb.safetensors", architecture="test_resnet", size=32).recipe.mean
+    assert len(recipe.mean) == 4 and 0 < recipe.mean[3] < 0.3
+
+
 def test_a_killed_run_on_bands_goes_on_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "data", 13, bands)

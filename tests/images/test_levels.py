@@ -178,6 +178,18 @@ def test_photographs_are_surveyed_by_a_few_of_them(tmp_path, monkeypatch):
     assert Data(data).survey().levels == levels.SetLevels()
 
 
+def test_levels_outside_a_runs_format_are_said():
+    pixels = PixelFormat(channels=1, colours=False, high=(4095.0,), steps=(4095,))
+    within = [image_levels(raster(noise(8, 9)))]
+    assert levels.outside(within, pixels) == []
+    beyond = [*within, image_levels(raster(np.full((3, 3), 9000, np.uint16)))]
+    low = min(image.low[0] for image in beyond)
+    said = f"levels from {low:,.7g} to 9,000, of which the run reads 0 to 4,095: the rest is cut off"
+    assert levels.outside(beyond, pixels) == [said]
+    grey = [image_levels(raster(noise(8, 9, kind="uint8", top=256)))]
+    assert levels.outside(grey, pixels) == ["8-bit images: 255 is read as 4,095, the highest level of the run"]
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 13])
 def test_pictures_in_false_colours_use_the_whole_range(channels):
     pixels = PixelFormat(channels=channels, colours=False, high=(65535.0,), steps=(65535,))

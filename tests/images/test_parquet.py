@@ -106,6 +106,19 @@ def test_each_table_belongs_to_the_split_in_its_name(tmp_path):
         Data(tmp_path / "data").splits()
 
 
+def test_folders_of_tables_are_splits_and_tables_without_one_are_named(tmp_path):
+    """As the hub converts data sets: data/train/0000.parquet."""
+    rows = rows_of(tiny.folder(tmp_path / "folder", {"": 9}))
+    for name, part in (("train/0", rows[:4]), ("train/1", rows[4:6]), ("test/0", rows[6:8]), ("odd", rows[8:])):
+        path = tmp_path / "data" / "default" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table(part), path)
+    data = Data(tmp_path / "data")
+    assert {name: len(source.paths) for name, source in data.splits().items()} == {"train": 6, "test": 2}
+    assert data.notes == ("not read: 1 table without a split in its name, first odd.parquet",)
+    assert data.splits()["test"].paths[0] == "default/test/0.parquet/000000"
+
+
 @pytest.mark.parametrize(
     ("columns", "said"),
     [

@@ -87,6 +87,33 @@ def test_white_may_be_zero(tmp_path):
     values = noise(8, 9, 2)
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="miniswhite", planarconfig="contig")
     np.testing.assert_array_equal(numbers(tmp_path / "a.tif").values, 65535 - values)
+    tifffile.imwrite(tmp_path / "b.tif", values[:, :, 0], photometric="miniswhite")  # Pillow would not turn it round
+    np.testing.assert_array_equal(numbers(tmp_path / "b.tif").values[:, :, 0], 65535 - values[:, :, 0])
+
+
+def test_a_photograph_in_a_tiff_that_pillow_does_not_read_alone_is_a_photograph(tmp_path):
+    """Beside a thumbnail, or one of several grey images: 8-bit RGB, as from any other file."""
+    values = noise(8, 9, 3, kind="uint8", top=256)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(values, photometric="rgb")
+        file.write(values[::2, ::2], photometric="rgb")
+    tifffile.imwrite(tmp_path / "b.tif", values.transpose(2, 0, 1), imagej=True, metadata={"axes": "ZYX"})
+    with opened(tmp_path / "a.tif") as image:
+        np.testing.assert_array_equal(np.asarray(image), values)
+        assert isinstance(image, Image.Image) and planes(tmp_path / "a.tif") == 1
+    with opened(tmp_path / "b.tif", 2) as image:
+        np.testing.assert_array_equal(np.asarray(image), values[:, :, 2])
+        assert isinstance(image, Image.Image)
+
+
+@pytest.mark.parametrize("start", [b"RIFF\xff\x0a\0\0WEBP", b"BM\xff\x0a\0\0\0\0ftypheic", b"\0\0JXL \0\0"])
+def test_marks_elsewhere_in_a_file_ask_for_no_plug_in(tmp_path, monkeypatch, start):
+    for module in ("pillow_heif", "pillow_jxl"):
+        monkeypatch.setitem(sys.modules, module, None)
+    readers._use_plugin.cache_clear()
+    (tmp_path / "a.webp").write_bytes(start)
+    with pytest.raises(DataError, match=r"^not an image$"):
+        numbers(tmp_path / "a.webp")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -99,6 +99,9 @@ def adapt_recipe(
     shaped = replace(shaped, interpolation=weights.interpolation, pixels=weights.pixels)
     if adapts:
         shaped = with_levels(shaped, levels)
+        if shaped.pixels.is_bytes and shaped.pixels.colours:  # colours as the weights know them
+            mean, std = weights.mean + shaped.mean[3:], weights.std + shaped.std[3:]
+            shaped = replace(shaped, mean=mean, std=std)
     recipe = fields.override(shaped, typed, flags & fields.flags(base).keys())
     if network.has_fixed_size(weights.backbone) and recipe.size != weights.size:
         if not network.is_resizable(weights.backbone):

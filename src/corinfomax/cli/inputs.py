@@ -99,8 +99,12 @@ def fit_pixels(recipe: Recipe, data: Data) -> Recipe:
 
     Weights that were trained on other levels keep theirs.
     """
+    if recipe.pixels != RGB:
+        for note in data.outside(recipe.pixels):
+            print(note)
+        return recipe
     levels = data.survey().levels
-    if recipe.pixels != RGB or levels.pixels == RGB:
+    if levels.pixels == RGB:
         return recipe
     pixels = levels.pixels
     if pixels.channels != 1 and not pixels.colours:

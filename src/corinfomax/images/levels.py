@@ -190,6 +190,22 @@ def set_levels(images: Sequence[ImageLevels]) -> SetLevels:
     return SetLevels(pixels, mean, std, tuple(notes))
 
 
+def outside(images: Sequence[ImageLevels], pixels: PixelFormat) -> list[str]:
+    """Sentences about levels of some images that another set's format cuts off or scales."""
+    bytes_among = [image for image in images if image.bits == 8 and not pixels.is_bytes]
+    same = [i for i in images if i.channels == pixels.channels and (i.bits > 8 or pixels.is_bytes)]
+    notes = []
+    if bytes_among:
+        notes.append(f"8-bit images: 255 is read as {max(pixels.high):,.7g}, the highest level of the run")
+    low, high = min(pixels.low), max(pixels.high)
+    lowest = min((min(image.low) for image in same), default=low)
+    highest = max((max(image.high) for image in same), default=high)
+    if lowest < low or highest > high:
+        seen = f"levels from {lowest:,.7g} to {highest:,.7g}"
+        notes.append(f"{seen}, of which the run reads {low:,.7g} to {high:,.7g}: the rest is cut off")
+    return notes
+
+
 def _float_range(
     values: Float64[np.ndarray, "k c"], low: Float64[np.ndarray, " c"], high: Float64[np.ndarray, " c"]
 ) -> tuple[list[float], list[float], list[str]]:

@@ -29,18 +29,27 @@ def from_parquet(place: Path) -> Located:
     An image column holds bytes, alone or with a path, as on the Hugging Face hub. Labels come from a column of
     LABEL_COLUMNS, with the names of their classes if the file records them. Raises DataError without an image column.
     """
-    parts = sorted(place.glob(f"*{ENDING}")) or sorted(place.glob(f"*/*{ENDING}")) if place.is_dir() else [place]
-    names = [split_in(part.stem) or "train" for part in parts]
-    if "train" not in names and len(set(names)) > 1:
-        raise DataError(
-            f"{place} has no training images: no table of {files.listed(sorted(set(names)))} is called train"
-        )
-    names = names if "train" in names else ["train"] * len(names)
-    splits = {
-        split: _source_of_parts(place, [part for part, name in zip(parts, names, strict=True) if name == split])
-        for split in sorted(set(names), key=("train", "val", "test").index)
-    }
-    return Located(splits, ())
+    parts = sorted(place.rglob(f"*{ENDING}")) if place.is_dir() else [place]
+    names = [_split_of(part, place) for part in parts]
+    notes = []
+    if "train" not in names:
+        if len({*names} - {None}) > 1:
+            have = files.listed(sorted(filter(None, {*names})))
+            raise DataError(f"{place} has no training images: no table of {have} is called train")
+        names = ["train"] * len(names)
+    elif bare := [part for part, name in zip(parts, names, strict=True) if name is None]:
+        notes.append(f"not read: {files.some(len(bare), 'table')} without a split in its name, first {bare[0].name}")
+    splits = {}
+    for split in ("train", "val", "test"):
+        if own := [part for part, name in zip(parts, names, strict=True) if name == split]:
+            splits[split] = _source_of_parts(place, own)
+    return Located(splits, tuple(notes))
+
+
+def _split_of(part: Path, place: Path) -> str | None:
+    """The split in the name of a table, or else of the nearest folder inside `place` that has one."""
+    folders = part.relative_to(place).parent.parts if part != place else ()
+    return next((split for name in (part.stem, *reversed(folders)) if (split := split_in(name))), None)
 
 
 class _Columns(NamedTuple):
@@ -64,7 +73,8 @@ def _source_of_parts(place: Path, parts: Sequence[Path]) -> Source:
             for group in range(table.num_row_groups):
                 rows = table.metadata.row_group(group).num_rows
                 places += [(number, group, row) for row in range(rows)]
-            paths += [f"{part.name}/{row:06d}" for row in range(len(places) - first)]
+            name = part.relative_to(place).as_posix() if part != place else part.name
+            paths += [f"{name}/{row:06d}" for row in range(len(places) - first)]
     assert columns is not None
 
     # the images, read when they are needed

@@ -22,12 +22,12 @@ FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes of a file; + is BigTIFF
 PNG_OF_16_BITS = (b"\x10\x02", b"\x10\x06", b"\x10\x04")  # bits and kind in its header: RGB, RGBA, grey with alpha
 NUMPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"
-PLUGINS = {b"ftyphei": "pillow_heif", b"ftypmif1": "pillow_heif", b"ftyphev": "pillow_heif", b"JXL ": "pillow_jxl"}
-PLUGINS |= {b"\xff\x0a": "pillow_jxl"}
+HEIF, JXL = (b"ftyphei", b"ftypmif1", b"ftyphev"), b"JXL "  # from the fifth byte on
+JXL_STREAM = b"\xff\x0a"  # a JPEG XL without a container
 PACKAGES = {"pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}  # of modules with other names
 
 WHITE_IS_ZERO, RGB_PHOTOMETRIC = 0, 2  # photometric interpretations of a TIFF
-BITS, ORIENTATION, SAMPLES, EXTRA_SAMPLES = 258, 274, 277, 338  # tags of a TIFF
+BITS, PHOTOMETRIC, ORIENTATION, SAMPLES, EXTRA_SAMPLES = 258, 262, 274, 277, 338  # tags of a TIFF
 ALPHA = (1, 2)  # extra samples that are transparency; 0 is any other data
 
 
@@ -51,8 +51,10 @@ def opened(content: Content, plane: int | None = None, stack: StackAxis | None =
     if read is not None:
         yield read(content, plane, stack)
         return
-    if (plugin := next((name for mark, name in PLUGINS.items() if mark in start[:12]), None)) is not None:
-        _use_plugin(plugin)
+    if start[4:].startswith(HEIF):
+        _use_plugin("pillow_heif")
+    elif start[4:].startswith(JXL) or start.startswith(JXL_STREAM):
+        _use_plugin("pillow_jxl")
     try:
         image = Image.open(content, formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -146,6 +148,7 @@ def _is_plain_tiff(content: Any) -> bool:
             tags: Any = image.tag_v2  # type: ignore[attr-defined]
             samples, bits, extra = tags.get(SAMPLES, 1), tags.get(BITS, (1,)), tags.get(EXTRA_SAMPLES, ())
             lossy = samples > 1 and (max(bits) > 8 or any(kind not in ALPHA for kind in extra))
+            lossy |= max(bits) > 8 and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO  # which Pillow does not turn round
             return not lossy and getattr(image, "n_frames", 1) == 1
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
         return False
@@ -169,8 +172,8 @@ def _tiff_pages(series: Any, stack: StackAxis | None) -> np.ndarray:
     return order.reshape(math.prod(shape[place] for place in images), -1)
 
 
-def _read_tiff(content: Path | io.BytesIO, plane: int | None, stack: StackAxis | None) -> Raster:
-    """An image of a TIFF; the samples of its pages come last."""
+def _read_tiff(content: Path | io.BytesIO, plane: int | None, stack: StackAxis | None) -> Opened:
+    """An image of a TIFF; the samples of its pages come last. Bytes of grey or RGB are a photograph as any other."""
     with _library("tifffile", "this TIFF").TiffFile(content) as file:
         series = file.series[0]
         first, pages = series.pages[0], _tiff_pages(series, stack)[plane or 0].tolist()
@@ -181,8 +184,11 @@ def _read_tiff(content: Path | io.BytesIO, plane: int | None, stack: StackAxis |
         if int(first.photometric) == WHITE_IS_ZERO and values.dtype.kind == "u":
             values = np.iinfo(values.dtype).max - values
         tag = first.tags.get(ORIENTATION)
+        values = upright(values, 1 if tag is None else int(tag.value))
         colours = int(first.photometric) == RGB_PHOTOMETRIC and len(pages) == 1
-        return Raster(upright(values, 1 if tag is None else int(tag.value)), colours)
+        if values.shape[2] == 1 or (values.shape[2] == 3 and colours):
+            return from_array(np.ascontiguousarray(values[:, :, 0] if values.shape[2] == 1 else values))
+        return Raster(values, colours)
 
 
 def _read_png(content: Path | io.BytesIO, plane: int | None, stack: StackAxis | None) -> Raster:
@@ -265,5 +271,5 @@ def _read_dicom(content: Any, plane: int | None, stack: StackAxis | None) -> Ope
     if values.dtype.kind == "f" and (values == np.rint(values)).all():
         values = values.astype(np.int32)
     if values.ndim == 2 and values.dtype.kind == "i" and values.min() >= 0 and values.max() <= 65535:
-        values = values.astype(np.uint16)
+        values = values.astype(np.uint8 if dataset.BitsAllocated == 8 and values.max() <= 255 else np.uint16)
     return from_array(values)

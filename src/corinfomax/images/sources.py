@@ -1,6 +1,7 @@
 """DATA: images named by one argument, a folder, list, table, archive or named set."""
 
 import difflib
+import itertools
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from corinfomax.images.levels import SetLevels
 from corinfomax.images.named_sets import NAMED
 from corinfomax.images.readers import Opened, StackAxis
 from corinfomax.images.tables import from_list, from_table
+from corinfomax.recipes.fields import PixelFormat
 
 ROOT = Path("data")  # of the named sets
 
@@ -134,15 +136,22 @@ class Data:
             return Survey(count, side)
         return Survey(count, side, self._measure_levels(list(splits.values())))
 
+    def outside(self, pixels: PixelFormat) -> list[str]:
+        """Sentences about levels that a format does not have, seen in at most 64 training images."""
+        train = self.splits()["train"]
+        count = len(train.paths)
+        results = [try_image(train, row, self._levels_of) for row in range(0, count, max(1, count // 64))[:64]]
+        return levels.outside([each for each in results if not isinstance(each, str)], pixels)
+
+    def _levels_of(self, image: Opened) -> levels.ImageLevels:
+        if not isinstance(image, levels.Raster):
+            image.load()
+        return levels.image_levels(levels.as_raster(image, self.channels), self.channels)
+
     def _measure_levels(self, sources: list[Source]) -> SetLevels:
         """The levels of all images, read once."""
-
-        def measure(image: Opened) -> levels.ImageLevels:
-            if not isinstance(image, levels.Raster):
-                image.load()
-            return levels.image_levels(levels.as_raster(image, self.channels), self.channels)
-
-        measured = [each for source in sources for each in map_images(source, measure, True, label="measuring levels")]
+        reads = (map_images(source, self._levels_of, True, label="measuring levels") for source in sources)
+        measured = list(itertools.chain.from_iterable(reads))
         usable = [each for each in measured if not isinstance(each, str)]
         if self.channels is not None:
             usable = [each for each in usable if each.channels == self.channels]
@@ -246,7 +255,7 @@ def _from_folder(place: Path) -> Located:
     except MissingDataError:
         if shards:
             return from_archives(place, shards)
-        if any(place.glob(f"*{parquet.ENDING}")) or any(place.glob(f"*/*{parquet.ENDING}")):
+        if any(place.rglob(f"*{parquet.ENDING}")):
             return parquet.from_parquet(place)
         folders = sorted(path for path in place.iterdir() if path.is_dir())
         if inner := [path for folder in folders for path in shards_in(folder)]:
