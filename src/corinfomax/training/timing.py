@@ -30,13 +30,15 @@ class Speed(NamedTuple):
 
 
 def made_up(recipe: Recipe) -> Images:
-    """Images of random pixels at the recipe's cached size, at least one batch of them."""
-    side = recipe.cache_side
-    length = 3 * side * side
+    """Images of random pixels at the recipe's cached size and channels, at least one batch of them."""
+    side, form = recipe.cache_side, recipe.pixels
+    length = form.bytes * side * side
     count = max(recipe.batch, min(50_000, MADE_UP_BYTES // length))
-    pixels = torch.randint(256, (count * length,), dtype=torch.uint8, generator=generator(0, "made up"))
+    random = torch.randint(256, (count * length,), dtype=torch.uint8, generator=generator(0, "made up"))
+    pixels = random.view(getattr(torch, form.dtype))
+    offsets = torch.arange(count) * form.channels * side * side
     sizes, paths = torch.full((count, 2), side), tuple(f"made up/{i}" for i in range(count))
-    return Images(pixels, torch.arange(count) * length, sizes, paths, None, (), (), fingerprint="made up")
+    return Images(pixels, offsets, sizes, paths, None, (), (), fingerprint="made up", format=form)
 
 
 def speed(recipe: Recipe, device: torch.device, *, seconds: float) -> Speed:
