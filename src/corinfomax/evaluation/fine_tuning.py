@@ -16,6 +16,7 @@ from corinfomax.images.cache import Images
 from corinfomax.network import autocast, images_at_once
 from corinfomax.recipes.fields import Recipe, View
 from corinfomax.runtime import bars, memory
+from corinfomax.runtime.devices import sent
 from corinfomax.runtime.seeds import generator, key
 from corinfomax.views import operations
 
@@ -146,7 +147,7 @@ def _batches(
         indices = batches[position]
         pixels, sizes = images.batch(indices)
         parameters = operations.draw(view, sizes, generator(recipe.seed, f"{purpose} view", step), recipe.pixels)
-        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (pixels, images.labels[indices]))
+        pixels, labels = (sent(tensor, device) for tensor in (pixels, images.labels[indices]))
         x = operations.apply(pixels, sizes, parameters, size=recipe.test_side, scaling=recipe.scaling)
         yield epoch, x, labels
 

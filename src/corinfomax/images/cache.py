@@ -24,6 +24,7 @@ from corinfomax.images.mapped import MappedFile
 from corinfomax.images.readers import Opened
 from corinfomax.images.sources import Data
 from corinfomax.recipes.fields import RGB, PixelFormat
+from corinfomax.runtime.devices import sent
 from corinfomax.runtime.seeds import generator
 
 COPIED_AT_ONCE = 2**26  # bytes
@@ -123,7 +124,7 @@ class Images:
                 if self.mapped is not None:
                     self.mapped.trim()
             return pixels, self.sizes[indices]
-        return grid.index_select(0, rows.to(grid.device, non_blocking=True)), self.sizes[indices]
+        return grid.index_select(0, sent(rows, grid.device)), self.sizes[indices]
 
     def on(self, device: torch.device) -> "Images":
         """The same images with `pixels` on a device, copied in blocks so that the map never stands in memory whole."""

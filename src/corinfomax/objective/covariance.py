@@ -74,8 +74,8 @@ def corinfomax_loss(
     is that of `moments` (float64). Under torch.distributed the rows are one process's part of the batch: terms and
     moments are those of the whole batch, and so is the gradient to these rows; sum the parameters' over processes.
 
-    Raises ValueError for a wrong shape or number of views, or a value that is not finite. On CUDA and in one of several
-    processes values are not read: the loss becomes nan or infinite there, and the moments do not change.
+    Raises ValueError for a wrong shape or number of views, or a value that is not finite. On a GPU and in one of
+    several processes values are not read: the loss becomes nan or infinite there, and the moments do not change.
 
     >>> z = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
     >>> terms, moments = corinfomax_loss((z, z), Moments.initial(4), alpha=16.0)
@@ -306,7 +306,7 @@ def check_views(views: Sequence[Tensor], *, dim: int | None = None) -> None:
     require(dim in (None, first.shape[1]), f"the loss is of dimension {dim}, the projections {first.shape[1]}; {got}")
 
     # values: a sum costs a tenth of checking each, and is enough unless it overflows
-    if first.device.type == "cuda" or processes.size() > 1:
+    if first.device.type != "cpu" or processes.size() > 1:
         return
     for name, z in zip(names, views, strict=True):
         if not z.detach().sum().isfinite() and (bad := int((~z.detach().isfinite()).any(1).sum())):

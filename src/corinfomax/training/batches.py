@@ -17,6 +17,7 @@ from torch import Tensor
 from corinfomax.images.cache import Images
 from corinfomax.images.decode import cores, crop_cached, crop_reader
 from corinfomax.recipes.fields import Recipe
+from corinfomax.runtime.devices import sent
 from corinfomax.runtime.seeds import generator
 from corinfomax.views import operations
 from corinfomax.views.cpu import Levels
@@ -40,8 +41,8 @@ class Batch(NamedTuple):
     pixels: tuple[Pixels, ...] = ()  # whole images for all views, or regions for each view; empty until they are read
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its pixels on the device; the host does not wait for the copy."""
-        moved = (part._replace(images=part.images.to(device, non_blocking=True)) for part in self.pixels)
+        """The batch with its pixels on the device; on CUDA the host does not wait for the copy."""
+        moved = (part._replace(images=sent(part.images, device)) for part in self.pixels)
         return self._replace(pixels=tuple(moved))
 
 

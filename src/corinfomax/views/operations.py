@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from corinfomax.recipes.fields import RGB, PixelFormat, Recipe, Scaling, View
+from corinfomax.runtime.devices import sent
 from corinfomax.views import cpu
 from corinfomax.views.cpu import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, Levels, Sizes
 
@@ -166,7 +167,7 @@ def _apply_where(chosen: Bool[Tensor, " n"], x: Tensor, operation: Callable[...,
         return x
     if len(indices) == len(x):
         return operation(x, *values)
-    on_device = indices.to(x.device, non_blocking=True)
+    on_device = sent(indices, x.device)
     return x.index_copy(0, on_device, operation(x[on_device], *(value[indices] for value in values)))
 
 
@@ -188,7 +189,7 @@ def rotate(x: Float[Tensor, "n c h w"], sizes: Sizes, angle: Float[Tensor, " n"]
     turn = torch.stack((cos, -sin, sin, cos), 1).view(n, 2, 2)
     centre = ((sizes - 1) / 2).flip(1)  # column, row
     to_grid = torch.tensor([2 / w, 2 / h])  # pixels to grid_sample's −1 … 1
-    turn, centre, to_grid = (tensor.to(x.device, non_blocking=True) for tensor in (turn, centre, to_grid))
+    turn, centre, to_grid = (sent(tensor, x.device) for tensor in (turn, centre, to_grid))
 
     # the point of the image that lands on column i, row j: (i − cx, j − cy) turned back about the centre
     rows, columns = torch.meshgrid(torch.arange(h, device=x.device), torch.arange(w, device=x.device), indexing="ij")
@@ -243,13 +244,13 @@ def _resample(
     taps = [math.ceil(4 * max(float(extent) / size, 1.0)) + 1 for extent in windows[1].amax(0)]
 
     # a matrix for each direction; the vertical one maps levels to [0, 1]
-    windows, flip = (tensor.to(x.device, non_blocking=True) for tensor in (windows, flip))
+    windows, flip = (sent(tensor, x.device) for tensor in (windows, flip))
     vertical = _filter_matrices(windows[:, :, 0], h, size, taps[0], linear=linear) / steps[0]
     horizontal = _filter_matrices(windows[:, :, 1], w, size, taps[1], linear=linear)
     horizontal = torch.where(flip[:, None, None], horizontal.flip(1), horizontal)
     x = _apply_matrices(x, vertical, horizontal)
     if len(set(steps)) > 1:
-        x *= (steps[0] / torch.tensor(steps)).to(x.device, non_blocking=True)[:, None, None]
+        x *= sent(steps[0] / torch.tensor(steps), x.device)[:, None, None]
     return x.clamp_(0, 1)
 
 
@@ -301,7 +302,7 @@ def jitter(x: Float[Tensor, "n c h w"], p: ViewParameters) -> Float[Tensor, "n c
     """Adjust brightness, contrast, saturation and hue of the images in `p.jitter`, in the order of each."""
     others = p.own.shape[1]
     rgb, apart = x.split((x.shape[1] - others, others), 1)
-    own = p.own.to(x.device, non_blocking=True)
+    own = sent(p.own, x.device)
     for place in range(4):
         adjustment = torch.where(p.jitter, p.order[:, place], -1)
         if rgb.shape[1]:
@@ -378,7 +379,7 @@ def blur(x: Float[Tensor, "n c s s"], sigma: Float[Tensor, " n"]) -> Float[Tenso
     One linear map a line, with the border folded in: pixel i takes tap k from pixel reflect(i + k).
     """
     n, _, size, _ = x.shape
-    kernel = blur_kernel(sigma, size).to(x.device, non_blocking=True)
+    kernel = sent(blur_kernel(sigma, size), x.device)
     taps = torch.arange(kernel.shape[1], device=x.device) - kernel.shape[1] // 2
 
     # each image's kernel as a matrix over the pixels of a line
@@ -404,9 +405,9 @@ def solarize(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
 
 def normalize(x: Float[Tensor, "n c h w"], *, mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "n c h w"]:
     """(x − mean) / std of each channel; channels_last, the memory format that convolutions prefer."""
-    shift, scale = torch.tensor((mean, std)).to(x.device, non_blocking=True)[:, :, None, None]
+    shift, scale = sent(torch.tensor((mean, std)), x.device)[:, :, None, None]
     return ((x - shift) / scale).contiguous(memory_format=torch.channels_last)
 
 
 def _per_image(values: Float[Tensor, " n"], x: Tensor) -> Float[Tensor, "n 1 1 1"]:
-    return values.to(x.device, non_blocking=True)[:, None, None, None]
+    return sent(values, x.device)[:, None, None, None]
