@@ -1,5 +1,7 @@
 """Levels of any type: stored without loss, cut off only where it is said, and statistics that outliers do not move."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -170,6 +172,52 @@ def test_the_cache_holds_sixteen_bits_and_any_channels(tmp_path):
     assert images.fingerprint == cache.load(data, side=99, pixels=pixels, progress=False).train.fingerprint
     again = cache.load(data, side=99, pixels=PixelFormat(channels=5, colours=False), progress=False).train
     assert again.pixels.dtype == torch.uint8, "another format is another cache"
+
+
+def test_the_sample_of_a_large_image_lies_all_over_it():
+    values = noise(1024, 1024, top=1000)
+    values[:, :512] += 2000
+    values[:512] += 10_000
+    values[:, 0] = 0  # the border of a scan
+    found = fitted(raster(values))
+    # 1,024 pixels on a lattice: few more or less than a quarter lie in each quadrant
+    assert found.mean[0] * found.pixels.high[0] == pytest.approx(values.mean(), rel=0.01)
+    assert found.std[0] * found.pixels.high[0] == pytest.approx(values.std(), rel=0.01)
+    floats = values.astype(np.float32)
+    floats[:, 1:] = np.nan
+    assert fitted(raster(floats)).mean == (0.0,), "the few numbers among NaN count"
+
+
+def test_samples_of_many_images_take_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(levels, "SAMPLED", (4, 1024))
+    monkeypatch.setattr(levels, "COUNTED", 100)
+    for i in range(50):
+        np.save(tmp_path / f"{i}.npy", np.full((9, 10, 2), 100 * i, np.uint16)[None])
+    kept = []
+    monkeypatch.setattr(levels, "set_levels", lambda images: kept.extend(images) or set_levels(images))
+    found = Data(tmp_path, cache=tmp_path / "cache").survey().levels
+    assert [len(image.sample) for image in kept] == [4, 0] * 25
+    assert found.pixels.high == (8191.0,) and found.mean[0] * 8191 == pytest.approx(2450, rel=0.05)
+
+
+@pytest.mark.parametrize("images", [1, 300, 5000, 20_000, 10**6])
+def test_the_pixels_of_a_set_that_count_are_bounded(images):
+    pixels, every = levels.sampling(images)
+    assert 64 <= pixels <= 1024
+    assert min(images * 1024, 2**17) <= pixels * images / every <= 2**19
+
+
+def test_scaling_holds_one_channel_in_double_precision():
+    image = raster(noise(256, 256, 13))
+    pixels = PixelFormat(channels=13, colours=False, high=(4095.0,), steps=(4095,))
+    tracemalloc.start()
+    try:
+        result = levels.scaled(image, pixels)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(result, image.values.astype(np.float32))
+    assert peak < 2 * result.nbytes  # whole images in float64 would be twice that each
 
 
 def test_photographs_are_surveyed_by_a_few_of_them(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,17 @@ def test_an_uneven_split_is_one_sentence(tmp_path):
     ((code, error),) = ended(start(HERE / "world.py", "uneven", tmp_path / "n.pt", 2))
     assert code != 0
     assert "25 images a step cannot be shared equally by 2 processes; choose a multiple" in error
+
+
+def test_one_process_measures_the_levels_for_all(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i in range(5):
+        np.save(tmp_path / "data" / f"{i}.npy", np.full((1, 8, 9, 2), 900 + i, np.uint16))
+    ((code, error),) = ended(start(HERE / "world.py", "survey", tmp_path / "levels", 2))
+    assert code == 0, error
+    first, second = ((tmp_path / f"2-{rank}").read_text() for rank in (0, 1))
+    assert first.startswith("5 measured: ") and "high=(1023.0,)" in first
+    assert second == first.replace("5 measured", "0 measured")
 
 
 def test_processes_wait_for_hours_and_name_their_differences(tmp_path):

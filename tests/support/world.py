@@ -16,8 +16,9 @@ from torch import nn
 
 import tiny
 from corinfomax import network as networks
+from corinfomax.cli import fit
 from corinfomax.cli import main as cli
-from corinfomax.images import cache
+from corinfomax.images import cache, levels
 from corinfomax.images.sources import Data
 from corinfomax.objective.covariance import CorInfoMaxLoss, Moments, corinfomax_loss
 from corinfomax.objective.kernel import KernelLoss
@@ -171,6 +172,19 @@ def differ(out: Path) -> None:
     cli.main([*shared, str(out.parent / "images-0"), "--out", str(out.parent / "mixed"), *tiny.KNOBS])
 
 
+def survey(out: Path) -> None:
+    """Survey 16-bit images as the command does; each process writes down how many it measured, and the answer."""
+    measured, real = [], levels.image_levels
+
+    def counted(*arguments: Any) -> levels.ImageLevels:
+        measured.append(real(*arguments))
+        return measured[-1]
+
+    levels.image_levels = counted
+    found = fit.survey_in_turn(Data(out.parent / "data", cache=out.parent / "cache"))
+    out.with_name(f"{out.name}-{processes.rank()}").write_text(f"{len(measured)} measured: {found}")
+
+
 def work(job: str, out: Path) -> None:
     """Do the job as one process of a world."""
     if job in ("hang", "differ"):
@@ -184,6 +198,9 @@ def work(job: str, out: Path) -> None:
             return
         if job == "differ":
             differ(out)
+            return
+        if job == "survey":
+            survey(out)
             return
         if job == "uneven":
             processes.share(BATCH + 1)

@@ -10,9 +10,10 @@ import torch
 from corinfomax import network
 from corinfomax.cli import inputs
 from corinfomax.images.levels import SetLevels
-from corinfomax.images.sources import Data
+from corinfomax.images.sources import Data, Survey
 from corinfomax.recipes import fields, published
 from corinfomax.recipes.fields import RGB, Backbone, Recipe
+from corinfomax.runtime import processes
 from corinfomax.runtime.records import Start, WeightsOptions
 from corinfomax.weights.load import LoadedBackbone, RecordedError, load_backbone
 
@@ -22,13 +23,12 @@ def choose_recipe(
 ) -> tuple[str, Recipe]:
     """Name and recipe with the typed settings: the named one, or one for images and device, printed."""
     cuda, reason = device.type == "cuda", None
-    if name is not None:
-        base = published.find_recipe(name)
-    else:
-        survey = data.survey()
+    base = None if name is None else published.find_recipe(name)
+    survey = survey_in_turn(data)
+    if name is None or base is None:
         name, base, reason = published.choose(data.title, survey.images, survey.short_side, cuda=cuda)
 
-    shaped = base = with_levels(base, data.survey().levels)
+    shaped = base = with_levels(base, survey.levels)
     if "backbone.name" in flags and typed.backbone.name != base.backbone.name:
         shaped = _other_network(base, typed.backbone.name)
     recipe = fields.override(shaped, typed, flags & fields.flags(base).keys())
@@ -36,6 +36,12 @@ def choose_recipe(
         changes = fields.difference(recipe, base)
         print(f"recipe {reason}{f', with {shlex.join(changes)}' if changes else ''}; --recipe names another")
     return name, recipe
+
+
+def survey_in_turn(data: Data) -> Survey:
+    """The survey of the images: one process of each machine looks at them, the others read what it kept."""
+    with processes.first_of_machine():
+        return data.survey()
 
 
 def load_init(name: str, prefix: str | None, typed: Recipe, flags: Collection[str]) -> LoadedBackbone:
@@ -81,7 +87,7 @@ def adapt_recipe(
 ) -> tuple[str, Recipe]:
     """Name and recipe of a run that continues from weights: their network and input; the rest as named, or `adapt`."""
     # the recipe
-    survey, weights = data.survey(), start.recipe
+    survey, weights = survey_in_turn(data), start.recipe
     levels = survey.levels
     adapts = weights.pixels == RGB and levels.pixels.channels != 1 and not levels.pixels.is_rgb
     if not adapts:

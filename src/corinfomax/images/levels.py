@@ -1,5 +1,6 @@
 """Levels: the numbers in image files, their range over a set, and the whole numbers that the cache stores."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,8 +11,12 @@ from PIL import Image
 
 from corinfomax.images.files import DataError, listed, some
 from corinfomax.recipes.fields import RGB, PixelFormat
+from corinfomax.runtime.records import Json
 
-SAMPLED = 1024  # pixels of an image that count for mean and standard deviation
+SAMPLED = (64, 1024)  # pixels of an image that count for mean and standard deviation: of many images, of few
+COUNTED = 2**18  # such pixels of a set
+NUMBERS = 2**22  # of all their channels, as float64: 32 MB, and a few copies
+SPREAD = np.array((0.7548776662466927, 0.5698402909980532))  # of the plastic number: multiples, modulo 1, fill a square
 BULK = (0.05, 99.95)  # percentiles of all pixels between which floats keep most of their precision
 MOST_STEPS = 65535  # that 16 bits can store above 0
 TAILS = 16  # times that range: floats farther out are cut off, which leaves 4,096 of the 65,535 steps to the bulk
@@ -69,11 +74,13 @@ def scaled(raster: Raster, pixels: PixelFormat) -> Float32[np.ndarray, "h w c"]:
     elif channels != pixels.channels and not (channels == 1 and pixels.is_rgb):
         raise DataError(f"{some(channels, 'channel')}, where {pixels.channels} are read")
     values = _of_type(values, pixels)
-    low, high, steps = (
-        np.array(pixels.each(numbers), np.float64) for numbers in (pixels.low, pixels.high, pixels.steps)
-    )
-    result = (values.astype(np.float64) - low) * (steps / (high - low))
-    return np.clip(np.nan_to_num(result, nan=0.0), -steps, 2 * steps).astype(np.float32)
+    result = np.empty((*values.shape[:2], pixels.channels), np.float32)
+    ranges = zip(pixels.each(pixels.low), pixels.each(pixels.high), pixels.each(pixels.steps), strict=True)
+    for channel, (low, high, steps) in enumerate(ranges):  # one at a time: float64 takes four times 16 bits
+        plane = values[:, :, min(channel, values.shape[2] - 1)].astype(np.float64)
+        plane = np.nan_to_num((plane - low) * (steps / (high - low)), nan=0.0)
+        result[:, :, channel] = plane.clip(-steps, 2 * steps)
+    return result
 
 
 def _of_type(values: np.ndarray, pixels: PixelFormat) -> np.ndarray:
@@ -105,28 +112,40 @@ class ImageLevels(NamedTuple):
     colours: bool
     kind: str  # of NumPy's dtype: u and i for integers, f for floats
     bits: int
-    low: tuple[float, ...]  # of each channel, without NaN and infinities; inf if there is nothing else
-    high: tuple[float, ...]  # −inf then
+    low: Float64[np.ndarray, " c"]  # of each channel, without NaN and infinities; inf if there is nothing else
+    high: Float64[np.ndarray, " c"]  # −inf then
     sample: Float32[np.ndarray, "k c"]  # some of its pixels
     nan: bool  # some are no numbers, or infinite
 
 
-def image_levels(raster: Raster, channels: int | None = None) -> ImageLevels:
-    """The levels of one image; with `channels` 3, of its colours alone."""
+def sampling(images: int) -> tuple[int, int]:
+    """Pixels to sample of an image, and one image in so many to sample, in a set of so many."""
+    each = min(max(COUNTED // images, SAMPLED[0]), SAMPLED[1])
+    return each, max(1, images * each // COUNTED)
+
+
+def image_levels(raster: Raster, channels: int | None = None, sampled: int = SAMPLED[1]) -> ImageLevels:
+    """The levels of one image and a sample of its pixels; with `channels` 3, of its colours alone."""
     if channels == 3 and raster.colours:
         raster = Raster(raster.values[:, :, :3], colours=True)
     values = raster.values.reshape(-1, raster.channels)
     finite = np.isfinite(values).all(1) if values.dtype.kind == "f" else np.ones(len(values), bool)
-    values = values if finite.all() else values[finite]
-    sample = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].astype(np.float32)
-    kind, bits = raster.values.dtype.kind, 8 * raster.values.dtype.itemsize
-    edges = (
-        (values.min(0, initial=np.inf), values.max(0, initial=-np.inf))
-        if kind == "f"
-        else (values.min(0), values.max(0))
-    )
-    low, high = (tuple(float(value) for value in edge) for edge in edges)
-    return ImageLevels(raster.channels, raster.colours, kind, bits, low, high, sample, not finite.all())
+    nan = not finite.all()
+    values = values[finite] if nan else values
+    sample = values
+    if len(values) > sampled:  # not every so many: they would lie in a few columns
+        height, width = raster.values.shape[:2]
+        rows, columns = (((0.5 + np.arange(sampled)[:, None] * SPREAD) % 1) * (height, width)).astype(int).T
+        sample = raster.values[rows, columns]
+        sample = sample[finite[rows * width + columns]] if nan else sample
+        sample = sample if len(sample) else values[:sampled]
+
+    kind, bits = values.dtype.kind, 8 * values.dtype.itemsize
+    if len(values):
+        low, high = values.min(0).astype(np.float64), values.max(0).astype(np.float64)
+    else:
+        low, high = np.full(raster.channels, np.inf), np.full(raster.channels, -np.inf)
+    return ImageLevels(raster.channels, raster.colours, kind, bits, low, high, sample.astype(np.float32), nan)
 
 
 class SetLevels(NamedTuple):
@@ -136,6 +155,19 @@ class SetLevels(NamedTuple):
     mean: tuple[float, ...] | None = None  # None for 8-bit RGB, whose recipes know them
     std: tuple[float, ...] | None = None
     notes: tuple[str, ...] = ()  # sentences about levels that are read, cut off or left out
+
+    def to_json(self) -> Json:
+        return self._asdict() | {"pixels": dataclasses.asdict(self.pixels)}
+
+    @classmethod
+    def from_json(cls, content: Json) -> "SetLevels":
+        """The levels that `to_json` wrote."""
+        pixels = PixelFormat(**_with_tuples(content["pixels"]))
+        return cls(**_with_tuples(content) | {"pixels": pixels})
+
+
+def _with_tuples(content: Json) -> Json:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
 
 
 def set_levels(images: Sequence[ImageLevels]) -> SetLevels:
@@ -150,7 +182,8 @@ def set_levels(images: Sequence[ImageLevels]) -> SetLevels:
         channels, colours = 3, True
     chosen = [image for image in images if image.channels == channels]
     low, high = np.min([image.low for image in chosen], 0), np.max([image.high for image in chosen], 0)
-    values = np.concatenate([image.sample for image in chosen]).astype(np.float64)
+    samples = np.concatenate([image.sample for image in chosen])
+    values = samples[:: 1 + samples.size // NUMBERS].astype(np.float64)
     if not len(values):
         raise DataError("no image has a number in it: all values are NaN or infinite")
 
@@ -198,8 +231,8 @@ def outside(images: Sequence[ImageLevels], pixels: PixelFormat) -> list[str]:
     if bytes_among:
         notes.append(f"8-bit images: 255 is read as {max(pixels.high):,.7g}, the highest level of the run")
     low, high = min(pixels.low), max(pixels.high)
-    lowest = min((min(image.low) for image in same), default=low)
-    highest = max((max(image.high) for image in same), default=high)
+    lowest = min((image.low.min() for image in same), default=low)
+    highest = max((image.high.max() for image in same), default=high)
     if lowest < low or highest > high:
         seen = f"levels from {lowest:,.7g} to {highest:,.7g}"
         notes.append(f"{seen}, of which the run reads {low:,.7g} to {high:,.7g}: the rest is cut off")

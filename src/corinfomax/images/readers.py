@@ -144,7 +144,8 @@ def upright(values: np.ndarray, orientation: int) -> np.ndarray:
 def _is_plain_tiff(content: Any) -> bool:
     """True for a TIFF of one image that Pillow reads without loss: of one channel, or of 8 bits in grey or colour."""
     try:
-        with Image.open(io.BytesIO(content.getbuffer()) if isinstance(content, io.BytesIO) else content) as image:
+        stream = io.BytesIO(content.getbuffer()) if isinstance(content, io.BytesIO) else content
+        with Image.open(stream, formats=["TIFF"]) as image:
             tags: Any = image.tag_v2  # type: ignore[attr-defined]
             samples, bits, extra = tags.get(SAMPLES, 1), tags.get(BITS, (1,)), tags.get(EXTRA_SAMPLES, ())
             lossy = samples > 1 and (max(bits) > 8 or any(kind not in ALPHA for kind in extra))

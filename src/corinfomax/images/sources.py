@@ -3,22 +3,25 @@
 import difflib
 import itertools
 import statistics
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 from corinfomax.images import files, levels, parquet, readers
 from corinfomax.images.archives import PACKED, SUFFIXES, from_archives, shards_in
-from corinfomax.images.decode import cores, map_images, try_image
+from corinfomax.images.decode import cores, map_images, too_many, try_image
 from corinfomax.images.files import DataError, Located, MissingDataError, Source
 from corinfomax.images.layout import from_folder
 from corinfomax.images.levels import SetLevels
 from corinfomax.images.named_sets import NAMED
 from corinfomax.images.readers import Opened, StackAxis
+from corinfomax.images.surveys import survey_once
 from corinfomax.images.tables import from_list, from_table
 from corinfomax.recipes.fields import PixelFormat
+from corinfomax.runtime.records import Json
 
 ROOT = Path("data")  # of the named sets
 
@@ -91,7 +94,7 @@ class Data:
             located = _from_file(place.absolute())
         else:
             raise self._missing()
-        splits = {name: with_planes(source, self.stack) for name, source in located.splits.items()}
+        splits = {name: with_planes(source, self.stack, self.cache) for name, source in located.splits.items()}
         return located._replace(splits=splits)
 
     def _missing(self) -> MissingDataError:
@@ -143,21 +146,34 @@ class Data:
         results = [try_image(train, row, self._levels_of) for row in range(0, count, max(1, count // 64))[:64]]
         return levels.outside([each for each in results if not isinstance(each, str)], pixels)
 
-    def _levels_of(self, image: Opened) -> levels.ImageLevels:
+    def _levels_of(self, image: Opened, sampled: int = 0) -> levels.ImageLevels:
         if not isinstance(image, levels.Raster):
             image.load()
-        return levels.image_levels(levels.as_raster(image, self.channels), self.channels)
+        return levels.image_levels(levels.as_raster(image, self.channels), self.channels, sampled)
 
     def _measure_levels(self, sources: list[Source]) -> SetLevels:
-        """The levels of all images, read once."""
-        reads = (map_images(source, self._levels_of, True, label="measuring levels") for source in sources)
-        measured = list(itertools.chain.from_iterable(reads))
-        usable = [each for each in measured if not isinstance(each, str)]
-        if self.channels is not None:
-            usable = [each for each in usable if each.channels == self.channels]
-            if not usable:
-                raise DataError(f"no image of {self.title} has {self.channels} channels: leave out --channels")
-        return levels.set_levels(usable)
+        """The levels of all images, each read once, at the first command."""
+
+        def look() -> tuple[Json, bool]:
+            count = sum(len(source.paths) for source in sources)
+            sampled, every = levels.sampling(count)
+            work = partial(self._levels_of, sampled=sampled)
+            reads = (map_images(source, work, True, label="measuring levels") for source in sources)
+            usable, seen = list[levels.ImageLevels](), Counter[int]()
+            for image in itertools.chain.from_iterable(reads):
+                if not isinstance(image, str):
+                    kept = seen[image.channels] % every == 0
+                    usable.append(image if kept else image._replace(sample=image.sample[:0].copy()))
+                    seen[image.channels] += 1
+            whole = not too_many(count - len(usable), count)
+            if self.channels is not None:
+                usable = [image for image in usable if image.channels == self.channels]
+                if not usable:
+                    raise DataError(f"no image of {self.title} has {self.channels} channels: leave out --channels")
+            return levels.set_levels(usable).to_json(), whole
+
+        question = f"levels {self.channels} {self.stack}"
+        return SetLevels.from_json(survey_once(question, sources, self.cache, look))
 
     @property
     def absolute_name(self) -> str:
@@ -198,7 +214,7 @@ def _side_and_depth(image: Opened) -> tuple[int, bool]:
     return side, levels.is_deep(image)
 
 
-def with_planes(source: Source, stack: StackAxis | None) -> Source:
+def with_planes(source: Source, stack: StackAxis | None, cache: Path | None = None) -> Source:
     """The source with a row for each image in files that hold several; DataError where that is not clear."""
     source = replace(source, stack=stack)
     rows = [row for row, path in enumerate(source.paths) if files.may_hold_several(path)]
@@ -213,18 +229,22 @@ def with_planes(source: Source, stack: StackAxis | None) -> Source:
         except Exception:  # unreadable: decoding says why
             return 1
 
-    with ThreadPoolExecutor(cores()) as pool:
-        counts = dict(zip(rows, pool.map(count, rows), strict=True))
-    for row, number in counts.items():
-        if isinstance(number, readers.UnclearError):
-            raise readers.UnclearError(f"{source.paths[row]} in {source.root}: {number}")
-    whole = {row: number if isinstance(number, int) else 1 for row, number in counts.items()}
-    if max(whole.values()) == 1:
+    def look() -> tuple[list[int], bool]:
+        with ThreadPoolExecutor(cores()) as pool:
+            counts = list(pool.map(count, rows))
+        for row, number in zip(rows, counts, strict=True):
+            if isinstance(number, readers.UnclearError):
+                raise readers.UnclearError(f"{source.paths[row]} in {source.root}: {number}")
+        numbers = [1 if isinstance(number, DataError) else number for number in counts]
+        return numbers, numbers == counts  # not kept if a library is missing, which may be installed
+
+    counts = dict(zip(rows, survey_once(f"planes {stack}", [source], cache, look), strict=True))
+    if max(counts.values()) == 1:
         return source
 
     # one row an image
-    numbers = [(row, plane) for row in range(len(source.paths)) for plane in range(whole.get(row, 1))]
-    several = {row for row, number in whole.items() if number > 1}
+    numbers = [(row, plane) for row in range(len(source.paths)) for plane in range(counts.get(row, 1))]
+    several = {row for row, number in counts.items() if number > 1}
     expanded = source.take([row for row, _ in numbers])
     planes = tuple(plane if row in several else None for row, plane in numbers)
     paths = tuple(source.paths[row] + (f"#{plane}" if row in several else "") for row, plane in numbers)
