@@ -25,7 +25,7 @@ from corinfomax.evaluation import maps
 from corinfomax.evaluation.features import extract_features
 from corinfomax.images import cache
 from corinfomax.recipes import fields
-from corinfomax.recipes.fields import Optim, Recipe, View
+from corinfomax.recipes.fields import Optim, PixelFormat, Recipe, View
 from corinfomax.recipes.published import RECIPES
 from corinfomax.report import charts, gather, page, thumbnails
 from corinfomax.report.content import Subject
@@ -230,7 +230,7 @@ def test_the_contact_sheet_shows_the_views_of_training(hostile, monkeypatch):
     pixels, sizes = splits.train.batch(indices)
     expected = make_views(recipe, pixels, sizes, step, torch.device("cpu"))
     for v, x in enumerate(expected):
-        shown = thumbnails.view_pixels(x, recipe)
+        shown = thumbnails.view_pixels(x, recipe, list(pixels.numpy()))
         assert all((row.views[v][0] == image).all() for row, image in zip(sheet, shown, strict=True))
         # The captions describe the parameters of these very views.
         p = sheet[0].views[v][1]
@@ -655,3 +655,15 @@ def test_settings_show_the_change_to_the_recipe():
     changes = [row for row in page.settings(recipe, "cifar10") if row[1] != row[2]]
     assert changes == [("--epochs", 7, RECIPES["cifar10"].recipe.epochs)]
     assert all(value == usual for _, value, usual in page.settings(recipe, "my own"))
+
+
+def test_views_of_narrow_levels_keep_them_in_pictures():
+    """Of 12 bits in 16 a view shows more than the few steps of 255, in the colours of its image."""
+    pixels = PixelFormat(channels=1, colours=False, high=(65535.0,), steps=(65535,))
+    recipe = replace(tiny.RECIPE, pixels=pixels, mean=(0.01,), std=(0.005,))
+    whole = np.arange(400, dtype=np.uint16).reshape(1, 20, 20)
+    x = (torch.from_numpy(whole[None].astype(np.float32)) / 65535 - 0.01) / 0.005
+    (picture,) = thumbnails.view_pixels(x, recipe, [whole])
+    assert len(np.unique(picture)) > 200 and picture.shape == (20, 20, 3)
+    (brighter,) = thumbnails.view_pixels(x + 0.5, recipe, [whole])
+    assert brighter.mean() > picture.mean() + 30, "a brighter view is a brighter picture"

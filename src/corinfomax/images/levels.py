@@ -260,15 +260,17 @@ def _ranges(low: Num[np.ndarray, " c"], high: Num[np.ndarray, " c"]) -> str:
     return f"{float(np.min(low)):,.7g} to {float(np.max(high)):,.7g}"
 
 
-def as_rgb(levels: Num[np.ndarray, "c h w"], pixels: PixelFormat) -> UInt8[np.ndarray, "3 h w"]:
+def as_rgb(
+    levels: Num[np.ndarray, "c h w"], pixels: PixelFormat, whole: Num[np.ndarray, "c _ _"] | None = None
+) -> UInt8[np.ndarray, "3 h w"]:
     """A picture of stored levels: as they are where they are 8-bit colours, else in false colours.
 
     These are the colours, or the first three channels, or two as red and cyan, or one as grey; each is stretched from
-    its 1st to its 99th percentile in the image.
+    its 1st to its 99th percentile in the image, or in the whole image that the levels are a view of.
     """
     if pixels.is_bytes and pixels.is_rgb:
-        return levels.astype(np.uint8)
-    low, high = np.percentile(levels, SHOWN, axis=(1, 2))
+        return np.rint(levels).astype(np.uint8)
+    low, high = np.percentile(levels if whole is None else whole, SHOWN, axis=(1, 2))
     shown = (levels - low[:, None, None]) / np.maximum(high - low, 1e-6)[:, None, None]
     return np.rint(255 * shown.clip(0, 1)).astype(np.uint8)[shown_channels(pixels)]
 
@@ -282,8 +284,11 @@ def colours_shown(pixels: PixelFormat) -> str | None:
     """A sentence about the false colours of `as_rgb`; None for true ones."""
     if pixels.is_bytes and pixels.is_rgb:
         return None
-    shown = {1: "grey", 2: "channels 1 and 2 in red and cyan"}.get(
-        pixels.channels, "channels 1, 2 and 3 as red, green and blue"
+    if pixels.channels == 1:
+        return "Pictures show grey levels, stretched from the 1st to the 99th percentile in the image"
+    shown = {2: "channels 1 and 2 in red and cyan", 3: "channels 1, 2 and 3 as red, green and blue"}.get(
+        pixels.channels, f"channels 1, 2 and 3 of {pixels.channels} as red, green and blue"
     )
-    shown = "red, green and blue" if pixels.colours else shown
-    return f"pictures show {shown}, each stretched from its 1st to its 99th percentile in the image"
+    if pixels.colours:
+        shown = "red, green and blue" + (f" of {pixels.channels} channels" if pixels.channels > 3 else "")
+    return f"Pictures show {shown}, each stretched from its 1st to its 99th percentile in the image"

@@ -12,6 +12,7 @@ from corinfomax.diagnosis import measures
 from corinfomax.evaluation import maps, similar
 from corinfomax.evaluation.features import extract_features
 from corinfomax.evaluation.similar import Neighbours
+from corinfomax.images.levels import colours_shown
 from corinfomax.recipes.fields import Recipe, View
 from corinfomax.report import content, page
 from corinfomax.report.content import Card, Content, Layout, Subject
@@ -64,8 +65,8 @@ def gather_content(subject: Subject, *, device: torch.device) -> Content:
 
     # maps, with thumbnails of some images and the colour of all
     layouts = _layouts(features, recipe)
-    small = pool.thumbnails(torch.arange(len(pool)), side=COLOUR_SIDE)
-    colours = (255 * small.mean((2, 3))).round().byte()
+    small = pool.thumbnails(torch.arange(len(pool)), side=COLOUR_SIDE).mean((2, 3))
+    colours = (255 * (small if colours_shown(recipe.pixels) is None else _stretched(small))).round().byte()
     mapped = _spread_rows(layouts[0].plane, MAX_THUMBNAILS, generator(recipe.seed, "pictured"))
     thumbnails = dict(zip(mapped, webp_thumbnails(pool, mapped, budget=MAP_BUDGET), strict=True))
 
@@ -108,6 +109,12 @@ def _layouts(features: Float[Tensor, "n f"], recipe: Recipe) -> list[Layout]:
         caption = "near images stay near" + (f"; {len(rows):,} of {len(features):,} images" if is_sample else "")
         layouts.append(Layout("PaCMAP", caption, _unit_square(plane), rows if is_sample else None))
     return layouts
+
+
+def _stretched(x: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
+    """Mean colours of images whose levels may fill a small part of their range, over all of [0, 1]."""
+    low, high = x.amin(0), x.amax(0)
+    return (x - low) / (high - low).clamp_min(1e-6)
 
 
 def _unit_square(plane: Float[Tensor, "n 2"]) -> Float[Tensor, "n 2"]:
@@ -153,7 +160,8 @@ def contact_sheet(subject: Subject, *, device: torch.device) -> list[content.She
     # the batch of that step, as training reads it
     recipe, pool = subject.recipe, Pool({"train": subject.splits.train})
     batch = batches.read_batch(recipe, subject.splits.train, max(0, subject.step - 1), device, slice(SHEET_IMAGES))
-    shown = [view_pixels(x, recipe) for x in batches.apply_views(recipe, batch, device)]
+    wholes = [pool.levels(row) for row in batch.indices.tolist()]
+    shown = [view_pixels(x, recipe, wholes) for x in batches.apply_views(recipe, batch, device)]
 
     # one row per image, with a caption for each view
     sheet = []

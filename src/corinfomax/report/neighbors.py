@@ -89,4 +89,4 @@ def matches_as_page(results: Sequence[Matches], pool: Pool, *, data: str) -> str
         for row, cosine in zip(rows, cosines, strict=True):
             cards.append(Card(pool.path(row), pool.label(row), webp_text(pool.pixels(row), CARD_SIDE), cosine))
         neighbourhoods.append(Neighbourhood(Card(str(query), None, webp_text(picture, CARD_SIDE)), cards))
-    return page.render_neighbours(neighbourhoods, data=data, images=len(pool))
+    return page.render_neighbours(neighbourhoods, data=data, images=len(pool), pixels=pixels)

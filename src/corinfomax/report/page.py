@@ -20,7 +20,7 @@ from corinfomax import __version__
 from corinfomax.diagnosis.verdict import GOOD
 from corinfomax.images import in_memory, levels
 from corinfomax.recipes import fields
-from corinfomax.recipes.fields import Recipe
+from corinfomax.recipes.fields import RGB, PixelFormat, Recipe
 from corinfomax.recipes.published import RECIPES
 from corinfomax.report.charts import charts
 from corinfomax.report.content import Content, Neighbourhood
@@ -51,9 +51,12 @@ def render(content: Content) -> str:
     return fill("report.html", SCRIPTS, STYLES, **values)
 
 
-def render_neighbours(neighbourhoods: Sequence[Neighbourhood], *, data: str, images: int) -> str:
+def render_neighbours(
+    neighbourhoods: Sequence[Neighbourhood], *, data: str, images: int, pixels: PixelFormat = RGB
+) -> str:
     """The page of queries with their nearest neighbours among the images of `data`."""
     values = {"title": f"Nearest neighbours in {data}", "neighbourhoods": neighbourhoods, "images": images}
+    values["false_colours"] = levels.colours_shown(pixels)
     return fill("neighbors.html", (), STYLES[1:], **values)
 
 

@@ -8,7 +8,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -46,10 +46,14 @@ class Pool:
         _, images, local = self.place(row)
         return None if images.labels is None else images.classes[int(images.labels[local])]
 
+    def levels(self, row: int) -> Num[np.ndarray, "c h w"]:
+        """The levels of one image in the size of the cache."""
+        _, images, local = self.place(row)
+        return images.batch(torch.tensor([local]))[0][0].cpu().numpy()
+
     def pixels(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
         """A picture of one image in the size of the cache."""
-        _, images, local = self.place(row)
-        return as_rgb(images.batch(torch.tensor([local]))[0][0].cpu().numpy(), images.format).transpose(1, 2, 0)
+        return as_rgb(self.levels(row), self.place(row)[1].format).transpose(1, 2, 0)
 
     def thumbnails(self, rows: Int[Tensor, " m"], *, side: int) -> Float[Tensor, "m 3 {side} {side}"]:
         """Whole images at ascending `rows`, each squeezed into a small square, in [0, 1]."""
@@ -106,8 +110,15 @@ def webp_thumbnails(pool: Pool, rows: Sequence[int], *, budget: int) -> list[str
     return [webp_text(pool.pixels(row), side) for row in rows]
 
 
-def view_pixels(x: Float[Tensor, "n c s s"], recipe: Recipe) -> UInt8[np.ndarray, "n s s 3"]:
-    """Views as the network gets them, turned back into pictures."""
-    shift, scale = torch.tensor((recipe.mean, recipe.std), device=x.device)[:, :, None, None]
-    levels = (255 * (x.float() * scale + shift)).round_().clamp_(0, 255).cpu().numpy()
-    return np.stack([as_rgb(view, recipe.pixels) for view in levels]).transpose(0, 2, 3, 1)
+def view_pixels(
+    x: Float[Tensor, "n c s s"], recipe: Recipe, wholes: Sequence[Num[np.ndarray, "c _ _"]]
+) -> UInt8[np.ndarray, "n s s 3"]:
+    """Views as the network gets them, turned back into pictures; false colours as in the images they are views of."""
+    pixels = recipe.pixels
+    shift, scale, steps = (
+        torch.tensor(numbers, dtype=torch.float32, device=x.device)[:, None, None]
+        for numbers in (recipe.mean, recipe.std, pixels.each(pixels.steps))
+    )
+    levels = ((x.float() * scale + shift).clamp_(0, 1) * steps).cpu().numpy()
+    pictures = [as_rgb(view, pixels, whole) for view, whole in zip(levels, wholes, strict=True)]
+    return np.stack(pictures).transpose(0, 2, 3, 1)
