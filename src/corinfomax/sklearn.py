@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,7 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """Pretrain on the images; `y` is ignored."""
         options = {"evaluate": False, "report": False, **(self.settings or {})}
         with contextlib.ExitStack() as stack:
-            if not self.verbose:
-                nowhere = stack.enter_context(Path(os.devnull).open("w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(self._quiet())
             out = Path(self.out or stack.enter_context(tempfile.TemporaryDirectory()))
             run = pretrain(X, recipe=self.recipe, init=self.init, out=out, device=self.device, **options)
             self.encoder_ = load(run.path, device=self.device)
@@ -61,7 +58,18 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def transform(self, X: Any) -> Float32[np.ndarray, "n f"]:
         """The feature vector of each image."""
         check_is_fitted(self)
-        return self.encoder_.embed(X).features
+        with self._quiet():
+            return self.encoder_.embed(X).features
+
+    @contextlib.contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """No output in the block, unless `verbose`."""
+        with contextlib.ExitStack() as stack:
+            if not self.verbose:
+                nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

@@ -200,7 +200,10 @@ def test_odd_images_are_named_with_the_effect_of_decoding(data, capsys):
     Image.fromarray(deep).save(odd / "deep.png")
     photograph(2).convert("CMYK").save(odd / "print.jpg")
     photograph(3).quantize(16).save(odd / "palette.png")
-    photograph(4).convert("RGBA").save(odd / "alpha.png")
+    see_through = photograph(4).convert("RGBA")
+    see_through.putalpha(200)
+    see_through.save(odd / "alpha.png")
+    photograph(8).convert("RGBA").save(odd / "opaque.png")  # loses nothing
     photograph(5).convert("L").save(odd / "grey.png")
     photograph(6).resize((150, 12)).save(odd / "strip.png")
     photograph(7).resize((400, 400)).save(odd / "poster.png")
@@ -212,13 +215,17 @@ def test_odd_images_are_named_with_the_effect_of_decoding(data, capsys):
             "train/red/same.png",
         ),
         ("tiny", "1 training image is under 8 px high or wide, too small to show anything: train/red/icon.png"),
-        ("format", "1 of 42 images is 16-bit: levels are divided by 257, e.g. train/red/deep.png"),
-        ("format", "1 of 42 images is CMYK: converted to RGB, e.g. train/red/print.jpg"),
-        ("format", "1 of 42 images is palette-based: converted to RGB, e.g. train/red/palette.png"),
-        ("format", "1 of 42 images is transparent: the background turns white, e.g. train/red/alpha.png"),
+        ("format", "1 of 43 images is 16-bit: levels are divided by 257, e.g. train/red/deep.png"),
+        ("format", "1 of 43 images is CMYK: converted to RGB, e.g. train/red/print.jpg"),
+        ("format", "1 of 43 images is palette-based: converted to RGB, e.g. train/red/palette.png"),
+        (
+            "format",
+            "1 of 43 images is transparent: the background turns white; --channels 4 reads transparency as a fourth "
+            "channel, e.g. train/red/alpha.png",
+        ),
         (
             "grey",
-            "2 of 42 images are grey (1 stored without colour), so colour alone tells grey images from the rest, "
+            "2 of 43 images are grey (1 stored without colour), so colour alone tells grey images from the rest, "
             "e.g. train/red/deep.png",
         ),
         ("long", "1 image is over 4 times as long as wide; only the middle is kept: train/red/strip.png"),

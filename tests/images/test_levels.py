@@ -79,7 +79,7 @@ def test_numbers_that_are_not_finite_are_said_and_read_as_the_lowest():
     assert found.pixels.low[0] >= 1 and found.pixels.high[0] < 2.01
     with pytest.raises(DataError, match="no image has a number in it"):
         fitted(raster(np.full((4, 4), np.nan, np.float32)))
-    assert found.notes[-1] == "2 images with values that are not finite, which are read as the lowest"
+    assert found.notes[-1] == "2 images have values that are not finite: NaN is read as the lowest level"
     stored = decode(raster(values), 99, found.pixels)
     assert stored[0, 0, 0] == 0 and stored[0, 0, 1] == 65535
 
@@ -234,8 +234,25 @@ def test_levels_outside_a_runs_format_are_said():
     low = min(image.low[0] for image in beyond)
     said = f"levels from {low:,.7g} to 9,000, of which the run reads 0 to 4,095: the rest is cut off"
     assert levels.outside(beyond, pixels) == [said]
-    grey = [image_levels(raster(noise(8, 9, kind="uint8", top=256)))]
-    assert levels.outside(grey, pixels) == ["8-bit images: 255 is read as 4,095, the highest level of the run"]
+
+
+def test_grey_images_of_many_levels_among_a_few_in_bytes_keep_them():
+    """The kind of most images counts, also where the others have colours."""
+    deep = [image_levels(raster(noise(8, 9, top=4000))) for _ in range(3)]
+    colours = image_levels(Raster(noise(8, 9, 3, kind="uint8", top=256), colours=True))
+    found = set_levels([*deep, colours])
+    assert found.pixels == PixelFormat(high=(4095.0,), steps=(4095,)) and found.mean == set_levels(deep).mean * 3
+    bytes_among = [image_levels(raster(noise(8, 9, kind="uint8", top=256))), *[colours] * 3]
+    assert set_levels([*bytes_among, deep[0]]).pixels == RGB
+
+
+@pytest.mark.parametrize("kind", ["uint16", "float32"])
+def test_a_band_of_one_value_is_not_blown_up(kind):
+    """Its deviation is rounding alone: divided by that, it would be infinite."""
+    values = noise(8, 9, 3, kind=kind, top=4000)
+    values[:, :, 1] = 7
+    found = set_levels([image_levels(Raster(values, colours=False)) for _ in range(3)])
+    assert found.std[1] == 1 and 0 < found.std[0] < 1
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 13])
@@ -248,4 +265,5 @@ def test_pictures_in_false_colours_use_the_whole_range(channels):
     assert (shown.reshape(3, -1).std(1) > 60).all()
     first = shown[0].astype(float).ravel()
     assert np.corrcoef(first, np.minimum(values[0], 300).ravel())[0, 1] > 0.99
+    np.testing.assert_array_equal(levels.as_rgb(values[:, :9], pixels, values), shown[:, :9])  # a view, as its image
     assert levels.colours_shown(pixels) is not None and levels.colours_shown(RGB) is None

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import tiny
-from corinfomax.images import cache, parquet
+from corinfomax.images import cache, parquet, readers
 from corinfomax.images.files import DataError
 from corinfomax.images.in_memory import from_memory
 from corinfomax.images.sources import Data
@@ -189,3 +190,45 @@ def test_tests_of_parquet_use_its_own_rows(tmp_path):
     pq.write_table(table(rows), tmp_path / "a.parquet", row_group_size=2)
     source = parquet.from_parquet(tmp_path / "a.parquet").splits["train"].take([8, 0, 3])
     assert [source.content(row).getvalue() for row in range(3)] == [rows[row][0] for row in (8, 0, 3)]
+
+
+def stacks(folder: Path) -> np.ndarray:
+    """Two TIFFs of three named planes and one plain image, as files of a folder."""
+    tifffile = pytest.importorskip("tifffile")
+    folder.mkdir()
+    values = np.random.default_rng(0).integers(0, 4000, (2, 3, 8, 9)).astype(np.uint16)
+    for row, stack in enumerate(values):
+        tifffile.imwrite(folder / f"{row}.tif", stack, imagej=True, metadata={"axes": "ZYX"})
+    tifffile.imwrite(folder / "2.tif", values[0, 0])
+    return np.concatenate((*values, values[:1, 0]))
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "parquet"])
+def test_every_plane_inside_archives_and_tables(tmp_path, form):
+    wanted = stacks(tmp_path / "data")
+    files, place = sorted((tmp_path / "data").iterdir()), tmp_path / f"a.{form}"
+    if form == "parquet":
+        pq.write_table(pa.table({"image": pa.array([{"bytes": file.read_bytes()} for file in files])}), place)
+    elif form == "zip":
+        with zipfile.ZipFile(place, "w") as archive:
+            for file in files:
+                archive.write(file, file.name)
+    else:
+        with tarfile.open(place, "w") as tape:
+            for file in files:
+                tape.add(file, file.name)
+    data = Data(place, cache=tmp_path / "cache")
+    pixels = data.survey().levels.pixels
+    train = cache.load(data, side=8, pixels=pixels).train
+    got = np.concatenate(train.cached(torch.arange(len(train))))
+    np.testing.assert_array_equal(got, wanted)
+    assert [path.rpartition("#")[2] for path in train.paths[:6]] == ["0", "1", "2"] * 2
+
+
+def test_a_stack_that_was_not_looked_for_is_no_silent_first_plane(tmp_path):
+    stacks(tmp_path / "data")
+    with (
+        pytest.raises(DataError, match="it holds 3 images, of which none is named"),
+        readers.opened(io.BytesIO((tmp_path / "data" / "0.tif").read_bytes())),
+    ):
+        pass

@@ -17,6 +17,7 @@ from corinfomax.cli.arguments import DataOptions
 from corinfomax.evaluation import features
 from corinfomax.images.files import Source
 from corinfomax.images.in_memory import Labels, from_memory
+from corinfomax.images.sources import Data
 from corinfomax.weights.load import LoadedBackbone, load_backbone
 
 Place = str | os.PathLike[str]
@@ -48,8 +49,10 @@ class Encoder:
     @cached_property
     def width(self) -> int:
         """Number of features of an image."""
-        side = self.recipe.test_side
-        return self.embed([np.zeros((side, side, 3), np.uint8)]).features.shape[1]
+        side, form = self.recipe.test_side, self.recipe.pixels
+        blank = torch.zeros(1, form.channels, side, side, dtype=getattr(torch, form.dtype))
+        size = torch.tensor([[side, side]])
+        return features.features_of_pixels(self.backbone, blank, size, self.recipe, self.device).shape[1]
 
     def embed(self, data: Any, **options: Any) -> Embedding:
         """The features of images.
@@ -65,7 +68,9 @@ class Encoder:
                 return self._embed_splits(as_name(data), images)
             if options:
                 raise TypeError(f"{', '.join(options)}: for files alone, not for images in memory")
-            vectors = features.features_of_source(self.backbone, source, self.recipe, device=self.device)
+            recipe = inputs.fit_pixels(self.recipe, Data(source))
+            vectors, converted = features.features_of_source(self.backbone, source, recipe, device=self.device)
+            inputs.print_conversions(converted, recipe.pixels)
         labels = source.labels or (None,) * len(source.paths)
         return Embedding(vectors.numpy(), source.paths, ("train",) * len(source.paths), labels)
 

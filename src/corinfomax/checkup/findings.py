@@ -14,6 +14,7 @@ from torch import Tensor
 
 from corinfomax.checkup.inspect import Inspection
 from corinfomax.evaluation.similar import MIN_CORRELATION, near_duplicates
+from corinfomax.images import conversions
 from corinfomax.images.decode import LONGEST, too_many
 from corinfomax.images.files import quoted
 from corinfomax.recipes.fields import RGB, Recipe
@@ -24,13 +25,6 @@ OVERSIZED = 8  # short side ÷ median short side
 EXAMPLES = 5  # names in a finding
 HEADER = "# Images to leave out of "  # marks a list that doctor may overwrite
 IMAGE_OF = {"train": "training image", "val": "validation image", "test": "test image"}
-DECODING = {  # of unusual formats; others are converted to RGB
-    "16-bit": "levels are divided by 257",
-    "8-bit": "255 is read as the highest level of the others",
-    "animated": "only the first frame is used",
-    "transparent": "the background turns white",
-    "floating-point": "levels are read as 0 to 1, or as 0 to 255 if any exceeds 1",
-}
 
 
 class Finding(NamedTuple):
@@ -184,7 +178,7 @@ def _odd_images(images: Catalogue, recipe: Recipe) -> Iterator[Finding]:
     for file_format in sorted(set(images.formats) - {"", "grey"}):
         paths = list(compress(images.paths, [value == file_format for value in images.formats]))
         subject = _count(len(paths), "image", f"is {file_format}", of=total)
-        effect = DECODING.get(file_format, "converted to RGB")
+        effect = conversions.effect(file_format, recipe.pixels) or "converted to RGB"
         yield Finding("format", f"{subject}: {effect}, e.g. {quoted(paths[0])}")
 
     # grey, in any format

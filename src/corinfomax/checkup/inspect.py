@@ -11,14 +11,12 @@ from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
 from corinfomax.evaluation.similar import THUMBNAIL
+from corinfomax.images.conversions import conversion
 from corinfomax.images.decode import decode, map_images
 from corinfomax.images.files import Source
 from corinfomax.images.levels import Raster, as_rgb, is_deep
 from corinfomax.images.readers import Opened
 from corinfomax.recipes.fields import RGB, PixelFormat
-
-# By Pillow's mode.
-MODES = {"RGB": "", "L": "grey", "1": "black-and-white", "F": "floating-point", "P": "palette-based"}
 
 
 class Inspection(NamedTuple):
@@ -96,7 +94,7 @@ def _inspect_image(
 ) -> tuple[_ImageFacts, UInt8[np.ndarray, "3 s s"], Float32[np.ndarray, "2 c"]]:
     """Facts, thumbnail and moments of an opened image."""
     size = image.values.shape[1::-1] if isinstance(image, Raster) else image.size  # decoding changes it
-    file_format = _format(image, pixels)
+    file_format = conversion(image, pixels)
     levels = decode(image, side, pixels)
 
     # Two matrix products: for small images Pillow's resize would spend its time on three copies.
@@ -122,18 +120,3 @@ def _area_weights(length: int) -> Float32[np.ndarray, "s length"]:
     pixels = np.arange(length)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
     return (overlap.clip(0) * THUMBNAIL / length).astype(np.float32)
-
-
-def _format(image: Opened, pixels: PixelFormat) -> str:
-    """The format of an image, as far as it is unusual among images of this format."""
-    if not pixels.is_bytes:
-        return "" if is_deep(image) else "8-bit"
-    if isinstance(image, Raster):
-        return f"{8 * image.values.dtype.itemsize}-bit" if image.values.dtype != np.uint8 else ""
-    if getattr(image, "is_animated", False):
-        return "animated"
-    if image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
-        return "16-bit"
-    if image.has_transparency_data and pixels.channels == 3:
-        return "transparent"
-    return MODES.get(image.mode, image.mode)

@@ -1,6 +1,7 @@
 """Steps that the commands share: device, weights, images, and lines about what was read and skipped."""
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from corinfomax.cli import messages
 from corinfomax.cli.arguments import DataOptions
 from corinfomax.diagnosis.expected_input import better_input
 from corinfomax.evaluation import table
-from corinfomax.images import cache, files, in_memory, tables
+from corinfomax.images import cache, conversions, files, in_memory, tables
 from corinfomax.images.cache import Images, Splits
 from corinfomax.images.files import Source
 from corinfomax.images.sources import Data, is_name
@@ -112,8 +113,10 @@ def fit_pixels(recipe: Recipe, data: Data) -> Recipe:
         raise files.DataError(f"{problem}: adapt them with pretrain --init")
     each = {name: getattr(pixels, name)[:3] for name in ("low", "high", "steps")}
     low, high = min(each["low"]), max(each["high"])
-    print(f"levels from {low:,.7g} to {high:,.7g} are read as 0 to 1, the range that these weights expect")
-    return replace(recipe, pixels=PixelFormat(**each))
+    fitted = replace(recipe, pixels=PixelFormat(**each))
+    if fitted.pixels != RGB:
+        print(f"levels from {low:,.7g} to {high:,.7g} are read as 0 to 1, the range that these weights expect")
+    return fitted
 
 
 def load_images(data: Data, recipe: Recipe, *, progress: bool = True) -> Splits:
@@ -158,7 +161,7 @@ def warn_of_input(loaded: LoadedBackbone, images: Images, recipe: Recipe, device
 
 
 def print_skipped(data: Data, skip_list: Path | None, splits: Mapping[str, Images]) -> None:
-    """Print how many images the list left out, its names that match no image, and unreadable images."""
+    """Print how many images the list left out, its names that match no image, unreadable images and converted ones."""
     if skip_list is not None:
         names = {name for source in data.whole_splits.values() for name in source.paths}
         print(f"{files.some(len(data.skip & names), 'image')} skipped, as listed in {skip_list}")
@@ -170,6 +173,14 @@ def print_skipped(data: Data, skip_list: Path | None, splits: Mapping[str, Image
             count = f"{len(images.skipped):,} unreadable image{'s' if len(images.skipped) > 1 else ''}"
             example = f"first {files.quoted(path)}" if len(images.skipped) > 1 else files.quoted(path)
             print(f"left out {count} of {split}, {example}: {reason}")
+    converted = sum((Counter(images.converted) for images in splits.values()), Counter[str]())
+    print_conversions(converted, next((images.format for images in splits.values()), RGB))
+
+
+def print_conversions(counts: Mapping[str, int], pixels: PixelFormat) -> None:
+    """Print a sentence about each form of images that are not read as they are."""
+    for sentence in conversions.sentences(counts, pixels):
+        print(sentence)
 
 
 def images_of_run(facts: Facts, *words: str) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from corinfomax.evaluation import maps, similar
 from corinfomax.images.cache import Images
+from corinfomax.images.conversions import conversion
 from corinfomax.images.decode import decode, map_images, padded
 from corinfomax.images.files import DataError, Source
+from corinfomax.images.readers import Opened
 from corinfomax.network import autocast, evaluating, images_at_once, match_dtype
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime import bars, extras, memory, run_folder
@@ -60,24 +63,31 @@ def feature_blocks(
 
 def features_of_source(
     model: nn.Module, source: Source, recipe: Recipe, *, device: torch.device | str = "cpu"
-) -> Float[Tensor, "n f"]:
-    """The rows of `extract_features` for images decoded on the way, without a cache; DataError if one is unreadable."""
+) -> tuple[Float[Tensor, "n f"], Counter[str]]:
+    """The rows of `extract_features` for images decoded on the way, without a cache, and their `conversion`s.
+
+    Raises DataError for an unreadable image.
+    """
     device, blocks, waiting = torch.device(device), list[Tensor](), list[np.ndarray]()
+    converted = Counter[str]()
+
+    def work(image: Opened) -> tuple[str, np.ndarray]:
+        return conversion(image, recipe.pixels), decode(image, side=recipe.cache_side, pixels=recipe.pixels)
+
     size = images_at_once(model, recipe, device, side=recipe.test_side, most=BATCH)
-    decoded = map_images(
-        source, partial(decode, side=recipe.cache_side, pixels=recipe.pixels), len(source.paths) > BATCH
-    )
+    decoded = map_images(source, work, len(source.paths) > BATCH)
     with closing(decoded):
         for row, image in enumerate(decoded):
             if isinstance(image, str):
                 raise DataError(f"{source.paths[row]} cannot be read: {image}")
-            waiting.append(image)
+            waiting.append(image[1])
+            converted[image[0]] += 1
             if len(waiting) == size or row == len(source.paths) - 1:
                 pixels, sizes = map(torch.from_numpy, padded(waiting))
                 blocks.append(features_of_pixels(model, pixels, sizes, recipe, device))
                 waiting = []
     memory.give_back()
-    return torch.cat(blocks)
+    return torch.cat(blocks), converted
 
 
 def features_of_pixels(

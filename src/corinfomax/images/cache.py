@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,7 @@ import torch
 from jaxtyping import Int, Int64, Num
 from torch import Tensor
 
+from corinfomax.images.conversions import conversion
 from corinfomax.images.decode import check_skipped, cores, decode, map_images, padded, read_again, upright_size
 from corinfomax.images.files import DataError, Source, default_cache
 from corinfomax.images.mapped import MappedFile
@@ -54,12 +57,13 @@ class Images:
     files: Files | None = None  # the files, for images that are not cached
     mapped: MappedFile | None = None  # the file behind `pixels`
     unlabelled: str = ""  # why existing labels cannot be used
+    converted: Mapping[str, int] = field(default_factory=dict)  # images of the split by their `conversion`
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def select(self, indices: Int[Tensor, " m"]) -> "Images":
-        """The images at `indices`, which share `pixels`; `skipped` stays that of the whole split."""
+        """The images at `indices`, which share `pixels`; `skipped` and `converted` stay those of the whole split."""
         return replace(
             self,
             offsets=self.offsets[indices],
@@ -189,7 +193,9 @@ def set_aside(images: Images, share: float, seed: int) -> Splits:
     order = torch.randperm(len(images), generator=generator(seed, "holdout"))
     count = min(max(round(share * len(images)), 1), len(images) - 1)
     test, train = order[:count].sort().values, order[count:].sort().values
-    return Splits(images.select(train), replace(images.select(test), skipped=()))  # train reports them once
+    return Splits(
+        images.select(train), replace(images.select(test), skipped=(), converted={})
+    )  # train reports them once
 
 
 def _class_names(*sources: Source) -> tuple[str, ...]:
@@ -214,6 +220,7 @@ class CacheContent(NamedTuple):
     table: Int64[np.ndarray, "n 3"]  # row in the source, height and width of each image
     mapped: MappedFile | None  # the pixels; None without any
     skipped: list[tuple[int, str]]  # row in the source and reason of each unreadable image
+    converted: dict[str, int]  # images by their `conversion`
     digest: str  # hash of the pixels
 
 
@@ -261,6 +268,7 @@ def _load_split(
         skipped=tuple((source.paths[row], cause) for row, cause in content.skipped),
         fingerprint=_digest_of(os.fsencode("\0".join((content.digest, *paths))), content.table.tobytes()),
         files=Files(source, rows, side) if from_files else None,
+        converted=content.converted,
     )
 
 
@@ -271,6 +279,7 @@ def _open(folder: Path, source: Source, pixels: PixelFormat, from_files: bool) -
         table = np.load(folder / "index.npy", allow_pickle=False)
         notes = json.loads((folder / "index.json").read_text("utf-8"))
         skipped, digest = [(row, cause) for row, cause in notes["skipped"]], str(notes["digest"])
+        converted = dict(notes["converted"])
         if notes["stamps"] != _digest_of(source.stamps.tobytes()):
             return None
         size = (folder / "pixels.bin").stat().st_size
@@ -278,7 +287,8 @@ def _open(folder: Path, source: Source, pixels: PixelFormat, from_files: bool) -
             return None
         if len(table) + len(skipped) != len(source.paths):
             return None
-        return CacheContent(table, None if from_files else MappedFile(folder / "pixels.bin"), skipped, digest)
+        mapped = None if from_files else MappedFile(folder / "pixels.bin")
+        return CacheContent(table, mapped, skipped, converted, digest)
     except (OSError, EOFError, ValueError, KeyError):
         return None
 
@@ -286,14 +296,16 @@ def _open(folder: Path, source: Source, pixels: PixelFormat, from_files: bool) -
 def _build(source: Source, side: int, pixels: PixelFormat, folder: Path, from_files: bool, progress: bool) -> None:
     """Decode a split into `folder`, which appears whole or not at all."""
 
-    def work(image: Opened) -> tuple[int, int, np.ndarray]:
+    def work(image: Opened) -> tuple[int, int, np.ndarray, str]:
+        form = conversion(image, pixels)
         height, width = upright_size(image)
         levels = decode(image, 32 if from_files else side, pixels)  # reads the whole file, and so finds a torn one
-        return (height, width, levels) if from_files else (*levels.shape[1:], levels)
+        return (height, width, levels, form) if from_files else (*levels.shape[1:], levels, form)
 
     count = len(source.paths)
     table: list[tuple[int, int, int]] = []
     skipped: list[tuple[int, str]] = []
+    converted = Counter[str]()
     digest = hashlib.blake2b(digest_size=16)
     unfinished = folder.with_name(f"{folder.name}.{uuid4().hex}.part")
     try:
@@ -307,7 +319,8 @@ def _build(source: Source, side: int, pixels: PixelFormat, folder: Path, from_fi
                 if isinstance(result, str):
                     skipped.append((row, result))
                     continue
-                height, width, levels = result
+                height, width, levels, form = result
+                converted[form] += bool(form)
                 table.append((row, height, width))
                 digest.update(levels.data)
                 if not from_files:
@@ -317,7 +330,7 @@ def _build(source: Source, side: int, pixels: PixelFormat, folder: Path, from_fi
         # the index; its root and side are for a person who tidies up
         np.save(unfinished / "index.npy", np.array(table, np.int64), allow_pickle=False)
         notes = {"root": source.root, "side": side, "stamps": _digest_of(source.stamps.tobytes())}
-        notes |= {"skipped": skipped, "digest": digest.hexdigest()}
+        notes |= {"skipped": skipped, "converted": +converted, "digest": digest.hexdigest()}
         (unfinished / "index.json").write_bytes(json.dumps(notes).encode())
 
         # all on the disk before the folder has its name

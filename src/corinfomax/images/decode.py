@@ -114,7 +114,7 @@ def _decode_levels(image: Opened, side: int, pixels: PixelFormat) -> Num[np.ndar
 def _upright_levels(image: Opened, pixels: PixelFormat) -> Float32[np.ndarray, "h w c"]:
     """The levels of an opened image in a format, not yet rounded."""
     if isinstance(image, Raster):
-        return scaled(image, pixels)
+        return scaled(as_raster(image, pixels.channels), pixels)
     image.load()
     levels = scaled(as_raster(image, pixels.channels), pixels)
     return upright(levels, int(image.getexif().get(0x0112, 1)) if image.format != "TIFF" else 1)

@@ -22,6 +22,7 @@ MOST_STEPS = 65535  # that 16 bits can store above 0
 TAILS = 16  # times that range: floats farther out are cut off, which leaves 4,096 of the 65,535 steps to the bulk
 SHOWN = (1, 99)  # percentiles of an image that become black and white in a picture
 WINSORISED = (0.5, 99.5)  # percentiles at which mean and standard deviation cut the tails off
+CONSTANT = 1e-8  # standard deviation in [0, 1] that is rounding alone
 LUMA = np.array((0.2989, 0.587, 0.114))  # shares of red, green and blue in grey, ITU-R BT.601
 
 
@@ -30,10 +31,16 @@ class Raster(NamedTuple):
 
     values: Num[np.ndarray, "h w c"]
     colours: bool  # the first three channels are red, green and blue
+    alpha: bool = False  # the last channel is transparency, in 16 bits
 
     @property
     def channels(self) -> int:
         return int(self.values.shape[2])
+
+    @property
+    def is_see_through(self) -> bool:
+        """True if some pixel is transparent."""
+        return self.alpha and bool(self.values[:, :, -1].min() < MOST_STEPS)
 
 
 def is_deep(image: Image.Image | Raster) -> bool:
@@ -44,12 +51,18 @@ def is_deep(image: Image.Image | Raster) -> bool:
 def as_raster(image: Image.Image | Raster, channels: int | None = None) -> Raster:
     """The numbers of a loaded image; transparency lies over white, unless `channels` asks for it as a fourth one."""
     if isinstance(image, Raster):
-        return image
+        return _over_white(image) if image.alpha and channels != image.channels else image
     if image.mode in ("1", "L") or image.mode.startswith(("I", "F")):
         return Raster(np.asarray(image.convert("L") if image.mode == "1" else image)[:, :, None], colours=False)
     if channels == 4 and image.has_transparency_data:
         return Raster(np.asarray(image.convert("RGBA")), colours=True)
     return Raster(np.asarray(to_rgb(image)), colours=True)
+
+
+def _over_white(raster: Raster) -> Raster:
+    opacity = raster.values[:, :, -1:] / np.float64(MOST_STEPS)
+    values = np.rint(raster.values[:, :, :-1] * opacity + MOST_STEPS * (1 - opacity)).astype(np.uint16)
+    return Raster(values, raster.colours)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -67,12 +80,12 @@ def scaled(raster: Raster, pixels: PixelFormat) -> Float32[np.ndarray, "h w c"]:
     DataError for any other number of channels.
     """
     values, channels = raster.values, raster.channels
+    if not fits(channels, raster.colours, pixels):
+        raise DataError(f"{some(channels, 'channel')}, where {pixels.channels} are read")
     if channels == 3 and raster.colours and pixels.channels == 1:
         values = (values @ LUMA)[:, :, None]
     elif channels > 3 and raster.colours and pixels.is_rgb:
         values = values[:, :, :3]
-    elif channels != pixels.channels and not (channels == 1 and pixels.is_rgb):
-        raise DataError(f"{some(channels, 'channel')}, where {pixels.channels} are read")
     values = _of_type(values, pixels)
     result = np.empty((*values.shape[:2], pixels.channels), np.float32)
     ranges = zip(pixels.each(pixels.low), pixels.each(pixels.high), pixels.each(pixels.steps), strict=True)
@@ -81,6 +94,13 @@ def scaled(raster: Raster, pixels: PixelFormat) -> Float32[np.ndarray, "h w c"]:
         plane = np.nan_to_num((plane - low) * (steps / (high - low)), nan=0.0)
         result[:, :, channel] = plane.clip(-steps, 2 * steps)
     return result
+
+
+def fits(channels: int, colours: bool, pixels: PixelFormat) -> bool:
+    """True if an image of these channels can be read in a format."""
+    if channels == pixels.channels or (channels == 1 and pixels.is_rgb):
+        return True
+    return colours and ((channels == 3 and pixels.channels == 1) or (channels > 3 and pixels.is_rgb))
 
 
 def _of_type(values: np.ndarray, pixels: PixelFormat) -> np.ndarray:
@@ -178,11 +198,14 @@ def set_levels(images: Sequence[ImageLevels]) -> SetLevels:
     """
     # the channels of most images; grey ones among RGB are read as RGB
     channels, colours = Counter((image.channels, image.colours) for image in images).most_common(1)[0][0]
+    chosen = [image for image in images if image.channels == channels]
     if {image.channels for image in images} == {1, 3} and all(image.colours for image in images if image.channels == 3):
         channels, colours = 3, True
-    chosen = [image for image in images if image.channels == channels]
-    low, high = np.min([image.low for image in chosen], 0), np.max([image.high for image in chosen], 0)
-    samples = np.concatenate([image.sample for image in chosen])
+        bits = Counter(image.bits for image in images).most_common(1)[0][0]
+        chosen = [image for image in images if image.bits == bits]
+    low = np.min([np.broadcast_to(image.low, channels) for image in chosen], 0)
+    high = np.max([np.broadcast_to(image.high, channels) for image in chosen], 0)
+    samples = np.concatenate([np.broadcast_to(image.sample, (len(image.sample), channels)) for image in chosen])
     values = samples[:: 1 + samples.size // NUMBERS].astype(np.float64)
     if not len(values):
         raise DataError("no image has a number in it: all values are NaN or infinite")
@@ -206,8 +229,8 @@ def set_levels(images: Sequence[ImageLevels]) -> SetLevels:
     bottoms, tops = (np.array(pixels.each(edge)) for edge in (pixels.low, pixels.high))
     unit = np.clip((values - bottoms) / (tops - bottoms), 0, 1)
     usual = np.clip(unit, *np.percentile(unit, WINSORISED, axis=0))
-    deviation = np.where(usual.std(0) > 0, usual.std(0), unit.std(0))
-    deviation = np.where(deviation > 0, deviation, 1.0)
+    deviation = np.where(usual.std(0) > CONSTANT, usual.std(0), unit.std(0))
+    deviation = np.where(deviation > CONSTANT, deviation, 1.0)
     mean, std = (tuple(float(f"{value:.4g}") for value in each) for each in (usual.mean(0), deviation))
 
     # in words
@@ -219,17 +242,15 @@ def set_levels(images: Sequence[ImageLevels]) -> SetLevels:
         if not (number == 1 and colours and channels == 3):
             notes.append(f"not read: {some(count, 'image')} of {some(number, 'channel')}, beside {channels}")
     if missing := sum(image.nan for image in chosen):
-        notes.append(f"{some(missing, 'image')} with values that are not finite, which are read as the lowest")
+        verb = "has" if missing == 1 else "have"
+        notes.append(f"{some(missing, 'image')} {verb} values that are not finite: NaN is read as the lowest level")
     return SetLevels(pixels, mean, std, tuple(notes))
 
 
 def outside(images: Sequence[ImageLevels], pixels: PixelFormat) -> list[str]:
-    """Sentences about levels of some images that another set's format cuts off or scales."""
-    bytes_among = [image for image in images if image.bits == 8 and not pixels.is_bytes]
+    """A sentence about levels of some images that another set's format cuts off, if there are any."""
     same = [i for i in images if i.channels == pixels.channels and (i.bits > 8 or pixels.is_bytes)]
     notes = []
-    if bytes_among:
-        notes.append(f"8-bit images: 255 is read as {max(pixels.high):,.7g}, the highest level of the run")
     low, high = min(pixels.low), max(pixels.high)
     lowest = min((image.low.min() for image in same), default=low)
     highest = max((image.high.max() for image in same), default=high)

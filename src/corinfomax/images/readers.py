@@ -63,6 +63,12 @@ def opened(content: Content, plane: int | None = None, stack: StackAxis | None =
         yield image
 
 
+def may_be_stack(content: Content) -> bool:
+    """True for content that begins as a file of several images may."""
+    start = b"" if isinstance(content, np.ndarray) else _start(content)
+    return start.startswith((*TIFF, NUMPY, ZIP)) or start[DICOM_START:] == DICOM
+
+
 def planes(content: Content, stack: StackAxis | None = None) -> int:
     """Number of images in a file; DataError if it holds several planes that could be images or channels."""
     start = b"" if isinstance(content, np.ndarray) else _start(content)
@@ -75,6 +81,13 @@ def planes(content: Content, stack: StackAxis | None = None) -> int:
         header = _library("pydicom", "DICOM").dcmread(content, stop_before_pixels=True)
         return int(header.get("NumberOfFrames", 1) or 1)
     return 1
+
+
+def _only(count: int, plane: int | None) -> int:
+    """The plane to read of so many; DataError for several of which none is named."""
+    if plane is None and count > 1:
+        raise DataError(f"it holds {count} images, of which none is named: save each as a file")
+    return plane or 0
 
 
 def _unclear(count: int) -> UnclearError:
@@ -177,7 +190,8 @@ def _read_tiff(content: Path | io.BytesIO, plane: int | None, stack: StackAxis |
     """An image of a TIFF; the samples of its pages come last. Bytes of grey or RGB are a photograph as any other."""
     with _library("tifffile", "this TIFF").TiffFile(content) as file:
         series = file.series[0]
-        first, pages = series.pages[0], _tiff_pages(series, stack)[plane or 0].tolist()
+        first, images = series.pages[0], _tiff_pages(series, stack)
+        pages = images[_only(len(images), plane)].tolist()
         parts = [series.pages[page].asarray() for page in pages]
         if first.axes == "SYX":
             parts = [part.transpose(1, 2, 0) for part in parts]
@@ -193,13 +207,10 @@ def _read_tiff(content: Path | io.BytesIO, plane: int | None, stack: StackAxis |
 
 
 def _read_png(content: Path | io.BytesIO, plane: int | None, stack: StackAxis | None) -> Raster:
-    """A PNG of 16 bits in colour or with transparency, of which Pillow keeps 8; transparency lies over white."""
+    """A PNG of 16 bits in colour or with transparency, of which Pillow keeps 8."""
     packed = content.read_bytes() if isinstance(content, Path) else content.getvalue()
     values = _library("imagecodecs", "this PNG").png_decode(packed)
-    if values.shape[2] in (2, 4):
-        alpha = values[:, :, -1:] / np.float64(65535)
-        values = np.rint(values[:, :, :-1] * alpha + 65535 * (1 - alpha)).astype(np.uint16)
-    return Raster(values, values.shape[2] == 3)
+    return Raster(values, values.shape[2] >= 3, alpha=values.shape[2] in (2, 4))
 
 
 # NumPy
@@ -239,9 +250,9 @@ def _images_of(array: np.ndarray, stack: StackAxis | None) -> np.ndarray:
 
 def _read_array(content: Any, plane: int | None, stack: StackAxis | None) -> Opened:
     """An image of an .npy or .npz file."""
-    number = plane or 0
-    for array in _arrays(content):
-        images = _images_of(array, stack)
+    stacks = [_images_of(array, stack) for array in _arrays(content)]
+    number = _only(sum(map(len, stacks)), plane)
+    for images in stacks:
         if number < len(images):
             return from_array(np.ascontiguousarray(images[number]))
         number -= len(images)
@@ -258,7 +269,8 @@ def _read_dicom(content: Any, plane: int | None, stack: StackAxis | None) -> Ope
     pixels = importlib.import_module("pydicom.pixels")
     dataset = library.dcmread(content)
     frames = int(dataset.get("NumberOfFrames", 1) or 1)
-    values = dataset.pixel_array[plane or 0] if frames > 1 else dataset.pixel_array
+    frame = _only(frames, plane)
+    values = dataset.pixel_array[frame] if frames > 1 else dataset.pixel_array
     photometric = str(dataset.PhotometricInterpretation)
     if photometric == "PALETTE COLOR":
         values = pixels.apply_color_lut(values, dataset)

@@ -86,9 +86,8 @@ class Data:
         if isinstance(self.name, str) and self.name in NAMED:
             return Located(NAMED[self.name](self.name, self.root or ROOT, self.download))
         if isinstance(self.name, str) and self.name.startswith(parquet.HUB):
-            return parquet.from_hub(self.name)
-        place = Path(self.name).expanduser()
-        if place.is_dir():
+            located = parquet.from_hub(self.name)
+        elif (place := Path(self.name).expanduser()).is_dir():
             located = _from_folder(place.resolve())
         elif place.is_file():
             located = _from_file(place.absolute())
@@ -133,23 +132,35 @@ class Data:
         results = [try_image(train, row, _side_and_depth) for row in rows]
         opened = [result for result in results if not isinstance(result, str)]
         if not opened:
-            raise DataError(f"none of {len(rows)} files in {train.root} opens as an image, first {train.paths[0]}")
+            first = f"first {train.paths[0]}: {results[0]}"
+            raise DataError(f"none of {files.some(len(rows), 'file')} in {train.root} opens as an image, {first}")
         side = int(statistics.median(side for side, _ in opened))
         if 2 * sum(deep for _, deep in opened) <= len(opened) and self.channels in (None, 3):
             return Survey(count, side)
         return Survey(count, side, self._measure_levels(list(splits.values())))
 
     def outside(self, pixels: PixelFormat) -> list[str]:
-        """Sentences about levels that a format does not have, seen in at most 64 training images."""
+        """Sentences about levels that a format does not have, seen in at most 64 training images.
+
+        Raises DataError if none of these has its channels.
+        """
         train = self.splits()["train"]
         count = len(train.paths)
-        results = [try_image(train, row, self._levels_of) for row in range(0, count, max(1, count // 64))[:64]]
-        return levels.outside([each for each in results if not isinstance(each, str)], pixels)
+        look = partial(self._levels_of, channels=self.channels or pixels.channels)
+        results = [try_image(train, row, look) for row in range(0, count, max(1, count // 64))[:64]]
+        seen = [each for each in results if not isinstance(each, str)]
+        if seen and not any(levels.fits(each.channels, each.colours, pixels) for each in seen):
+            counts = sorted({each.channels for each in seen})
+            channels = f"{files.listed(list(map(str, counts)))} channel{'' if counts == [1] else 's'}"
+            problem = f"{self.title} has images of {channels}, and these weights read {pixels.channels}"
+            raise DataError(f"{problem}: give other images, or pretrain on these")
+        return levels.outside(seen, pixels)
 
-    def _levels_of(self, image: Opened, sampled: int = 0) -> levels.ImageLevels:
+    def _levels_of(self, image: Opened, sampled: int = 0, channels: int | None = None) -> levels.ImageLevels:
+        channels = channels or self.channels
         if not isinstance(image, levels.Raster):
             image.load()
-        return levels.image_levels(levels.as_raster(image, self.channels), self.channels, sampled)
+        return levels.image_levels(levels.as_raster(image, channels), channels, sampled)
 
     def _measure_levels(self, sources: list[Source]) -> SetLevels:
         """The levels of all images, each read once, at the first command."""
@@ -169,7 +180,9 @@ class Data:
             if self.channels is not None:
                 usable = [image for image in usable if image.channels == self.channels]
                 if not usable:
-                    raise DataError(f"no image of {self.title} has {self.channels} channels: leave out --channels")
+                    problem = f"no image of {self.title} has {files.some(self.channels, 'channel')}"
+                    have = f", but {files.listed(list(map(str, sorted(seen))))}" if seen else ""
+                    raise DataError(f"{problem}{have}: leave out --channels")
             return levels.set_levels(usable).to_json(), whole
 
         question = f"levels {self.channels} {self.stack}"
@@ -217,8 +230,9 @@ def _side_and_depth(image: Opened) -> tuple[int, bool]:
 def with_planes(source: Source, stack: StackAxis | None, cache: Path | None = None) -> Source:
     """The source with a row for each image in files that hold several; DataError where that is not clear."""
     source = replace(source, stack=stack)
-    rows = [row for row, path in enumerate(source.paths) if files.may_hold_several(path)]
-    if source.array is not None or not rows:
+    named = [row for row, path in enumerate(source.paths) if files.may_hold_several(path)]
+    rows = named if source.array is None else list(range(len(source.paths)))
+    if not rows:
         return source
 
     def count(row: int) -> int | DataError:
@@ -229,7 +243,16 @@ def with_planes(source: Source, stack: StackAxis | None, cache: Path | None = No
         except Exception:  # unreadable: decoding says why
             return 1
 
+    def is_stack(row: int) -> bool:
+        try:
+            return readers.may_be_stack(source.content(row))
+        except (DataError, OSError):  # unreadable: decoding says why
+            return False
+
     def look() -> tuple[list[int], bool]:
+        # in tables, where names do not tell, some cells stand for all; a stack among others is unreadable
+        if source.array is not None and not any(map(is_stack, rows[:: max(1, len(rows) // 64)][:64])):
+            return [1], True
         with ThreadPoolExecutor(cores()) as pool:
             counts = list(pool.map(count, rows))
         for row, number in zip(rows, counts, strict=True):
@@ -238,9 +261,10 @@ def with_planes(source: Source, stack: StackAxis | None, cache: Path | None = No
         numbers = [1 if isinstance(number, DataError) else number for number in counts]
         return numbers, numbers == counts  # not kept if a library is missing, which may be installed
 
-    counts = dict(zip(rows, survey_once(f"planes {stack}", [source], cache, look), strict=True))
-    if max(counts.values()) == 1:
+    found = survey_once(f"planes {stack}", [source], cache, look)
+    if max(found) == 1:
         return source
+    counts = dict(zip(rows, found, strict=True))
 
     # one row an image
     numbers = [(row, plane) for row in range(len(source.paths)) for plane in range(counts.get(row, 1))]
