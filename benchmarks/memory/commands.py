@@ -1,4 +1,4 @@
-"""Peak memory of each command on many small and on some large made-up images.
+"""Peak memory of each command on made-up images: many small ones, some large ones, and tiles of 13 bands of 16 bits.
 
 `python -m benchmarks.memory.commands FOLDER` makes the images there once, runs every command in a process of its own
 with the recipe that is chosen for them, and prints a table. The peak is the largest resident memory (VmHWM), that of
@@ -8,7 +8,6 @@ the largest child beside it; in MB of a million bytes.
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import shutil
 import subprocess
@@ -18,10 +17,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tifffile
 from PIL import Image
 
-SETS = {64: 100_000, 224: 10_000}
-"""Images by their side in pixels."""
+
+class Images(NamedTuple):
+    """A set to make: its number of images, their side in pixels, and what they are."""
+
+    number: int
+    side: int
+    kind: str = "RGB"
+
+
+BANDS = "13 bands of 16 bits"
+SETS = {"small": Images(100_000, 64), "large": Images(10_000, 224), "bands": Images(20_000, 64, BANDS)}
 CLASSES = 10
 STEPS = 20  # of training
 PROGRAM = """
@@ -47,12 +56,13 @@ class Peak(NamedTuple):
     seconds: float
 
 
-def pictures(folder: Path, count: int, side: int) -> Path:
-    """A folder train|test/<class>/<number>.jpg of soft colours under shapes, a tenth of them to test on."""
-    root, rng = folder / f"{count}-{side}", np.random.default_rng(0)
+def pictures(folder: Path, images: Images) -> Path:
+    """A folder train|test/<class>/<number> of soft colours under shapes, a tenth of them to test on."""
+    count, side, kind = images
+    root, rng = folder / f"{count}-{side}{'-bands' if kind == BANDS else ''}", np.random.default_rng(0)
     if root.exists():
         return root
-    unfinished = folder / f"{count}-{side}.part"
+    unfinished = folder / f"{root.name}.part"
     shutil.rmtree(unfinished, ignore_errors=True)
     for split in ("train", "test"):
         for c in range(CLASSES):
@@ -65,9 +75,13 @@ def pictures(folder: Path, count: int, side: int) -> Path:
         top, left = rng.integers(0, side // 2, 2)
         pixels[top : top + height, left : left + width, label % 3] = 20 * label
         pixels ^= rng.integers(0, 16, pixels.shape, np.uint8)
-        stream = io.BytesIO()
-        Image.fromarray(pixels).save(stream, "JPEG", quality=80)
-        (unfinished / split / f"class{label}" / f"{i:06}.jpg").write_bytes(stream.getvalue())
+        path = unfinished / split / f"class{label}" / f"{i:06}"
+        if kind == BANDS:
+            noise = rng.integers(0, 200, (13, side, side), np.uint16)
+            values = 30 * pixels.transpose(2, 0, 1)[np.arange(13) % 3].astype(np.uint16) + noise
+            tifffile.imwrite(path.with_suffix(".tif"), values, photometric="minisblack", planarconfig="separate")
+        else:
+            Image.fromarray(pixels).save(path.with_suffix(".jpg"), "JPEG", quality=80)
     unfinished.rename(root)
     return root
 
@@ -112,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print a row of the table for each command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory.commands", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--sides", type=int, nargs="+", default=list(SETS), help="of the images to use")
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), help="the images to use")
     parser.add_argument("--share", type=float, default=1.0, help="of the images to make, for a quick look")
     parser.add_argument("--only", nargs="+", help="first words of the commands to run; others must have run before")
     parser.add_argument("--source", type=Path, help="folder with another version of the package to measure")
@@ -121,15 +135,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| images | command | peak, MB | largest child, MB | seconds |\n|---|---|---:|---:|---:|")
     alone = measure_peak([], cache=cache, program=IMPORT + PROGRAM, source=options.source)
     print(f"| | imports alone | {alone.own:,.0f} | | |", flush=True)
-    for side in options.sides:
-        count = int(options.share * SETS[side])
-        data = pictures(options.folder, count, side)
-        out = options.folder / f"out-{count}-{side}"
+    for name in options.sets:
+        images = SETS[name]._replace(number=int(options.share * SETS[name].number))
+        data = pictures(options.folder, images)
+        out = options.folder / f"out-{data.name}"
         if not options.only:
             shutil.rmtree(out, ignore_errors=True)
             shutil.rmtree(cache, ignore_errors=True)
         out.mkdir(exist_ok=True)
-        for name, words in commands(data, out / "run", count):
+        for command, words in commands(data, out / "run", images.number):
             if options.only and words[0] not in options.only:
                 continue
             try:
@@ -137,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 cells = f"{peak.own:,.0f} | {peak.child:,.0f} | {peak.seconds:,.0f}"
             except RuntimeError as error:
                 cells = f"failed: {error} | | "
-            print(f"| {count:,} of {side} px | {name} | {cells} |", flush=True)
+            print(f"| {images.number:,} of {images.side} px, {images.kind} | {command} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":
