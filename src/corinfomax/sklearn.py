@@ -66,7 +66,7 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """No output in the block, unless `verbose`."""
         with contextlib.ExitStack() as stack:
             if not self.verbose:
-                nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
             yield

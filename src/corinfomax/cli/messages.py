@@ -2,6 +2,9 @@
 
 import os
 import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -39,7 +42,12 @@ def command(*words: str) -> str:
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # set by torchrun
     if words[0] == "pretrain" and processes != "1":
         prefix += ["torchrun", "--nproc-per-node", processes, "-m"]
-    return shlex.join([*prefix, "corinfomax", *words])
+    return joined([*prefix, "corinfomax", *words])
+
+
+def joined(words: Sequence[str]) -> str:
+    """The words as one line to type: cmd.exe knows double quotes alone."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def from_here(path: str | Path) -> str:

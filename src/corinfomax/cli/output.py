@@ -46,7 +46,7 @@ def forgiving() -> Iterator[Output]:
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
         # daemons and windowed programs have none: the file also takes the closed one's descriptor
-        nowhere = [stack.enter_context(open(os.devnull, "w")) for stream in before if stream is None]  # noqa: PTH123
+        nowhere = [stack.enter_context(open(os.devnull, "w", encoding="utf-8")) for stream in before if stream is None]  # noqa: PTH123
         output, errors = (Output(nowhere.pop() if stream is None else stream) for stream in before)
         sys.stdout, sys.stderr = output, errors
         try:

@@ -123,7 +123,7 @@ class Pretrain:
         ):
             run, first = self.resume or self.out, processes.rank() == 0
             if not first:
-                nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
 
             # The first process locks the run folder before anything in it is read, and before hours of decoding.

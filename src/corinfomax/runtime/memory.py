@@ -49,7 +49,7 @@ def _fields(path: Path) -> dict[str, float]:
     """The lines `name: number kB` of a file of Linux, in bytes; empty elsewhere."""
     if not path.exists():
         return {}
-    lines = (line.split() for line in path.read_text().splitlines())
+    lines = (line.split() for line in path.read_text("utf-8").splitlines())
     return {words[0].rstrip(":"): 1024 * float(words[1]) for words in lines if words[2:] == ["kB"]}
 
 
@@ -58,7 +58,7 @@ def free_in_cgroup(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
     if not own.exists():
         return inf
     available = inf
-    for line in own.read_text().splitlines():
+    for line in own.read_text("utf-8").splitlines():
         _, kinds, group = line.split(":", 2)
         if kinds not in ("", "memory"):
             continue
@@ -74,10 +74,10 @@ def free_in_cgroup(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
 
 def _free_in_group(folder: Path, limit: str, usage: str, cached: str) -> float:
     """Bytes left in one control group; inactive file pages count as free."""
-    if not (folder / limit).exists() or (most := (folder / limit).read_text().strip()) == "max":
+    if not (folder / limit).exists() or (most := (folder / limit).read_text("ascii").strip()) == "max":
         return inf
-    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return int(most) - int((folder / usage).read_text()) + int(stat.get(cached, 0))
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
+    return int(most) - int((folder / usage).read_text("ascii")) + int(stat.get(cached, 0))
 
 
 def give_back() -> None:

@@ -37,7 +37,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def _is_abandoned(half: Path) -> bool:
     """True if the process that wrote this half file has ended; on Windows, where none can be asked, False."""
     number = half.name.split(".")[-2]
-    if os.name == "nt" or not number.isdecimal():
+    if sys.platform == "win32" or not number.isdecimal():
         return False
     try:
         os.kill(int(number), 0)
@@ -125,7 +125,7 @@ def read_results(run: Path) -> Results:
 def append_metrics(run: Path, row: Row) -> None:
     """Add one line to metrics.jsonl."""
     path = run / "metrics.jsonl"
-    with _naming(path), path.open("a", encoding="utf-8") as file:
+    with _naming(path), path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(row.to_json()) + "\n")
 
 
@@ -199,7 +199,7 @@ def locked(run: Path) -> Iterator[None]:
     path = run / ".lock"
     while True:
         with _naming(run):
-            file = path.open("a")
+            file = path.open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

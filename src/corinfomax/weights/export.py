@@ -177,7 +177,7 @@ def _feature_difference(path: Path, backbone: nn.Module, recipe: Recipe, form: E
         (folder / "main.py").write_text(script, encoding="utf-8")
         (folder / "load.py").write_text(loading_code(recipe), encoding="utf-8")
         command = [sys.executable, "main.py", str(path.absolute())]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if done.returncode:
             reason = (done.stderr.strip() or "no reason was printed").splitlines()[-1]
             raise ValueError(f"{path.name} was not kept: a fresh process cannot load it: {reason}")
