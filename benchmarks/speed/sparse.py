@@ -28,7 +28,7 @@ def million(folder: Path, count: int, side: int) -> Images:
     np.save(cache / "index.npy", index, allow_pickle=False)
     paths = tuple(f"train/{i % 1000:04}/{i:08}.jpg" for i in range(count))
     source = Source("", paths, np.zeros((count, 4), np.int64), None)
-    notes = {"skipped": [], "digest": "", "stamps": images._digest_of(source.stamps.tobytes())}
+    notes = {"skipped": [], "converted": {}, "digest": "", "stamps": images._digest_of(source.stamps.tobytes())}
     (cache / "index.json").write_text(json.dumps(notes))
     opened = images._open(
         cache, source, RGB, False

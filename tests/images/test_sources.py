@@ -535,7 +535,7 @@ def test_a_survey_reads_headers_alone(tmp_path: Path) -> None:
     assert Data(tmp_path).survey() == (6, 30, SetLevels())
     for path in tmp_path.glob("[0-9].png"):
         path.unlink()
-    with pytest.raises(DataError, match="none of 1 files"):
+    with pytest.raises(DataError, match="none of 1 file "):
         Data(tmp_path).survey()
 
 
