@@ -14,6 +14,7 @@ FLOORS = (
     ("weights", "diagnosis"),
     ("evaluation",),
     ("checkup", "training"),
+    ("search",),
     ("report",),
     ("cli",),
     ("api",),

@@ -88,7 +88,7 @@ def test_the_recipe_is_the_default_and_flags_override_it():
 def planned(*words):
     """The recipe of `pretrain DATA words`; with --recipe no image is looked at."""
     command, flags = parse(["pretrain", "mnist5k", *words])
-    return pretrain._plan(command, flags, torch.device("cpu")).recipe
+    return pretrain.plan_run(command, flags, torch.device("cpu")).recipe
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_a_resumed_run_keeps_its_options_but_for_those_typed(tmp_path, monkeypat
     ran = Options(log_steps=1, keep=100, scores=2, report=False, track="wandb", checkpoint_minutes=0.5)
     facts = Facts(data="mnist5k", options=ran).to_json()
     run_folder.write_json(tmp_path / "recipe.json", {"recipe": fields.to_json(tiny.RECIPE), "facts": facts})
-    again = pretrain._plan(command, flags, torch.device("cpu")).options
+    again = pretrain.plan_run(command, flags, torch.device("cpu")).options
     assert again == replace(ran, keep=3, scores=10)  # typed, although these are the defaults
 
 

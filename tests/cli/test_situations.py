@@ -26,7 +26,7 @@ KNOBS = [*tiny.KNOBS, "--no-report"]
 
 def planned(*words):
     command, flags = parse(["pretrain", "mnist5k", *words])
-    return pretrain._plan(command, flags, torch.device("cpu")).recipe
+    return pretrain.plan_run(command, flags, torch.device("cpu")).recipe
 
 
 def run(*words):

@@ -7,20 +7,20 @@ from typing import Annotated, Any, get_args
 import tyro
 from tyro.conf import Suppress, subcommand
 
-from corinfomax.cli import doctor, embed, evaluate, export, neighbors, pretrain, recipes, report
+from corinfomax.cli import doctor, embed, evaluate, export, neighbors, pretrain, recipes, report, tune
 from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe
 from corinfomax.recipes.published import RECIPES
 
 ABOUT = "Self-supervised pretraining of image backbones that tells you whether it worked."
 Scoring = evaluate.Evaluate | embed.Embed | neighbors.Neighbors | report.Report
-Command = pretrain.Pretrain | doctor.Doctor | Scoring | export.Export | recipes.Recipes
+Command = pretrain.Pretrain | tune.Tune | doctor.Doctor | Scoring | export.Export | recipes.Recipes
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, frozenset[str]]:
     """The command with its options, and the typed flags, such as `optim.lr`; exits after --help or a mistake."""
     usual = RECIPES["cpu-small"].recipe
-    helped = argv[:1] == ["pretrain"] and not {"-h", "--help"}.isdisjoint(argv)
+    helped = argv[:1] in (["pretrain"], ["tune"]) and not {"-h", "--help"}.isdisjoint(argv)
 
     # the commands: the chosen one with its whole description, the others with a line
     choices: Any = None

@@ -39,7 +39,7 @@ class Pretrain:
 
     data: OPTIONAL_DATA = None
     recipe: str | None = None
-    """A named recipe; `corinfomax recipes` lists them."""
+    """A named recipe (`corinfomax recipes` lists them), or a file of tune."""
     init: str | None = None
     """Weights to start from: a run, a file, a folder, or timm:NETWORK."""
     prefix: str | None = None
@@ -133,7 +133,7 @@ class Pretrain:
                 stack.enter_context(run_folder.new_run(self.out))
 
             # plan and training
-            plan = _plan(self, typed, device, source)
+            plan = plan_run(self, typed, device, source)
             if first:
                 train.print_footprint(plan, device)
             if run is None and first:
@@ -154,7 +154,9 @@ class Pretrain:
         return train.conclude(trained, plan.data, device) if first else 0, run
 
 
-def _plan(command: Pretrain, typed: frozenset[str], device: "torch.device", source: "Source | None" = None) -> "Plan":
+def plan_run(
+    command: Pretrain, typed: frozenset[str], device: "torch.device", source: "Source | None" = None
+) -> "Plan":
     """The run as typed, or as recorded when it is resumed; ValueError for a flag that would make it another run."""
     from corinfomax.cli import fit, inputs, train
     from corinfomax.training import loop, trackers

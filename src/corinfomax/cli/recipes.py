@@ -14,7 +14,7 @@ class Recipes:
     """List the named recipes, or show every setting of one."""
 
     name: Annotated[str | None, Positional, arg(metavar="NAME")] = None
-    """The recipe to show."""
+    """The recipe to show, by its name or its .json file."""
 
     def run(self, typed: frozenset[str]) -> int:
         if self.name is None:
@@ -28,14 +28,16 @@ class Recipes:
             return 0
 
         # one recipe: its scores, then its settings
-        recipe, entry = published.find_recipe(self.name), RECIPES[self.name]
-        print(f"{self.name}: {entry.about}\ndata: {entry.data}")
-        if entry.paper is not None:
-            print(f"the paper's linear probe: {entry.paper:.2f} %")
-        for m in entry.measured:
-            setting = f"n = {m.n}, {m.data}, {m.hardware}, {m.minutes:g} min, {m.commit}"
-            print(f"ours: {m.score} {_mean(m)} % ({setting})")
-        print()
+        recipe = published.find_recipe(self.name)
+        if self.name in RECIPES:  # else it is a file
+            entry = RECIPES[self.name]
+            print(f"{self.name}: {entry.about}\ndata: {entry.data}")
+            if entry.paper is not None:
+                print(f"the paper's linear probe: {entry.paper:.2f} %")
+            for m in entry.measured:
+                setting = f"n = {m.n}, {m.data}, {m.hardware}, {m.minutes:g} min, {m.commit}"
+                print(f"ours: {m.score} {_mean(m)} % ({setting})")
+            print()
         for flag, value in fields.flags(recipe).items():
             print(f"  --{flag:<26} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
         return 0

@@ -67,7 +67,7 @@ def train(run: Path, plan: Plan, device: torch.device, on_row: trackers.OnRow = 
     # images, recipe and facts
     with processes.first_of_machine():  # one process decodes, the others read its cache
         splits = inputs.load_splits(plan.data, plan.recipe, plan.images)
-    recipe = _fit(plan, splits, device)
+    recipe = fit_run(plan, splits, device)
     if first and plan.start is not None and plan.resumed is None:
         inputs.warn_of_input(plan.start, splits.train, recipe, device)
     facts = _record(run, plan, recipe, splits)
@@ -114,7 +114,7 @@ def train(run: Path, plan: Plan, device: torch.device, on_row: trackers.OnRow = 
     return Subject(run, trained, recipe, recipe.steps(facts.images), facts, splits, same_images=True)
 
 
-def _fit(plan: Plan, splits: Splits, device: torch.device) -> Recipe:
+def fit_run(plan: Plan, splits: Splits, device: torch.device) -> Recipe:
     """The recipe with a batch, length and precision that these images and processes allow."""
     # batch and length
     recipe = fit.fit_batch(plan.recipe, len(splits.train))

@@ -69,8 +69,7 @@ def choose_sample(
         return Sample(sample, held_out, data)
     if assumed_input:
         data = data._replace(better_input=better_input(start, sample, recipe, device=device, far=CERTAIN))
-    features, _ = _outputs(start, nn.Identity(), sample, recipe, device)
-    return Sample(sample, held_out, data, features)
+    return Sample(sample, held_out, data, features_of_views(start, sample, recipe, device=device))
 
 
 def look_steps(steps: int, batch: int, most: int, sample: Sample) -> set[int]:
@@ -97,6 +96,13 @@ def look(network: Network, sample: Sample, recipe: Recipe, *, device: torch.devi
     if sample.start is not None:
         measures = measures._replace(cka=float(cka(h.flatten(0, 1), sample.start.flatten(0, 1))))
     return Look(sample.held_out, sample.data, measures)
+
+
+def features_of_views(
+    backbone: nn.Module, images: Images, recipe: Recipe, *, device: torch.device
+) -> Float[Tensor, "n q f"]:
+    """Features of VIEWS fixed views of each image, in eval mode, float64 on the CPU."""
+    return _outputs(backbone, nn.Identity(), images, recipe, device)[0]
 
 
 @torch.no_grad()

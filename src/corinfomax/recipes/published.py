@@ -1,9 +1,12 @@
 """The named recipes, with the paper's score and ours, and the choice of one for a set of images."""
 
 import difflib
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
+from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Backbone, Loss, Optim, Probe, Projector, Recipe, Tuning, View
 
 
@@ -176,12 +179,25 @@ RECIPES["adapt-vit"] = Entry(
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name; ValueError with the names there are."""
+    """The recipe of that name, or in that JSON file; ValueError with the names there are."""
+    if name not in RECIPES and name.endswith(".json"):
+        return _read(Path(name))
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"unknown recipe {name!r}{hint}; choose from {', '.join(RECIPES)}")
+        raise ValueError(f"unknown recipe {name!r}{hint}; choose from {', '.join(RECIPES)}, or name a .json file")
     return RECIPES[name].recipe
+
+
+def _read(path: Path) -> Recipe:
+    """The recipe in a file of `tune`, or in the recipe.json of a run."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return fields.from_json(content["recipe"])
+    except OSError as error:
+        raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no recipe: {error}") from error
 
 
 def adapt(

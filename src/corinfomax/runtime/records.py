@@ -201,6 +201,18 @@ class Row(NamedTuple):
         return cls(**fields | {"look": look})  # type: ignore[arg-type]
 
 
+class Trial(NamedTuple):
+    """A short run of a search over views, and its score."""
+
+    round: int  # of the search, from 0
+    options: tuple[str, ...]  # names of the changes of the recipe's views; () is the recipe as it is
+    epochs: float
+    score: float  # higher is better
+    error: float  # standard error of the score
+    training: float  # seconds
+    seconds: float  # of training and scoring
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

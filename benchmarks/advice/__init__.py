@@ -1,0 +1,1 @@
+"""Advice on views and on length, held against what runs score."""

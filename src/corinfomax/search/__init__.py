@@ -1,0 +1,1 @@
+"""Views that suit the images: short runs, compared."""

@@ -1,0 +1,46 @@
+"""The changes of a recipe's views that a search tries, each of one part of them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from corinfomax.recipes.fields import Recipe
+
+CROPS = (0.08, 0.25, 0.5, 0.75)  # least share of the image's area in a crop
+HALF_TURN = 180.0  # degrees each way: any angle
+
+
+class Option(NamedTuple):
+    """A change of both views; of one part at most one option is taken."""
+
+    part: str
+    name: str
+    changes: Mapping[str, float | tuple[float, float]]
+
+
+def options_for(recipe: Recipe) -> list[Option]:
+    """Every option that changes the views of the recipe."""
+    first, _ = recipe.views
+    crops = [area for area in CROPS if abs(area - first.crop_area[0]) > 0.02]
+    options = [Option("crops", f"crops from {area:.0%} of the area", {"crop_area": (area, 1.0)}) for area in crops]
+    if first.rotate:
+        options.append(Option("rotation", "upright", {"rotate": 0.0}))
+    if first.rotate < HALF_TURN and not recipe.from_files:
+        options.append(Option("rotation", "turned by any angle", {"rotate": HALF_TURN}))
+    flip = ("not mirrored", 0.0) if any(view.flip for view in recipe.views) else ("mirrored", 0.5)
+    options.append(Option("mirror", flip[0], {"flip": flip[1]}))
+    if any(view.jitter or view.grey for view in recipe.views):
+        options.append(Option("colours", "colours kept", {"jitter": 0.0, "grey": 0.0}))
+    else:
+        options.append(Option("colours", "colours changed", {"jitter": 0.8, "grey": 0.2}))
+    blur = ("not blurred", 0.0) if any(view.blur for view in recipe.views) else ("blurred", 0.5)
+    options.append(Option("blur", blur[0], {"blur": blur[1]}))
+    return options
+
+
+def with_options(recipe: Recipe, options: Iterable[Option]) -> Recipe:
+    """The recipe with these changes in both of its views."""
+    first, second = recipe.views
+    for option in options:
+        first, second = (replace(view, **option.changes) for view in (first, second))  # type: ignore[arg-type]
+    return replace(recipe, views=(first, second))
