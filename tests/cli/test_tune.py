@@ -12,7 +12,7 @@ from corinfomax.search import options, trials
 from corinfomax.training import loop, timing
 from corinfomax.weights import checkpoint
 
-SOME = ("crops from 50% of the area", "turned by any angle", "colours kept")
+SOME = ("crops from 50 %", "turned by any angle", "colours kept")
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from corinfomax.search import options, search
 RECIPE = Recipe(views=(View(crop_area=(0.25, 1.0)), View(crop_area=(0.25, 1.0), blur=0.1)))
 OPTIONS = options.options_for(RECIPE)
 NAMES = [option.name for option in OPTIONS]
-HALF, MOST = "crops from 50% of the area", "crops from 75% of the area"
+HALF, MOST = "crops from 50 %", "crops from 75 %"
 
 
 class World:
@@ -32,7 +32,7 @@ def test_every_option_makes_both_views_alike_in_its_part():
 
 
 def test_options_of_one_part_are_alternatives():
-    assert [option.name for option in OPTIONS if option.part == "crops"] == ["crops from 8% of the area", HALF, MOST]
+    assert [option.name for option in OPTIONS if option.part == "crops"] == ["crops from 8 %", HALF, MOST]
     files = Recipe(from_files=True, views=(View(), View()))
     assert all(option.part != "rotation" for option in options.options_for(files))
 

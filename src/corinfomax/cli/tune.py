@@ -88,7 +88,7 @@ def _tune(command: Tune, plan: "Plan", out: Path, device: "torch.device") -> int
     run_folder.write_json(path, {"recipe": fields.to_json(best), "options": chosen.options})
     print(f"\n{tuned.as_text(found, chosen, trials.measure)}\n")
     page = out / "report.html"
-    run_folder.write_text(page, tuned.as_page(found, chosen, trials.measure, title=plan.data.title))
+    run_folder.write_text(page, tuned.as_page(found, chosen, trials.measure, title=Path(plan.data.title).name))
     start = ["--init", command.init] if command.init is not None else []
     print(f"recipe: {path}\nreport: {page}")
     print(f"to train with it: {messages.command('pretrain', command.data, *start, '--recipe', str(path))}")

@@ -22,7 +22,7 @@ def options_for(recipe: Recipe) -> list[Option]:
     """Every option that changes the views of the recipe."""
     first, _ = recipe.views
     crops = [area for area in CROPS if abs(area - first.crop_area[0]) > 0.02]
-    options = [Option("crops", f"crops from {area:.0%} of the area", {"crop_area": (area, 1.0)}) for area in crops]
+    options = [Option("crops", f"crops from {100 * area:g} %", {"crop_area": (area, 1.0)}) for area in crops]
     if first.rotate:
         options.append(Option("rotation", "upright", {"rotate": 0.0}))
     if first.rotate < HALF_TURN and not recipe.from_files:
