@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.advice import sets
@@ -58,6 +60,46 @@ def measure(data: str, epochs: float, seed: int, options: argparse.Namespace) ->
     print(key, scores, flush=True)
 
 
+def pairs(records: list[Record], probe: str) -> list[tuple[str, float, float, float]]:
+    """Set, epochs, score, and score of the run of twice the epochs."""
+    scores = {(r["set"], r["epochs"], r["seed"]): r["scores"][probe] for r in records}
+    return [
+        (data, epochs, score, scores[data, 2 * epochs, seed])
+        for (data, epochs, seed), score in scores.items()
+        if (data, 2 * epochs, seed) in scores
+    ]
+
+
+def errors_left(found: list[tuple[str, float, float, float]]) -> list[float]:
+    """For each pair, the errors of the longer run as a share of those of the shorter one."""
+    return [(100 - after) / (100 - before) for _, _, before, after in found]
+
+
+def table(records: list[Record]) -> Iterable[str]:
+    """Scores by length, the shares of errors left, and how well those of half of the sets foretell the others."""
+    names = list(dict.fromkeys(record["set"] for record in records))
+    lengths = sorted({record["epochs"] for record in records})
+    yield f"| linear, % | {' | '.join(f'{epochs:g} epochs' for epochs in lengths)} |"
+    yield "|---|" + "---:|" * len(lengths)
+    for name in names:
+        scores = [
+            r["scores"]["linear"] for epochs in lengths for r in records if (r["set"], r["epochs"]) == (name, epochs)
+        ]
+        yield f"| {name} | {' | '.join(f'{score:.1f}' for score in scores)} |"
+    for probe in ("linear", "kNN"):
+        found = pairs(records, probe)
+        low, middle, high = np.quantile(errors_left(found), (0.1, 0.5, 0.9))
+        more = sum(after > before for _, _, before, after in found)
+        yield f"\n{probe}: errors left {low:.2f}, {middle:.2f}, {high:.2f}; more in {more} of {len(found)}"
+        for part in (0, 1):
+            fitted = [pair for pair in found if names.index(pair[0]) % 2 == part]
+            others = [pair for pair in found if names.index(pair[0]) % 2 != part]
+            low, middle, high = np.quantile(errors_left(fitted), (0.1, 0.5, 0.9))
+            inside = sum(low <= share <= high for share in errors_left(others))
+            missed = [abs(100 - middle * (100 - before) - after) for _, _, before, after in others]
+            yield f"by half of the sets: {inside} of {len(others)} others within, {np.mean(missed):.1f} points off"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -73,6 +115,7 @@ def main() -> None:
     if options.command == "run":
         for seed, epochs, data in itertools.product(options.seeds, options.epochs, options.sets):
             measure(data, epochs, seed, options)
+    print("\n".join(table(read())))
 
 
 if __name__ == "__main__":

@@ -37,12 +37,14 @@ from corinfomax.network import Network
 from corinfomax.objective.covariance import ldmi
 from corinfomax.recipes.fields import Recipe, View
 from corinfomax.runtime import run_folder
+from corinfomax.runtime.records import DataMeasures
 from corinfomax.weights import checkpoint
 
 CPU = torch.device("cpu")
 RECORDS = Path(__file__).with_suffix(".jsonl")
 SAMPLE = 512  # images
 DIM = 32  # leading directions of features
+NO_DATA = DataMeasures(views_differ=1.0, images_differ=1.0, twins=0.0)
 STILL = View(crop_area=(0.9, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0)
 JUDGES: dict[str, View] = {
     "mild": BASE.views[0],
@@ -60,7 +62,7 @@ Record = dict[str, Any]
 def judge(network: Network, splits: Splits, recipe: Recipe) -> dict[str, float]:
     """Every measure of a network; higher should be better."""
     sample = _sample(splits)
-    own = measures.look(network, measures.Sample(sample, True, _no_data()), recipe, device=CPU).measures
+    own = measures.look(network, measures.Sample(sample, True, NO_DATA), recipe, device=CPU).measures
     assert own is not None
     found = {"own ldmi": own.ldmi or 0.0, "own agreement": own.agreement, "own lidar": own.lidar_features}
     found["own rank of features"] = own.rank_features
@@ -84,10 +86,6 @@ def _sample(splits: Splits) -> Images:
     images = splits.test
     assert images is not None
     return images.select(torch.arange(min(SAMPLE, len(images))))
-
-
-def _no_data() -> Any:
-    return None
 
 
 @torch.no_grad()
@@ -188,7 +186,6 @@ def table(records: list[Record]) -> Iterable[str]:
     yield f"| measure | {' | '.join(names)} | mean rho | mean regret | worst |"
     yield "|---|" + "---|" * (len(names) + 3)
     every = list(records[0]["measures"])
-    panel = ("mild", "strong", "weak")
     rows = []
     for name in [*every, "recipe's views"]:
         rhos, regrets = [], []
@@ -202,7 +199,6 @@ def table(records: list[Record]) -> Iterable[str]:
                 rhos.append((data, spearman(values, truth)))
                 regrets.append((data, max(truth) - truth[int(np.argmax(values))]))
         rows.append((name, rhos, regrets))
-    del panel
     for name, rhos, regrets in sorted(rows, key=lambda row: np.mean([r for _, r in row[2]])):
         cells = []
         for data in names:

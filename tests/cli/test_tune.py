@@ -19,7 +19,9 @@ SOME = ("crops from 50 %", "turned by any angle", "colours kept")
 def few_options(monkeypatch):
     """Three options, for tests that end in seconds."""
     every = options.options_for
-    monkeypatch.setattr(options, "options_for", lambda recipe: [o for o in every(recipe) if o.name in SOME])
+    monkeypatch.setattr(
+        options, "options_for", lambda recipe, labelled: [o for o in every(recipe, labelled=labelled) if o.name in SOME]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,8 @@ def test_a_stopped_search_goes_on_with_what_is_recorded(data, tmp_path, monkeypa
 def test_images_without_labels(data, tmp_path, capsys):
     flat = tiny.folder(tmp_path / "flat", {"": 40}, labelled=False)
     assert main(words(flat, tmp_path / "tuned")) == 0
-    assert "without labels" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "without labels" in said and "colours kept" not in said
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from corinfomax.checkup import mirror
 from corinfomax.checkup.inspect import Inspection
 from corinfomax.evaluation.similar import MIN_CORRELATION, near_duplicates
 from corinfomax.images import conversions
@@ -104,7 +105,7 @@ def collect_findings(inspections: Sequence[Inspection], recipe: Recipe) -> list[
         text = "too many images look alike to compare all pairs, so the list of near-duplicates is incomplete"
         findings.append(Finding("incomplete", text))
     findings += _without_content(inspections)
-    findings += [*_odd_images(images, recipe), *_classes(inspections)]
+    findings += [*_odd_images(images, recipe), *_classes(inspections), *_mirrored(inspections[0], recipe)]
     return sorted(findings, key=lambda finding: not finding.must_fix)
 
 
@@ -201,6 +202,13 @@ def _odd_images(images: Catalogue, recipe: Recipe) -> Iterator[Finding]:
     yield from _about("small", "image", enlarged, compress(images.paths, small))
     oversized = f"is over {OVERSIZED} times the usual size ({median:.0f} px), perhaps from another source"
     yield from _about("large", "image", oversized, compress(images.paths, short > OVERSIZED * median))
+
+
+def _mirrored(train: Inspection, recipe: Recipe) -> Iterator[Finding]:
+    told = mirror.of_thumbnails(train.thumbnails, recipe)
+    if told is not None and told >= mirror.TOLD and any(view.flip for view in recipe.views):
+        seen = f"left and right differ, as in letters ({told:.0f} % of mirrored images can be told from the others)"
+        yield Finding("mirror", f"{seen}: pretrain will not mirror them")
 
 
 def _classes(inspections: Sequence[Inspection]) -> Iterator[Finding]:

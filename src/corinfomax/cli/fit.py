@@ -8,7 +8,9 @@ import timm
 import torch
 
 from corinfomax import network
+from corinfomax.checkup import mirror
 from corinfomax.cli import inputs
+from corinfomax.images.cache import Images
 from corinfomax.images.levels import SetLevels
 from corinfomax.images.sources import Data, Survey
 from corinfomax.recipes import fields, published
@@ -157,6 +159,19 @@ def fit_batch(recipe: Recipe, count: int) -> Recipe:
         raise ValueError(f"{count} image is not enough to train on: a batch needs at least 2")
     print(f"batch {recipe.batch} is more than the {count} images: using batch {count}")
     return replace(recipe, batch=count)
+
+
+def fit_mirroring(recipe: Recipe, images: Images) -> Recipe:
+    """The recipe without mirroring, for images whose mirror images are others, such as digits; printed."""
+    if not any(view.flip for view in recipe.views):
+        return recipe
+    told = mirror.told_apart(images, recipe)
+    if told is None or told < mirror.TOLD:
+        return recipe
+    seen = f"left and right differ ({told:.0f} % of mirrored images can be told from the others)"
+    print(f"{seen}: views are not mirrored; --views.0.flip 0.5 --views.1.flip 0.5 mirrors them")
+    first, second = (replace(view, flip=0.0) for view in recipe.views)
+    return replace(recipe, views=(first, second))
 
 
 def fit_cache(recipe: Recipe, data: Data) -> Recipe:

@@ -214,4 +214,5 @@ def plan_run(
     record = None if resumed is None else resumed.facts.start
     if start is not None and command.init is not None:
         record = fit.start_record(start, command.init, command.prefix, recipe, typed)
-    return train.Plan(data, images, recipe, recipe_name, options, resumed, start, record)
+    chosen = resumed is None and command.recipe is None and not any(flag.endswith(".flip") for flag in typed)
+    return train.Plan(data, images, recipe, recipe_name, options, resumed, start, record, chosen)

@@ -16,7 +16,7 @@ from corinfomax import __version__, network
 from corinfomax.cli import fit, inputs, messages
 from corinfomax.cli.arguments import SKIP_LIST, DataOptions
 from corinfomax.diagnosis import verdict
-from corinfomax.evaluation import table
+from corinfomax.evaluation import longer, table
 from corinfomax.images import files, tables
 from corinfomax.images.cache import Splits
 from corinfomax.images.sources import Data
@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     resumed: Checkpoint | None  # the state to continue from
     start: LoadedBackbone | None = None  # the weights to start from
     start_record: Start | None = None
+    fits_views: bool = False  # whether the views may be changed to suit the images
 
 
 def print_footprint(plan: Plan, device: torch.device) -> None:
@@ -116,8 +117,9 @@ def train(run: Path, plan: Plan, device: torch.device, on_row: trackers.OnRow = 
 
 def fit_run(plan: Plan, splits: Splits, device: torch.device) -> Recipe:
     """The recipe with a batch, length and precision that these images and processes allow."""
-    # batch and length
-    recipe = fit.fit_batch(plan.recipe, len(splits.train))
+    # views, batch and length
+    recipe = fit.fit_mirroring(plan.recipe, splits.train) if plan.fits_views else plan.recipe
+    recipe = fit.fit_batch(recipe, len(splits.train))
     if recipe.from_files and splits.train.files is None:
         raise ValueError(f"{plan.data.title} has no files to crop from: leave out --from-files")
     if recipe.steps(len(splits.train)) < 1:
@@ -203,6 +205,9 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
         if facts.options.evaluate and splits.labelled:
             before, remarks = inputs.before(run, splits, recipe, facts, device) if facts.start is not None else ([], ())
             results = table.evaluate(network.backbone, splits, recipe, device=device, rivals=before, remarks=remarks)
+            if facts.start is None:
+                more = longer.remarks(results, recipe, recipe.steps(facts.images))
+                results = results._replace(remarks=(*results.remarks, *more))
             inputs.print_scores(results, run / "results.json")
         elif facts.start is not None:
             kept = f"The weights before it are kept in {run_folder.start_path(run)}."

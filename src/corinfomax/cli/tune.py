@@ -67,12 +67,12 @@ def _tune(command: Tune, plan: "Plan", out: Path, device: "torch.device") -> int
     from corinfomax.recipes import fields
     from corinfomax.report import tuned
     from corinfomax.runtime import run_folder
-    from corinfomax.search import options, search
+    from corinfomax.search import options, scores, search
     from corinfomax.search.trials import Trials
 
     splits = inputs.load_splits(plan.data, plan.recipe, command.images)
     recipe = train.fit_run(plan, splits, device)
-    choices = options.options_for(recipe)
+    choices = options.options_for(recipe, labelled=scores.has_labels(splits.train))
     try:
         with Trials(out, recipe, splits.train, choices, plan.start, minutes=command.minutes, device=device) as trials:
             print(trials.about)

@@ -18,8 +18,11 @@ class Option(NamedTuple):
     changes: Mapping[str, float | tuple[float, float]]
 
 
-def options_for(recipe: Recipe) -> list[Option]:
-    """Every option that changes the views of the recipe."""
+def options_for(recipe: Recipe, *, labelled: bool = True) -> list[Option]:
+    """Every option that changes the views of the recipe.
+
+    Without labels the colours stay as they are: whether they tell classes apart, no measure foretells (docs/views.md).
+    """
     first, _ = recipe.views
     crops = [area for area in CROPS if abs(area - first.crop_area[0]) > 0.02]
     options = [Option("crops", f"crops from {100 * area:g} %", {"crop_area": (area, 1.0)}) for area in crops]
@@ -29,7 +32,9 @@ def options_for(recipe: Recipe) -> list[Option]:
         options.append(Option("rotation", "turned by any angle", {"rotate": HALF_TURN}))
     flip = ("not mirrored", 0.0) if any(view.flip for view in recipe.views) else ("mirrored", 0.5)
     options.append(Option("mirror", flip[0], {"flip": flip[1]}))
-    if any(view.jitter or view.grey for view in recipe.views):
+    if not labelled:
+        pass
+    elif any(view.jitter or view.grey for view in recipe.views):
         options.append(Option("colours", "colours kept", {"jitter": 0.0, "grey": 0.0}))
     else:
         options.append(Option("colours", "colours changed", {"jitter": 0.8, "grey": 0.2}))
