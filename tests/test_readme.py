@@ -60,6 +60,8 @@ def test_a_command_works(place, monkeypatch, command):
         words += ["--epochs", "0.1", "--no-evaluate", "--no-report"]
     elif words[0] == "doctor":
         words += ["--seconds", "0.1"]
+    elif words[0] == "tune":
+        words += ["--minutes", "0.01", *tiny.KNOBS]
     elif words[0] == "pretrain":
         words += ["--epochs", "0.4", "--batch", "8"] if "--init" in words else SHORT
     assert main(words) == 0
