@@ -309,8 +309,7 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
     evidence = f"Two views of {image} share {best:.2f} nats per dimension ({change}); {used}."
     if gain >= GROWING:
         # what views share rises whenever the learning rate falls, so it does not tell what more epochs would add
-        sound = "The run ended sound; its scores tell whether a longer one would pay."
-        return Verdict("improving", evidence, sound if ended else "Let it run.", numbers)
+        return Verdict("improving", evidence, "The run ended sound." if ended else "Let it run.", numbers)
     if gain < STEADY and top <= then:
         advice = f"No gain since step {top}: stop here, or spend the time on more images."
         return Verdict("saturated", evidence, advice, numbers)
