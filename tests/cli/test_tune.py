@@ -76,6 +76,7 @@ def test_a_stopped_search_goes_on_with_what_is_recorded(data, tmp_path, monkeypa
     assert main(words(data, out)) == 0
     assert run_folder.read_object(out / "search.json")["trials"][:5] == before
     assert len(runs) == 6 + 6
+    assert [args[0].seed for args in runs] == [0] * 4 + [1, 1] + [1] * 3 + [2] * 3
 
     # another search does not go on in its folder
     assert main(words(data, out, "--seed", "3")) == 2
@@ -87,6 +88,31 @@ def test_images_without_labels(data, tmp_path, capsys):
     assert main(words(flat, tmp_path / "tuned")) == 0
     said = capsys.readouterr().out
     assert "without labels" in said and "colours kept" not in said
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_views_with_which_runs_diverge_are_not_chosen(labelled, tmp_path, monkeypatch):
+    train = loop.pretrain
+
+    def diverging(recipe, *args, **kwargs):
+        if recipe.views[0].rotate:
+            raise FloatingPointError("loss is nan")
+        return train(recipe, *args, **kwargs)
+
+    monkeypatch.setattr(trials.loop, "pretrain", diverging)
+    data, out = tiny.folder(tmp_path / "images", {"train" if labelled else "": 40}, labelled=labelled), tmp_path / "out"
+    assert main(words(data, out)) == 0
+    tried = run_folder.read_object(out / "search.json")["trials"]
+    scores = {tuple(trial["options"]): trial["score"] for trial in tried if trial["round"] == 0}
+    assert min(scores, key=scores.get) == ("turned by any angle",)
+
+
+def test_a_run_is_not_written_over(data, tmp_path, capsys):
+    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "report.html").write_text("mine")
+    assert main(words(data, tmp_path)) == 2
+    assert "holds a run" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

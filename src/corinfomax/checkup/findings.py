@@ -205,8 +205,9 @@ def _odd_images(images: Catalogue, recipe: Recipe) -> Iterator[Finding]:
 
 
 def _mirrored(train: Inspection, recipe: Recipe) -> Iterator[Finding]:
-    told = mirror.of_thumbnails(train.thumbnails, recipe)
-    if told is not None and told >= mirror.TOLD and any(view.flip for view in recipe.views):
+    mirrors = any(view.flip for view in recipe.views)
+    told = mirror.of_thumbnails(train.thumbnails, recipe) if mirrors else None
+    if told is not None and told >= mirror.TOLD:
         seen = f"left and right differ, as in letters ({told:.0f} % of mirrored images can be told from the others)"
         yield Finding("mirror", f"{seen}: pretrain will not mirror them")
 

@@ -33,15 +33,9 @@ def told_apart(images: Images, recipe: Recipe) -> float | None:
     plain, mirrored = (_coarse(sample, replace(CROP, flip=flip), recipe) for flip in (0.0, 1.0))
 
     # an image and its mirror image are in the same fold
-    fold, correct = torch.arange(len(sample)) % FOLDS, 0
-    for number in range(FOLDS):
-        held = fold == number
-        train = torch.cat((plain[~held], mirrored[~held]))
-        test = torch.cat((plain[held], mirrored[held]))
-        labels = torch.arange(2).repeat_interleave(int((~held).sum()))
-        predicted = probes.ridge(train, labels, test).predicted
-        correct += int((predicted == torch.arange(2).repeat_interleave(int(held.sum()))).sum())
-    return 100 * correct / (2 * len(sample))
+    labels = torch.arange(2).repeat_interleave(len(sample))
+    fold = (torch.arange(len(sample)) % FOLDS).repeat(2)
+    return probes.accuracy(probes.out_of_fold(torch.cat((plain, mirrored)), labels, fold), labels)
 
 
 def of_thumbnails(thumbnails: UInt8[Tensor, "n 3 s s"], recipe: Recipe) -> float | None:

@@ -25,9 +25,10 @@ def choose_recipe(
 ) -> tuple[str, Recipe]:
     """Name and recipe with the typed settings: the named one, or one for images and device, printed."""
     cuda, reason = device.type == "cuda", None
-    base = None if name is None else published.find_recipe(name)
+    if name is not None:
+        base = published.find_recipe(name)  # its errors come before every image is looked at
     survey = survey_in_turn(data)
-    if name is None or base is None:
+    if name is None:
         name, base, reason = published.choose(data.title, survey.images, survey.short_side, cuda=cuda)
 
     shaped = base = with_levels(base, survey.levels)

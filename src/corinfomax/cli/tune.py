@@ -55,6 +55,8 @@ class Tune:
         )
         plan = pretrain.plan_run(command, typed, device)
         name = f"{Path(plan.data.title).stem.replace(' ', '-') or 'images'}-tuned"
+        if self.out is not None and (self.out / "recipe.json").exists():
+            raise ValueError(f"{self.out} holds a run: choose another --out")
         out = self.out or run_folder.fresh_folder(Path("runs"), name)
         out.mkdir(parents=True, exist_ok=True)
         with run_folder.locked(out):
@@ -74,7 +76,17 @@ def _tune(command: Tune, plan: "Plan", out: Path, device: "torch.device") -> int
     recipe = train.fit_run(plan, splits, device)
     choices = options.options_for(recipe, labelled=scores.has_labels(splits.train))
     try:
-        with Trials(out, recipe, splits.train, choices, plan.start, minutes=command.minutes, device=device) as trials:
+        weights = None if plan.start_record is None else plan.start_record.digest
+        with Trials(
+            out,
+            recipe,
+            splits.train,
+            choices,
+            plan.start,
+            weights=weights,
+            minutes=command.minutes,
+            device=device,
+        ) as trials:
             print(trials.about)
             found = search.search(choices, trials.run, epochs=trials.epochs, seconds=60 * command.minutes)
     except KeyboardInterrupt:

@@ -70,6 +70,15 @@ def knn(train: Train, labels: Labels, test: Test, *, k: int = 20, temperature: f
     return torch.cat(predicted)
 
 
+def out_of_fold(x: Train, labels: Labels, fold: Int[Tensor, " n"]) -> Labels:
+    """The classes that ridge probes predict for each row, each fitted on the rows of the other folds."""
+    predicted = torch.empty_like(labels)
+    for number in fold.unique().tolist():
+        held = fold == number
+        predicted[held] = ridge(x[~held], labels[~held], x[held]).predicted
+    return predicted
+
+
 @torch.no_grad()
 def ridge(
     train: Train, labels: Labels, test: Test, *, penalties: Sequence[float] = RIDGE_PENALTIES

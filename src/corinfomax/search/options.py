@@ -32,12 +32,10 @@ def options_for(recipe: Recipe, *, labelled: bool = True) -> list[Option]:
         options.append(Option("rotation", "turned by any angle", {"rotate": HALF_TURN}))
     flip = ("not mirrored", 0.0) if any(view.flip for view in recipe.views) else ("mirrored", 0.5)
     options.append(Option("mirror", flip[0], {"flip": flip[1]}))
-    if not labelled:
-        pass
-    elif any(view.jitter or view.grey for view in recipe.views):
-        options.append(Option("colours", "colours kept", {"jitter": 0.0, "grey": 0.0}))
-    else:
-        options.append(Option("colours", "colours changed", {"jitter": 0.8, "grey": 0.2}))
+    if labelled:
+        changed = any(view.jitter or view.grey for view in recipe.views)
+        name, jitter, grey = ("colours kept", 0.0, 0.0) if changed else ("colours changed", 0.8, 0.2)
+        options.append(Option("colours", name, {"jitter": jitter, "grey": grey}))
     blur = ("not blurred", 0.0) if any(view.blur for view in recipe.views) else ("blurred", 0.5)
     options.append(Option("blur", blur[0], {"blur": blur[1]}))
     return options

@@ -39,14 +39,15 @@ class Trials:
         options: Sequence[Option],
         start: LoadedBackbone | None,
         *,
+        weights: str | None,
         minutes: float,
         device: torch.device,
     ) -> None:
-        """ValueError if the folder holds another search."""
+        """`weights` is the digest of `start`. ValueError if the folder holds another search."""
         self.out, self.recipe, self.images, self.options, self.device = out, recipe, images, options, device
         self.start = None if start is None else network.start_tensors(network.resized(start.backbone, recipe))
         self.labelled = scores.has_labels(images)
-        same = {"recipe": fields.to_json(recipe), "images": images.fingerprint, "minutes": minutes}
+        same = {"recipe": fields.to_json(recipe), "images": images.fingerprint, "weights": weights, "minutes": minutes}
         same = json.loads(json.dumps(same))  # tuples are lists there
         record = run_folder.read_object(out / RECORD)
         if record and any(record.get(name) != value for name, value in same.items()):
@@ -102,7 +103,7 @@ class Trials:
         return trial
 
     def _train_and_score(self, recipe: Recipe) -> tuple[float, tuple[float, float]]:
-        """Seconds of training, score and its standard error; a run that diverges scores 0."""
+        """Seconds of training, score and its standard error; a run that diverges gets the worst score."""
         folder, seconds = self.out / "trial", [0.0]
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -130,7 +131,7 @@ class Trials:
         except loop.Interrupted:
             raise KeyboardInterrupt from None
         except FloatingPointError:
-            return seconds[-1], (0.0, 0.0)
+            return seconds[-1], (scores.worst(self.images), 0.0)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
