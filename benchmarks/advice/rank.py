@@ -73,7 +73,7 @@ def judge_features(backbone: nn.Module, sample: Images, recipe: Recipe) -> dict[
     """Every measure of features."""
     found = {}
     for name, view in JUDGES.items():
-        h = _features(backbone, sample, replace(recipe, views=(view, view)))
+        h = measures.features_of_views(backbone, sample, replace(recipe, views=(view, view)), device=CPU)
         found |= {f"{measure}, {name}": value for measure, value in _of_views(h).items()}
     plain = features.extract_features(backbone, sample, recipe).double()
     found["rank, centre"] = float(measures.effective_rank(plain - plain.mean(0)))
@@ -86,17 +86,6 @@ def _sample(splits: Splits) -> Images:
     images = splits.test
     assert images is not None
     return images.select(torch.arange(min(SAMPLE, len(images))))
-
-
-@torch.no_grad()
-def _features(backbone: nn.Module, images: Images, recipe: Recipe, views: int = 4) -> Float[Tensor, "n q f"]:
-    outputs = []
-    backbone.eval()
-    for view in range(views):
-        rows = torch.arange(len(images))
-        x = torch.cat(list(measures._view(images, recipe, view, rows, CPU, 256)))
-        outputs.append(torch.cat([backbone(part) for part in x.split(256)]).double())
-    return torch.stack(outputs, 1)
 
 
 def _of_views(h: Float[Tensor, "n q f"]) -> dict[str, float]:
