@@ -134,7 +134,7 @@ def _field(radius: float, number: int, round_: bool, rng: np.random.Generator) -
         size = radius * rng.uniform(0.85, 1.15)
         distance = np.hypot(along / (size * stretch), across * stretch / size)
         light = np.maximum(light, rng.uniform(0.5, 1.0) / (1 + np.exp(6 * (distance - 1))))
-    slope = rng.uniform(-0.2, 0.2, 2) @ np.stack((y.ravel(), x.ravel())) / side
+    slope = rng.uniform(-0.2, 0.2, 2) @ (np.stack((y.ravel(), x.ravel())) / side - 0.5)
     light = (0.15 + 0.75 * light) * rng.uniform(0.6, 1.1) + slope.reshape(side, side)
     return np.clip(255 * light + rng.normal(0, 6, light.shape), 0, 255).astype(np.uint8)
 

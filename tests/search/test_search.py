@@ -37,6 +37,10 @@ def test_options_of_one_part_are_alternatives():
     assert all(option.part != "rotation" for option in options.options_for(files))
 
 
+def test_without_labels_symmetry_and_colours_are_not_searched():
+    assert {option.part for option in options.options_for(RECIPE, labelled=False)} == {"crops", "blur"}
+
+
 def test_effects_that_add_up_are_found():
     world = World({MOST: 4.0, HALF: 3.0, "not mirrored": 2.0, "colours kept": 0.5})
     trials = search.search(OPTIONS, world.run, epochs=1.0, seconds=100.0)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from corinfomax.checkup import mirror
+from corinfomax.checkup import symmetry
 from corinfomax.checkup.inspect import Inspection
 from corinfomax.evaluation.similar import MIN_CORRELATION, near_duplicates
 from corinfomax.images import conversions
@@ -105,7 +105,7 @@ def collect_findings(inspections: Sequence[Inspection], recipe: Recipe) -> list[
         text = "too many images look alike to compare all pairs, so the list of near-duplicates is incomplete"
         findings.append(Finding("incomplete", text))
     findings += _without_content(inspections)
-    findings += [*_odd_images(images, recipe), *_classes(inspections), *_mirrored(inspections[0], recipe)]
+    findings += [*_odd_images(images, recipe), *_classes(inspections), *_symmetry(inspections[0], recipe)]
     return sorted(findings, key=lambda finding: not finding.must_fix)
 
 
@@ -204,12 +204,14 @@ def _odd_images(images: Catalogue, recipe: Recipe) -> Iterator[Finding]:
     yield from _about("large", "image", oversized, compress(images.paths, short > OVERSIZED * median))
 
 
-def _mirrored(train: Inspection, recipe: Recipe) -> Iterator[Finding]:
-    mirrors = any(view.flip for view in recipe.views)
-    told = mirror.of_thumbnails(train.thumbnails, recipe) if mirrors else None
-    if told is not None and told >= mirror.TOLD:
-        seen = f"left and right differ, as in letters ({told:.0f} % of mirrored images can be told from the others)"
+def _symmetry(train: Inspection, recipe: Recipe) -> Iterator[Finding]:
+    found = symmetry.of_thumbnails(train.thumbnails, recipe)
+    if found is not None and not found.mirrors and any(view.flip for view in recipe.views):
+        seen = f"left and right differ ({found.mirrored:.0f} % of mirrored images are told from the others)"
         yield Finding("mirror", f"{seen}: pretrain will not mirror them")
+    if found is not None and found.turns:
+        seen = f"images lie at any angle ({found.turned:.0f} % of quarter turns are told, 25 by chance)"
+        yield Finding("angle", f"{seen}: pretrain will turn them")
 
 
 def _classes(inspections: Sequence[Inspection]) -> Iterator[Finding]:

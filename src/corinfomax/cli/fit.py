@@ -8,7 +8,7 @@ import timm
 import torch
 
 from corinfomax import network
-from corinfomax.checkup import mirror
+from corinfomax.checkup.symmetry import symmetry
 from corinfomax.cli import inputs
 from corinfomax.images.cache import Images
 from corinfomax.images.levels import SetLevels
@@ -162,17 +162,23 @@ def fit_batch(recipe: Recipe, count: int) -> Recipe:
     return replace(recipe, batch=count)
 
 
-def fit_mirroring(recipe: Recipe, images: Images) -> Recipe:
-    """The recipe without mirroring, for images whose mirror images are others, such as digits; printed."""
-    if not any(view.flip for view in recipe.views):
+def fit_symmetry(recipe: Recipe, images: Images, parts: Collection[str]) -> Recipe:
+    """The recipe with views that mirror and turn only what looks the same mirrored and turned; printed.
+
+    `parts` of the views may be changed: "flip" and "rotate".
+    """
+    found = symmetry(images, recipe) if parts else None
+    if found is None:
         return recipe
-    told = mirror.told_apart(images, recipe)
-    if told is None or told < mirror.TOLD:
-        return recipe
-    seen = f"left and right differ ({told:.0f} % of mirrored images can be told from the others)"
-    print(f"{seen}: views are not mirrored; --views.0.flip 0.5 --views.1.flip 0.5 mirrors them")
-    first, second = (replace(view, flip=0.0) for view in recipe.views)
-    return replace(recipe, views=(first, second))
+    if "flip" in parts and not found.mirrors and any(view.flip for view in recipe.views):
+        seen = f"left and right differ ({found.mirrored:.0f} % of mirrored images are told from the others)"
+        print(f"{seen}: views are not mirrored; --views.0.flip 0.5 --views.1.flip 0.5 mirrors them")
+        recipe = fields.with_views(recipe, flip=0.0)
+    if "rotate" in parts and found.turns and not recipe.from_files:
+        seen = f"images lie at any angle ({found.turned:.0f} % of quarter turns are told, 25 by chance)"
+        print(f"{seen}: views are turned; --views.0.rotate 0 --views.1.rotate 0 keeps them upright")
+        recipe = fields.with_views(recipe, rotate=fields.ANY_ANGLE)
+    return recipe
 
 
 def fit_cache(recipe: Recipe, data: Data) -> Recipe:

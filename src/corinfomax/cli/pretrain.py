@@ -214,5 +214,6 @@ def plan_run(
     record = None if resumed is None else resumed.facts.start
     if start is not None and command.init is not None:
         record = fit.start_record(start, command.init, command.prefix, recipe, typed)
-    chosen = resumed is None and command.recipe is None and not any(flag.endswith(".flip") for flag in typed)
-    return train.Plan(data, images, recipe, recipe_name, options, resumed, start, record, chosen)
+    chosen = {"flip", "rotate"} if resumed is None and command.recipe is None else set()
+    fitted = frozenset(chosen - {flag.rpartition(".")[2] for flag in typed})
+    return train.Plan(data, images, recipe, recipe_name, options, resumed, start, record, fitted)

@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     resumed: Checkpoint | None  # the state to continue from
     start: LoadedBackbone | None = None  # the weights to start from
     start_record: Start | None = None
-    fits_views: bool = False  # whether the views may be changed to suit the images
+    fitted: frozenset[str] = frozenset()  # parts of the views that may be changed to suit the images
 
 
 def print_footprint(plan: Plan, device: torch.device) -> None:
@@ -118,7 +118,7 @@ def train(run: Path, plan: Plan, device: torch.device, on_row: trackers.OnRow = 
 def fit_run(plan: Plan, splits: Splits, device: torch.device) -> Recipe:
     """The recipe with a batch, length and precision that these images and processes allow."""
     # views, batch and length
-    recipe = fit.fit_mirroring(plan.recipe, splits.train) if plan.fits_views else plan.recipe
+    recipe = fit.fit_symmetry(plan.recipe, splits.train, plan.fitted)
     recipe = fit.fit_batch(recipe, len(splits.train))
     if recipe.from_files and splits.train.files is None:
         raise ValueError(f"{plan.data.title} has no files to crop from: leave out --from-files")

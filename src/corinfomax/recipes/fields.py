@@ -92,6 +92,7 @@ class PixelFormat:
 
 
 RGB = PixelFormat()
+ANY_ANGLE = 180.0  # degrees each way, for View.rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,6 +430,12 @@ def changed(base: Recipe, values: Mapping[str, Any]) -> Recipe:
             place = place[int(key) if key.isdigit() else key]
         place[last] = value
     return from_json(content)
+
+
+def with_views(recipe: Recipe, **values: Any) -> Recipe:
+    """The recipe with other values of these fields in both of its views."""
+    first, second = (dataclasses.replace(view, **values) for view in recipe.views)
+    return dataclasses.replace(recipe, views=(first, second))
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """The changes of a recipe's views that a search tries, each of one part of them."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
-from corinfomax.recipes.fields import Recipe
+from corinfomax.recipes.fields import ANY_ANGLE, Recipe, with_views
 
 CROPS = (0.08, 0.25, 0.5, 0.75)  # least share of the image's area in a crop
-HALF_TURN = 180.0  # degrees each way: any angle
 
 
 class Option(NamedTuple):
@@ -21,18 +19,19 @@ class Option(NamedTuple):
 def options_for(recipe: Recipe, *, labelled: bool = True) -> list[Option]:
     """Every option that changes the views of the recipe.
 
-    Without labels the colours stay as they are: whether they tell classes apart, no measure foretells (docs/views.md).
+    Without labels only crops and blur are compared: the images' symmetry decides on rotation and mirroring, and whether
+    colours matter, no measure foretells (docs/views.md).
     """
     first, _ = recipe.views
     crops = [area for area in CROPS if abs(area - first.crop_area[0]) > 0.02]
     options = [Option("crops", f"crops from {100 * area:g} %", {"crop_area": (area, 1.0)}) for area in crops]
-    if first.rotate:
-        options.append(Option("rotation", "upright", {"rotate": 0.0}))
-    if first.rotate < HALF_TURN and not recipe.from_files:
-        options.append(Option("rotation", "turned by any angle", {"rotate": HALF_TURN}))
-    flip = ("not mirrored", 0.0) if any(view.flip for view in recipe.views) else ("mirrored", 0.5)
-    options.append(Option("mirror", flip[0], {"flip": flip[1]}))
     if labelled:
+        if first.rotate:
+            options.append(Option("rotation", "upright", {"rotate": 0.0}))
+        if first.rotate < ANY_ANGLE and not recipe.from_files:
+            options.append(Option("rotation", "turned by any angle", {"rotate": ANY_ANGLE}))
+        flip = ("not mirrored", 0.0) if any(view.flip for view in recipe.views) else ("mirrored", 0.5)
+        options.append(Option("mirror", flip[0], {"flip": flip[1]}))
         changed = any(view.jitter or view.grey for view in recipe.views)
         name, jitter, grey = ("colours kept", 0.0, 0.0) if changed else ("colours changed", 0.8, 0.2)
         options.append(Option("colours", name, {"jitter": jitter, "grey": grey}))
@@ -43,7 +42,6 @@ def options_for(recipe: Recipe, *, labelled: bool = True) -> list[Option]:
 
 def with_options(recipe: Recipe, options: Iterable[Option]) -> Recipe:
     """The recipe with these changes in both of its views."""
-    first, second = recipe.views
     for option in options:
-        first, second = (replace(view, **option.changes) for view in (first, second))  # type: ignore[arg-type]
-    return replace(recipe, views=(first, second))
+        recipe = with_views(recipe, **option.changes)
+    return recipe

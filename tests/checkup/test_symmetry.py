@@ -1,0 +1,132 @@
+"""Views mirror and turn only images that look the same mirrored and turned."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny
+from corinfomax.checkup import symmetry as checked
+from corinfomax.checkup.symmetry import LEAST, of_thumbnails, symmetry
+from corinfomax.cli.main import main
+from corinfomax.images import cache
+from corinfomax.images.in_memory import from_memory
+from corinfomax.images.sources import Data
+from corinfomax.weights import checkpoint
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Letters need fewer steps than photographs."""
+    monkeypatch.setattr(checked, "ROUNDS", (120, 40))
+    monkeypatch.setattr(checked, "BATCH", 64)
+
+
+def letters(count=LEAST, *, mirrored=False, turned=False):
+    """A shape like the letter L at any place; mirrored or turned, one in two or three in four."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 60, (count, 20, 20, 3), dtype=np.uint8)
+    for image in images:
+        y, x = rng.integers(0, 6, 2)
+        image[y : y + 14, x : x + 4] = 230
+        image[y + 10 : y + 14, x : x + 9] = 230
+        if mirrored and rng.random() < 0.5:
+            image[:] = image[:, ::-1].copy()
+        if turned:
+            image[:] = np.rot90(image, rng.integers(4)).copy()
+    return list(images)
+
+
+def found(images):
+    return symmetry(cache.load(Data(from_memory(images), holdout=0.0), side=20, progress=False).train, tiny.RECIPE)
+
+
+def test_letters_are_told_from_mirrored_and_turned_ones():
+    result = found(letters())
+    assert result.mirrored > 90 and result.turned > 90
+    assert not result.mirrors and not result.turns
+
+
+def test_letters_in_either_direction_are_upright():
+    result = found(letters(mirrored=True))
+    assert result.mirrors and not result.turns
+
+
+def test_letters_at_any_angle_must_not_be_mirrored():
+    """No pixel tells left from right there, since the letters lie at any angle; their shape does."""
+    result = found(letters(turned=True))
+    assert not result.mirrors and result.turns
+
+
+def test_shapes_without_direction_are_mirrored_and_turned():
+    result = found(letters(mirrored=True, turned=True))
+    assert result.mirrors and result.turns
+    assert result.mirrored == pytest.approx(50, abs=9) and result.turned == pytest.approx(25, abs=6)
+
+
+def test_the_answer_is_the_same_again_and_leaves_the_random_numbers_alone():
+    images = letters(mirrored=True)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert found(images) == found(images)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_few_images_tell_nothing():
+    assert found(letters(LEAST - 1)) is None
+
+
+def test_thumbnails_tell_it_too():
+    thumbnails = torch.from_numpy(np.stack(letters())).permute(0, 3, 1, 2)
+    result = of_thumbnails(thumbnails, tiny.RECIPE)
+    assert result is not None and result.mirrored > 90 and result.turned > 90
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Upright letters, and letters at any angle, in flat folders."""
+    root = tmp_path_factory.mktemp("letters")
+    for turned in (False, True):
+        folder = root / ("turned" if turned else "upright")
+        folder.mkdir()
+        for row, image in enumerate(letters(turned=turned)):
+            Image.fromarray(image).save(folder / f"{row:03}.png")
+    return root
+
+
+def views_of_a_run(folder, run, *words):
+    quiet = ["--no-report", "--diagnoses", "0", *tiny.KNOBS, "--epochs", "0.1"]
+    assert main(["pretrain", str(folder), *quiet, *words, "--out", str(run)]) == 0
+    return [(view.flip, view.rotate) for view in checkpoint.recorded(run)[0].views]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "views"),
+    [
+        ("upright", (), [(0.0, 0.0)] * 2),
+        ("upright", ("--views.1.flip", "0.3"), [(0.5, 0.0), (0.3, 0.0)]),
+        ("turned", (), [(0.0, 180.0)] * 2),
+        ("turned", ("--views.0.rotate", "0"), [(0.0, 0.0)] * 2),
+        ("turned", ("--recipe", "cpu-small"), [(0.5, 0.0)] * 2),
+    ],
+)
+def test_a_run_mirrors_and_turns_by_what_it_saw_unless_asked_otherwise(folders, name, words, views, tmp_path, capsys):
+    assert views_of_a_run(folders / name, tmp_path / "run", *words) == views
+    printed = capsys.readouterr().out
+    assert ("views are not mirrored; --views.0.flip 0.5 --views.1.flip 0.5 mirrors them" in printed) == (
+        views[0][0] == 0
+    )
+    assert ("views are turned; --views.0.rotate 0 --views.1.rotate 0 keeps them upright" in printed) == (
+        views[0][1] > 0
+    )
+
+
+def test_the_doctor_says_so(folders, tmp_path, capsys):
+    for name, sentences in (
+        ("upright", ("left and right differ",)),
+        ("turned", ("left and right differ", "images lie at any angle")),
+    ):
+        main(["doctor", str(folders / name), "--seconds", "0", "--out", str(tmp_path / f"{name}.txt")])
+        printed = capsys.readouterr().out
+        assert all(sentence in printed for sentence in sentences)
+        assert ("any angle" in printed) == (name == "turned")
