@@ -24,6 +24,8 @@ LOOKS = 4  # crops of each image judged by
 # Where images do not differ, 50 % and 25 % are guessed; docs/views.md has what eight sets show.
 MIRROR_TOLD, TURN_TOLD = 60.0, 31.0
 
+TURN = 45.0  # degrees each way, for images that lie at any angle; more helps some of them and costs others dearly
+
 
 class Symmetry(NamedTuple):
     """How often a small network tells what was done to images that it has not seen, in percent."""

@@ -8,7 +8,7 @@ import timm
 import torch
 
 from corinfomax import network
-from corinfomax.checkup.symmetry import symmetry
+from corinfomax.checkup.symmetry import TURN, symmetry
 from corinfomax.cli import inputs
 from corinfomax.images.cache import Images
 from corinfomax.images.levels import SetLevels
@@ -174,10 +174,12 @@ def fit_symmetry(recipe: Recipe, images: Images, parts: Collection[str]) -> Reci
         seen = f"left and right differ ({found.mirrored:.0f} % of mirrored images are told from the others)"
         print(f"{seen}: views are not mirrored; --views.0.flip 0.5 --views.1.flip 0.5 mirrors them")
         recipe = fields.with_views(recipe, flip=0.0)
-    if "rotate" in parts and found.turns and not recipe.from_files:
+    if "rotate" in parts and found.turns and not recipe.from_files and not any(view.rotate for view in recipe.views):
         seen = f"images lie at any angle ({found.turned:.0f} % of quarter turns are told, 25 by chance)"
-        print(f"{seen}: views are turned; --views.0.rotate 0 --views.1.rotate 0 keeps them upright")
-        recipe = fields.with_views(recipe, rotate=fields.ANY_ANGLE)
+        print(
+            f"{seen}: views are turned by up to {TURN:g} degrees; --views.0.rotate 0 --views.1.rotate 0 keeps them upright"
+        )
+        recipe = fields.with_views(recipe, rotate=TURN)
     return recipe
 
 

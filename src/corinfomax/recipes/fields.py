@@ -92,7 +92,6 @@ class PixelFormat:
 
 
 RGB = PixelFormat()
-ANY_ANGLE = 180.0  # degrees each way, for View.rotate
 
 
 @dataclass(frozen=True, kw_only=True)

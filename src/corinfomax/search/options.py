@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from corinfomax.recipes.fields import ANY_ANGLE, Recipe, with_views
+from corinfomax.recipes.fields import Recipe, with_views
 
+ANGLES = (45.0, 180.0)  # largest rotation, in degrees each way; 180 is any angle
 CROPS = (0.08, 0.25, 0.5, 0.75)  # least share of the image's area in a crop
 
 
@@ -28,8 +29,10 @@ def options_for(recipe: Recipe, *, labelled: bool = True) -> list[Option]:
     if labelled:
         if first.rotate:
             options.append(Option("rotation", "upright", {"rotate": 0.0}))
-        if first.rotate < ANY_ANGLE and not recipe.from_files:
-            options.append(Option("rotation", "turned by any angle", {"rotate": ANY_ANGLE}))
+        for angle in ANGLES:
+            if angle != first.rotate and not recipe.from_files:
+                name = "turned by any angle" if angle == ANGLES[-1] else f"turned by up to {angle:g} degrees"
+                options.append(Option("rotation", name, {"rotate": angle}))
         flip = ("not mirrored", 0.0) if any(view.flip for view in recipe.views) else ("mirrored", 0.5)
         options.append(Option("mirror", flip[0], {"flip": flip[1]}))
         changed = any(view.jitter or view.grey for view in recipe.views)
