@@ -3,9 +3,9 @@
     python -m benchmarks.advice.choice run --root data --out runs/panel
     python -m benchmarks.advice.choice table
 
-Searches are those of `tune`, with runs of the panel's length; each run is scored by labels and without them, so that both
-searches share it. The views chosen, the recipe's and all those of the panel are compared by the linear probe on test images,
-seed 0. Runs that are in --out already are kept: about 15 minutes a set on one thread.
+Searches are those of `tune`, with runs of the panel's length; each run is scored by labels and without them, so that
+both searches share it. The views chosen, the recipe's and all those of the panel are compared by the linear probe on
+test images, seed 0. Runs that are in --out already are kept: about 15 minutes a set on one thread.
 """
 
 from __future__ import annotations

@@ -176,9 +176,7 @@ def fit_symmetry(recipe: Recipe, images: Images, parts: Collection[str]) -> Reci
         recipe = fields.with_views(recipe, flip=0.0)
     if "rotate" in parts and found.turns and not recipe.from_files and not any(view.rotate for view in recipe.views):
         seen = f"images lie at any angle ({found.turned:.0f} % of quarter turns are told, 25 by chance)"
-        print(
-            f"{seen}: views are turned by up to {TURN:g} degrees; --views.0.rotate 0 --views.1.rotate 0 keeps them upright"
-        )
+        print(f"{seen}: views turn by up to {TURN:g} degrees; --views.0.rotate 0 --views.1.rotate 0 keeps them upright")
         recipe = fields.with_views(recipe, rotate=TURN)
     return recipe
 
