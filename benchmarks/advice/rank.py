@@ -30,11 +30,11 @@ from benchmarks.advice import sets
 from benchmarks.advice.panel import BASE, VIEWS, folder_of, recipe_of, run, score
 from benchmarks.verdict.ranking import spearman
 from corinfomax.diagnosis import measures
+from corinfomax.diagnosis.baselines import leading_ldmi
 from corinfomax.evaluation import features, probes
 from corinfomax.evaluation.table import random_backbone
 from corinfomax.images.cache import Images, Splits
 from corinfomax.network import Network
-from corinfomax.objective.covariance import ldmi
 from corinfomax.recipes.fields import Recipe, View
 from corinfomax.runtime import run_folder
 from corinfomax.runtime.records import DataMeasures
@@ -43,7 +43,6 @@ from corinfomax.weights import checkpoint
 CPU = torch.device("cpu")
 RECORDS = Path(__file__).with_suffix(".jsonl")
 SAMPLE = 512  # images
-DIM = 32  # leading directions of features
 NO_DATA = DataMeasures(views_differ=1.0, images_differ=1.0, twins=0.0)
 STILL = View(crop_area=(0.9, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0)
 JUDGES: dict[str, View] = {
@@ -92,15 +91,11 @@ def _of_views(h: Float[Tensor, "n q f"]) -> dict[str, float]:
     """Measures of features in several views."""
     flat = h.flatten(0, 1)
     h = h - flat.mean(0)
-    # leading directions, and unit rows in them
-    _, _, v = torch.linalg.svd(h.flatten(0, 1), full_matrices=False)
-    led = functional.normalize(h @ v[:DIM].T, dim=-1)
-    z1, z2 = led[:, 0::2].flatten(0, 1), led[:, 1::2].flatten(0, 1)
     unit = functional.normalize(h, dim=-1)
     cosines = unit[:, 0] @ unit[:, 1].T
     place = (cosines > cosines.diagonal()[:, None]).double().sum(1)
     return {
-        "ldmi": float(ldmi(z1, z2)),
+        "ldmi": leading_ldmi(h),
         "agreement": float(measures.agreement(h)),
         "unit agreement": float(measures.agreement(unit)),
         "lidar": float(measures.lidar(unit)),

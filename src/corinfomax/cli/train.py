@@ -15,7 +15,7 @@ import torch
 from corinfomax import __version__, network
 from corinfomax.cli import fit, inputs, messages
 from corinfomax.cli.arguments import SKIP_LIST, DataOptions
-from corinfomax.diagnosis import verdict
+from corinfomax.diagnosis import baselines, verdict
 from corinfomax.evaluation import longer, table
 from corinfomax.images import files, tables
 from corinfomax.images.cache import Splits
@@ -202,6 +202,8 @@ def conclude(subject: Subject, data: Data, device: torch.device) -> int:
     run, network, recipe, _, facts, splits, _ = subject
     try:
         _judge(run, recipe, facts)
+        if facts.start is None and facts.options.diagnoses:
+            _compare_untrained(subject, device)
         if facts.options.evaluate and splits.labelled:
             before, remarks = inputs.before(run, splits, recipe, facts, device) if facts.start is not None else ([], ())
             results = table.evaluate(network.backbone, splits, recipe, device=device, rivals=before, remarks=remarks)
@@ -253,6 +255,15 @@ def _judge(run: Path, recipe: Recipe, facts: Facts, *, error: str | None = None)
         print(f"\nverdict: {judged.text}\n")
     if best is not None and best < max(saved):
         print(f"best checkpoint by {verdict.BEST}, ahead of the last one: {saved[best]}")
+
+
+def _compare_untrained(subject: Subject, device: torch.device) -> None:
+    """Keep and print what views share in the features, beside raw pixels and the untrained network."""
+    network, recipe, (train, test) = subject.network, subject.recipe, subject.splits
+    untrained = table.random_backbone(train, recipe, device=device)
+    shared = baselines.shared_information(network.backbone, untrained, test or train, recipe, device=device)
+    run_folder.add_json(subject.run / "results.json", Results(beside=shared.sentence).to_json())
+    print(f"{shared.sentence}\n")
 
 
 def _report(subject: Subject, device: torch.device) -> None:

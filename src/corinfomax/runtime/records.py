@@ -272,6 +272,7 @@ class Results(NamedTuple):
 
     verdict: Verdict | None = None
     best_checkpoint: str | None = None  # path in the run folder
+    beside: str | None = None  # what views share in the features, beside what needs no training
     keep_start: bool = False  # True if continuing did not help: the run gives back the weights of its start
     table: Table = {}  # noqa: RUF012 (never written to)
     comparisons: tuple[Comparison, ...] = ()  # first pretrained against the better baseline, then against each rival
@@ -284,6 +285,8 @@ class Results(NamedTuple):
         content: Json = {} if self.verdict is None else {"verdict": self.verdict._asdict()}
         if self.best_checkpoint is not None:
             content["best_checkpoint"] = self.best_checkpoint
+        if self.beside is not None:
+            content["beside"] = self.beside
         if self.table:
             content["scores"] = {
                 name: {probe: score.to_json() for probe, score in scores.items()} for name, scores in self.table.items()
@@ -303,6 +306,7 @@ class Results(NamedTuple):
         return cls(
             verdict=Verdict(**content["verdict"]) if "verdict" in content else None,
             best_checkpoint=content.get("best_checkpoint"),
+            beside=content.get("beside"),
             keep_start=content.get("keep_start", False),
             table={name: {probe: Score(**x) for probe, x in scores.items()} for name, scores in table.items()},
             comparisons=tuple(Comparison(*(row[name] for name in Comparison._fields)) for row in rows),
