@@ -31,9 +31,10 @@ class Choice(NamedTuple):
 def search(options: Sequence[Option], run: Run, *, epochs: float, seconds: float) -> list[Trial]:
     """Every trial of a search. Runs of the first round last `epochs`; the others fill the time that is left."""
     first = [run(0, names, epochs) for names in ((), *((option.name,) for option in options))]
-    epochs = _epochs_left(first, seconds)
+    epochs = _epochs_left(first, seconds, TOGETHER + 1 + AGAIN + 1)
     second = [run(1, names, epochs) for names in ((), *combinations(options, first))]
     leaders = sorted(second[1:], key=lambda trial: -trial.score)[:AGAIN]
+    epochs = _epochs_left(first + second, seconds, AGAIN + 1)
     third = [run(2, names, epochs) for names in ((), *(trial.options for trial in leaders))]
     return first + second + third
 
@@ -43,12 +44,12 @@ def runs_at_once(options: Sequence[Option]) -> float:
     return 1 + len(options) + LONGER * (TOGETHER + 1 + AGAIN + 1)
 
 
-def _epochs_left(first: Sequence[Trial], seconds: float) -> float:
-    """Epochs of each run that is left, for all to end in time; at least those of the first round."""
-    training, total = sum(trial.training for trial in first), sum(trial.seconds for trial in first)
-    scoring = (total - training) / len(first)
-    each = (seconds - total) / (TOGETHER + 1 + AGAIN + 1) - scoring
-    return max(first[0].epochs, each * sum(trial.epochs for trial in first) / training)
+def _epochs_left(done: Sequence[Trial], seconds: float, runs: int) -> float:
+    """Epochs of each of the runs that are left, for all to end in time; at least those of the first round."""
+    training, total = sum(trial.training for trial in done), sum(trial.seconds for trial in done)
+    scoring = (total - training) / len(done)
+    each = (seconds - total) / runs - scoring
+    return max(done[0].epochs, each * sum(trial.epochs for trial in done) / training)
 
 
 def combinations(options: Sequence[Option], first: Sequence[Trial]) -> list[Names]:
