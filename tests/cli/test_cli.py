@@ -147,6 +147,8 @@ def test_the_words_of_a_difference_make_the_recipe(name):
         (["pretrain", "DATA", "--loss.cov-decay", "1"], "cov_decay is 1.0; it must be in [0, 1)"),
         (["pretrain", "DATA", *KERNEL, "--loss.temperature", "0"], "temperature is 0.0; it must be above 0"),
         (["evaluate", "nowhere", "DATA"], "no weights at nowhere"),
+        (["evaluate", "nowhere", "DATA", "--probe-epochs", "3"], "--probe-epochs is for the paper's probe: add"),
+        (["evaluate", "nowhere", "DATA", "--published-probe", "--probe-epochs", "0"], "it must be at least 1"),
         (["embed", "nowhere", "DATA", "--out", "x.csv"], "x.csv must end in"),
         (["recipes", "cifar"], "unknown recipe 'cifar'"),
         (["pretrain", "EMPTY"], "no image"),

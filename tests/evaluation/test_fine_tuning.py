@@ -40,6 +40,26 @@ def test_the_schedule_of_the_linear_probe(splits, monkeypatch, decay_epochs):
     assert rates == pytest.approx([lr for lr in rates_of_epochs for _ in range(2)])
 
 
+def test_the_linear_probe_sees_every_image_in_every_epoch(splits, monkeypatch):
+    """The last batch is shorter: 60 images make two batches of 25 and one of 10."""
+    seen, batch = [], fine_tuning.Images.batch
+
+    def watched(images, indices):
+        seen.append(indices)
+        return batch(images, indices)
+
+    recipe = replace(tiny.RECIPE, probe=Probe(epochs=2, batch=25))
+    monkeypatch.setattr(fine_tuning.Images, "batch", watched)
+    monkeypatch.setattr(
+        fine_tuning, "extract_features", lambda _, images, *args, **kwargs: torch.zeros(len(images), 768)
+    )
+    monkeypatch.setattr(fine_tuning, "_step", lambda *_: None)
+    fine_tuning.linear_probe(nn.Flatten(), *splits, recipe, **CPU)
+    assert [len(indices) for indices in seen] == [25, 25, 10] * 2
+    for epoch in (seen[:3], seen[3:]):
+        assert torch.cat(epoch).sort().values.tolist() == list(range(60))
+
+
 def test_a_share_of_the_labels_has_at_least_one_per_class():
     labels = torch.tensor([0] * 500 + [1] * 40 + [5] * 3)
     few = fine_tuning.labelled_share(labels, 0.01, 0)

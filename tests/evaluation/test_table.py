@@ -90,21 +90,26 @@ def test_embeddings_without_labels_have_no_label_column(splits, backbone, tmp_pa
         features.write(tmp_path / "a.csv", {"train": torch.zeros(60, 4)}, {"train": unlabelled})
 
 
+LINES: list[str] = []
+
+
 @pytest.fixture(scope="module")
 def result(splits, backbone):
     recipe = replace(tiny.RECIPE, probe=Probe(epochs=2))
     rival = evaluate.Contender("the same", backbone, recipe, splits)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fine_tuning, "FEWEST_STEPS", 20)
-        return evaluate.evaluate(backbone, splits, recipe, **CPU, rivals=[rival], fine_tune=True, published_probe=True)
+        probe = {"published_probe": True, "log": LINES.append}
+        return evaluate.evaluate(backbone, splits, recipe, **CPU, rivals=[rival], fine_tune=True, **probe)
 
 
 def test_the_table_has_every_probe_for_every_kind_of_features(result):
     table = result.table
     assert list(table) == ["pretrained", "the same", "untrained", "raw pixels"]
-    probes_of_all = ["kNN", "ridge", "linear", "10 a class", "1 a class", "mAP", "published linear"]
+    probes_of_all = ["kNN", "ridge", "linear", "10 a class", "1 a class", "mAP"]
     for name, scores in table.items():
-        assert list(scores) == probes_of_all + ["tuned, 1%", "tuned, 10%"] * (name != "raw pixels")
+        published = ["published linear"] * (name not in evaluate.BASELINES)
+        assert list(scores) == probes_of_all + published + ["tuned, 1%", "tuned, 10%"] * (name != "raw pixels")
         for probe, score in scores.items():
             if probe == "mAP":
                 assert (score.low, score.high) == (None, None), "images are queries and gallery at once"
@@ -115,6 +120,21 @@ def test_the_table_has_every_probe_for_every_kind_of_features(result):
     assert table["pretrained"] == table["the same"]
     # Hue is the class: the pixels alone say it.
     assert table["raw pixels"]["linear"].mean > 90
+
+
+def test_the_published_probe_says_what_each_epoch_gave(result):
+    names = [
+        f"{name}, linear probe, epoch {epoch} of 2: loss " for name in ("pretrained", "the same") for epoch in (1, 2)
+    ]
+    assert [line.partition(": loss ")[0] + ": loss " for line in LINES] == names
+    last = f"top-1 {result.table['pretrained']['published linear'].mean:.2f} %"
+    assert last in LINES[1]
+
+
+def test_baselines_have_the_published_probe_on_request(splits, backbone):
+    recipe = replace(tiny.RECIPE, probe=Probe(epochs=1))
+    scores = evaluate.evaluate(backbone, splits, recipe, **CPU, published_probe=True, probe_baselines=True)
+    assert all("published linear" in row for row in scores.table.values())
 
 
 def test_the_comparisons_name_the_better_baseline_and_every_rival(result):

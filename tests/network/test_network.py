@@ -37,6 +37,27 @@ def test_the_small_stem_keeps_small_images_large(stride):
     assert features.shape == (2, 512)
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_papers_network_begins_as_the_published_one(name):
+    """Torch's initialisation in the new stem and the linear layers, He's by fan-out in the other convolutions."""
+    recipe = RECIPES[name].recipe
+    torch.manual_seed(0)
+    model = network.Network(recipe.backbone, recipe.projector, size=recipe.size)
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            fan_in = layer.weight[0].numel()
+            std = (1 / (3 * fan_in)) ** 0.5
+            if isinstance(layer, nn.Conv2d) and layer_name != "backbone.conv1":
+                std = (2 / (layer.out_channels * layer.kernel_size[0] ** 2)) ** 0.5
+            few = 3 / layer.weight.numel() ** 0.5
+            assert float(layer.weight.detach().std()) == pytest.approx(std, rel=max(0.02, few)), layer_name
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            assert float(layer.bias.detach().abs().max()) == pytest.approx(layer.in_features**-0.5, rel=0.05)
+        if isinstance(layer, nn.BatchNorm2d):
+            assert bool((layer.weight == (0 if layer_name.endswith("bn2") else 1)).all()) and not layer.bias.any()
+    assert float(model.backbone.conv1.weight.detach().std()) == pytest.approx(0.111, abs=0.004)
+
+
 def test_residual_branches_start_at_zero():
     model = network.build_backbone(Backbone(name="resnet18"))
     assert all((block.bn2.weight == 0).all() for block in model.layer1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from corinfomax.recipes import fields, published
-from corinfomax.recipes.fields import PAPER_VIEWS, Recipe, View
+from corinfomax.recipes.fields import Recipe, View
 from corinfomax.recipes.published import RECIPES
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -131,8 +131,8 @@ def test_recipes_are_frozen():
         (32, 50_000, False, "cpu-small", 24),
         (500, 3_000, False, "cpu-small", 64),
         (10, 3_000, False, "cpu-small", 24),
-        (32, 50_000, True, "cifar10", 32),
-        (64, 100_000, True, "tiny-imagenet", 64),
+        (32, 50_000, True, "cifar10-fast", 32),
+        (64, 100_000, True, "cifar10-fast", 64),
         (500, 100_000, True, "imagenet100-r18", 224),
     ],
 )
@@ -140,7 +140,7 @@ def test_the_automatic_choice_fits_size_count_and_hardware(side, count, cuda, na
     chosen, recipe, why = published.choose("./somewhere", count, side, cuda=cuda)
     assert (chosen, recipe.size) == (name, size)
     assert recipe.backbone == RECIPES[name].recipe.backbone
-    assert recipe.views == PAPER_VIEWS or name == "cpu-small"
+    assert recipe.views == RECIPES[name].recipe.views
     assert 1 <= recipe.epochs <= 1000
     assert recipe.optim.warmup_epochs <= recipe.epochs / 10
     assert name in why
@@ -158,12 +158,14 @@ def test_the_fast_recipe_is_the_paper_s_network_with_what_was_measured_on_two_co
     assert (fast.projector, fast.optim) == (small.projector, small.optim)
     assert (fast.views, fast.loss) == (small.views, small.loss)
     assert 4 * fast.epochs <= paper.epochs
-    assert published.choose("cifar10", 50_000, 32, cuda=True)[0] == "cifar10"  # until the fast one has been run
+    chosen = published.choose("cifar10", 50_000, 32, cuda=True)[1]
+    assert (chosen.epochs, chosen.optim, chosen.size) == (fast.epochs, fast.optim, fast.size)
 
 
-def test_a_named_set_gets_its_own_recipe_where_the_hardware_can():
-    assert published.choose("mnist5k", 4000, 28, cuda=False)[:2] == ("mnist5k", RECIPES["mnist5k"].recipe)
-    assert published.choose("cifar100", 50_000, 32, cuda=True)[0] == "cifar100"
+def test_the_papers_recipes_are_chosen_by_name_alone():
+    for cuda in (False, True):
+        assert published.choose("mnist5k", 4000, 28, cuda=cuda)[:2] == ("mnist5k", RECIPES["mnist5k"].recipe)
+    assert published.choose("cifar100", 50_000, 32, cuda=True)[0] == "cifar10-fast"
     assert published.choose("cifar100", 50_000, 32, cuda=False)[0] == "cpu-small"
 
 

@@ -28,7 +28,11 @@ class Evaluate:
     fine_tune: bool = False
     """Also fine-tune on 1 % and 10 % of the labels: up to hours."""
     published_probe: bool = False
-    """Also run the paper's augmented linear probe: hours without a GPU."""
+    """Also run the paper's augmented linear probe of the weights: hours without a GPU."""
+    probe_epochs: int | None = None
+    """Epochs of that probe; default is the recipe's, 100 in the paper."""
+    probe_baselines: bool = False
+    """Run that probe on the baselines too."""
     out: PATH = None
     """Add the scores to this JSON file."""
     network: NETWORK = WeightsOptions()
@@ -44,7 +48,14 @@ class Evaluate:
         """The scores; prints what was loaded and left out. `source` is images in memory instead of DATA."""
         from corinfomax.cli import inputs
         from corinfomax.evaluation import table
+        from corinfomax.recipes import fields
         from corinfomax.runtime import run_folder
+
+        if (self.probe_epochs is not None or self.probe_baselines) and not self.published_probe:
+            flag = "--probe-epochs" if self.probe_epochs is not None else "--probe-baselines"
+            raise ValueError(f"{flag} is for the paper's probe: add --published-probe")
+        if self.probe_epochs is not None and self.probe_epochs < 1:
+            raise ValueError(f"--probe-epochs is {self.probe_epochs}; it must be at least 1")
 
         # the weights, then the images at the size that each of them sees
         if self.out is not None:
@@ -75,12 +86,19 @@ class Evaluate:
             inputs.warn_of_input(rival, loaded[key].train, recipe, device)
             rivals.append(table.Contender(name, rival.backbone, recipe, loaded[key]))
 
+        recipe = ours.recipe
+        if self.probe_epochs is not None:
+            changes = {"probe": {"epochs": self.probe_epochs}}
+            recipe = fields.changed(recipe, changes)
+            rivals = [rival._replace(recipe=fields.changed(rival.recipe, changes)) for rival in rivals]
         return table.evaluate(
             ours.backbone,
             splits,
-            ours.recipe,
+            recipe,
             device=device,
             published_probe=self.published_probe,
+            probe_baselines=self.probe_baselines,
+            log=lambda line: print(line, flush=True),
             fine_tune=self.fine_tune,
             rivals=rivals,
             remarks=remarks,

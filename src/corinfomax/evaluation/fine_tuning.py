@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -27,15 +28,24 @@ FEWEST_STEPS = 400  # 1 % of ImageNet-1K takes 1,000; twenty epochs of forty ima
 
 
 def linear_probe(
-    model: nn.Module, train: Images, test: Images, recipe: Recipe, *, device: torch.device
+    model: nn.Module,
+    train: Images,
+    test: Images,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    log: Callable[[str], object] = lambda line: None,
 ) -> Int[Tensor, " m"]:
     """Predictions of the published linear probe, `recipe.probe`, after its last epoch.
 
     One linear layer on frozen features of randomly cropped and flipped images, by SGD with momentum 0.9 and no weight
-    decay. Raises FloatingPointError if it diverges.
+    decay; the last batch of an epoch may be shorter. `log` gets a line after each epoch. Raises FloatingPointError if
+    it diverges.
     """
+    assert test.labels is not None
     probe, crop = recipe.probe, View(crop_area=(0.08, 1.0), jitter=0.0, grey=0.0)
-    x_test = extract_features(model.eval(), test, recipe, device=device)
+    x_test = extract_features(model.eval(), test, recipe, device=device).to(device)
+    y_test = test.labels.to(device)
 
     # The head and its optimiser.
     torch.manual_seed(key(recipe.seed, "probe weights"))
@@ -43,20 +53,28 @@ def linear_probe(
     optimizer = torch.optim.SGD(head.parameters(), lr=probe.lr, momentum=0.9)
 
     at_once = images_at_once(model, recipe, device, side=recipe.test_side, most=probe.batch)
-    for epoch, x, y in _batches(train, crop, recipe, "probe", probe.batch, probe.epochs, device, "linear probe"):
-        with torch.no_grad(), autocast(recipe, device):
-            features = torch.cat([model(part).float() for part in x.split(at_once)])
-
-        # A step at the learning rate of the epoch: a cosine, or ten times lower every few epochs.
+    for epoch in range(probe.epochs):
+        # A cosine, or ten times lower every few epochs.
         if probe.decay_epochs is None:
             lr = probe.min_lr + (probe.lr - probe.min_lr) * (1 + math.cos(math.pi * epoch / probe.epochs)) / 2
         else:
             lr = probe.lr * 0.1 ** (epoch // probe.decay_epochs)
-        _step(optimizer, [F.cross_entropy(head(features), y)], lr)
+
+        title = f"linear probe, epoch {epoch + 1} of {probe.epochs}"
+        for x, y in _batches(train, crop, recipe, "probe", epoch, probe.batch, device, title, drop_last=False):
+            with torch.no_grad(), autocast(recipe, device):
+                features = torch.cat([model(part).float() for part in x.split(at_once)])
+            _step(optimizer, [F.cross_entropy(head(features), y)], lr)
+
+        with torch.no_grad():
+            logits = head(x_test)
+        hits = logits.topk(min(5, len(train.classes))).indices == y_test[:, None]
+        top1, top5 = (100 * float(found.double().mean()) for found in (hits[:, 0], hits.any(1)))
+        log(f"{title}: loss {F.cross_entropy(logits, y_test):.3f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %")
 
     if not all(weights.isfinite().all() for weights in head.parameters()):
         raise FloatingPointError(f"the linear probe diverged at learning rate {probe.lr:g}; try a lower one")
-    return head.cpu()(x_test).argmax(1)
+    return head(x_test).argmax(1).cpu()
 
 
 def fine_tune(
@@ -88,10 +106,11 @@ def fine_tune(
     optimizer = torch.optim.SGD([{"params": net.parameters()} for net in (head, model)], lr=head_lr, momentum=0.9)
 
     chunks = _chunks(nn.Sequential(model, head), recipe, device)
-    for epoch, x, y in _batches(labelled, crop, recipe, "fine-tuning", TUNING_BATCH, epochs, device, title):
+    for epoch in range(epochs):
         quarter = 4 * epoch // epochs
-        losses = _losses(nn.Sequential(model, head), x, y, recipe, chunks)
-        _step(optimizer, losses, head_lr * 0.1**quarter, BACKBONE_LR * 0.2**quarter)
+        for x, y in _batches(labelled, crop, recipe, "fine-tuning", epoch, TUNING_BATCH, device, title, drop_last=True):
+            losses = _losses(nn.Sequential(model, head), x, y, recipe, chunks)
+            _step(optimizer, losses, head_lr * 0.1**quarter, BACKBONE_LR * 0.2**quarter)
 
     if not all(weights.isfinite().all() for weights in (*head.parameters(), *model.parameters())):
         raise FloatingPointError(f"fine-tuning diverged at learning rates {head_lr:g} and {BACKBONE_LR:g}")
@@ -132,24 +151,38 @@ def labelled_share(labels: Int[Tensor, " n"], share: float, seed: int) -> Int[Te
 
 
 def _batches(
-    images: Images, view: View, recipe: Recipe, purpose: str, batch: int, epochs: int, device: torch.device, title: str
-) -> Iterator[tuple[int, Float[Tensor, "b 3 s s"], Int[Tensor, " b"]]]:
-    """Epoch, views and labels of each batch, reordered every epoch."""
-    assert images.labels is not None
-    steps_per_epoch = max(1, len(images) // batch)
-    for step in bars.tqdm(range(epochs * steps_per_epoch), title, unit="step", leave=False, disable=not bars.shown()):
-        epoch, position = divmod(step, steps_per_epoch)
-        if position == 0:
-            order = torch.randperm(len(images), generator=generator(recipe.seed, f"{purpose} order", epoch))
-            batches = order.split(batch)
+    images: Images,
+    view: View,
+    recipe: Recipe,
+    purpose: str,
+    epoch: int,
+    batch: int,
+    device: torch.device,
+    title: str,
+    *,
+    drop_last: bool,
+) -> Iterator[tuple[Float[Tensor, "b 3 s s"], Int[Tensor, " b"]]]:
+    """Views and labels of each batch of an epoch, a random view of each image at the test resolution.
 
-        # A random view of each image, at the test resolution.
-        indices = batches[position]
-        pixels, sizes = images.batch(indices)
-        parameters = operations.draw(view, sizes, generator(recipe.seed, f"{purpose} view", step), recipe.pixels)
-        pixels, labels = (sent(tensor, device) for tensor in (pixels, images.labels[indices]))
-        x = operations.apply(pixels, sizes, parameters, size=recipe.test_side, scaling=recipe.scaling)
-        yield epoch, x, labels
+    The pixels of the next batch are read meanwhile. `drop_last` leaves out a last batch that is shorter, unless it is
+    the only one.
+    """
+    assert images.labels is not None
+    batches = torch.randperm(len(images), generator=generator(recipe.seed, f"{purpose} order", epoch)).split(batch)
+    kept = batches[: max(1, len(images) // batch)] if drop_last else batches
+    first = epoch * len(kept)
+    bar = bars.tqdm(kept, title, unit="step", leave=False, disable=not bars.shown())
+    with ThreadPoolExecutor(1, thread_name_prefix="probe") as pool:
+        following = pool.submit(images.batch, kept[0])
+        for number, indices in enumerate(bar):
+            pixels, sizes = following.result()
+            if number + 1 < len(kept):
+                following = pool.submit(images.batch, kept[number + 1])
+            rng = generator(recipe.seed, f"{purpose} view", first + number)
+            parameters = operations.draw(view, sizes, rng, recipe.pixels)
+            pixels, labels = (sent(tensor, device) for tensor in (pixels, images.labels[indices]))
+            x = operations.apply(pixels, sizes, parameters, size=recipe.test_side, scaling=recipe.scaling)
+            yield x, labels
 
 
 def _step(optimizer: torch.optim.Optimizer, losses: Iterable[Float[Tensor, ""]], *rates: float) -> None:

@@ -51,16 +51,19 @@ def evaluate(
     *,
     device: torch.device,
     published_probe: bool = False,
+    probe_baselines: bool = False,
     fine_tune: bool = False,
     rivals: Sequence[Contender] = (),
     remarks: Sequence[str] = (),
+    log: Callable[[str], object] = lambda line: None,
 ) -> Results:
     """Score `backbone`, the `rivals`, the same network untrained, and raw pixels, with every probe.
 
     A rival needs the same images in the same order; one called BEFORE is what `backbone` started from. `remarks` come
     after those on the data.
-    `published_probe` adds the paper's augmented linear probe, hours without a GPU; `fine_tune` adds training on 1 % and
-    10 % of the labels. ValueError unless both splits have labels.
+    `published_probe` adds the paper's augmented linear probe, hours without a GPU: of `backbone` and the rivals, with
+    `probe_baselines` of the others too. `log` gets a line after each of its epochs. `fine_tune` adds training on 1 %
+    and 10 % of the labels. ValueError unless both splits have labels.
     """
     check_labels(splits)
     assert splits.test is not None
@@ -74,7 +77,8 @@ def evaluate(
         # a rival's images may be cached at another size
         if [images and images.paths for images in contender.splits] != [splits.train.paths, splits.test.paths]:
             raise ValueError(f"{contender.name} has other images than the weights to evaluate: some became unreadable")
-        outcomes[contender.name] = _outcomes(contender, device, published_probe, fine_tune)
+        probed = published_probe and (probe_baselines or contender.name not in BASELINES)
+        outcomes[contender.name] = _outcomes(contender, device, log if probed else None, fine_tune)
 
     comparisons, sentences = compare_all(outcomes, seed=recipe.seed)
     assert splits.train.labels is not None and splits.test.labels is not None
@@ -101,7 +105,10 @@ def _raw_side(images: int, channels: int = 3) -> int:
     return min(RAW_SIDE, max(8, math.isqrt(RAW_NUMBERS // (channels * images))))
 
 
-def _outcomes(contender: Contender, device: torch.device, published_probe: bool, fine_tune: bool) -> Outcomes:
+def _outcomes(
+    contender: Contender, device: torch.device, probe_log: Callable[[str], object] | None, fine_tune: bool
+) -> Outcomes:
+    """The outcomes of every probe; the published one if its epochs are to be logged."""
     name, model, recipe, (train, test) = contender
     assert test is not None and test.labels is not None
 
@@ -113,8 +120,10 @@ def _outcomes(contender: Contender, device: torch.device, published_probe: bool,
     outcomes = probe_features(vectors[0], vectors[1], contender.splits, seed=recipe.seed, device=device)
 
     # protocols that train on images
-    if published_probe:
-        predicted = fine_tuning.linear_probe(model, train, test, recipe, device=device)
+    if probe_log is not None:
+        predicted = fine_tuning.linear_probe(
+            model, train, test, recipe, device=device, log=lambda line: probe_log(f"{name}, {line}")
+        )
         outcomes["published linear"] = _correct(predicted, test.labels)
     if fine_tune and name != "raw pixels":  # they have nothing to tune
         for share in fine_tuning.HEAD_LR:
