@@ -13,6 +13,9 @@ det of features of all orders: it keeps images apart, as many as there are, inst
     loss       = alpha · attraction + big_bang
 
 log det K sums how badly the earlier images predict each: the better one is predicted, the harder it is pushed away.
+
+KerJEPA (arXiv 2512.19605) regularises with kernels too, by the discrepancy of the embeddings from a prior such as a
+Gaussian. There is no prior here: the Gram matrix is compared with nothing but its own determinant.
 """
 
 import math
