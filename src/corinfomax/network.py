@@ -40,7 +40,7 @@ class Network(nn.Module):
 
 
 def is_described(backbone: nn.Module, recipe: Recipe) -> bool:
-    """Whether the recipe builds this very backbone, in eval mode: a folder of timm may have arguments of its own."""
+    """True if the recipe builds this very backbone, in eval mode: a folder of timm may have arguments of its own."""
     built, state = backbone_for(recipe).eval(), backbone.state_dict()
     shapes = {name: tensor.shape for name, tensor in built.state_dict().items()}
     if shapes != {name: tensor.shape for name, tensor in state.items()}:

@@ -37,7 +37,7 @@ class Scores(Results):
 
 
 class Run:
-    """A run in its folder: what came out of it, and what to do with it next."""
+    """A run in its folder: its results, and the next steps with it."""
 
     def __init__(self, path: Place) -> None:
         """The run in the folder `path`; FileNotFoundError if there is none."""
@@ -208,7 +208,7 @@ def evaluate(
 ) -> Scores:
     """Score frozen features on labelled images, beside an untrained network, raw pixels and other weights.
 
-    `weights` and `against` are what `load` takes, `data` and `labels` what `pretrain` takes. `fine_tune` adds
+    `weights` and `against` are as for `load`, `data` and `labels` as for `pretrain`. `fine_tune` adds
     fine-tuning on 1 % and 10 % of the labels, `published_probe` the paper's augmented linear probe: hours without a
     GPU. Options are those of `load` and of the images, such as `holdout=0.2`. ValueError without labels.
     """

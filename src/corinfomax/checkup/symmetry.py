@@ -1,4 +1,4 @@
-"""Whether images can be told from mirrored or turned ones: views mirror and turn only what cannot be told."""
+"""Tell mirrored and turned images from the others: views mirror and turn only if that fails."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,17 +21,17 @@ ROUNDS = (250, 500)  # steps; the second only where the first could not tell how
 CROP = View(crop_area=(0.6, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0)
 LOOKS = 4  # crops of each image judged by
 
-# Where images do not differ, 50 % and 25 % are guessed; docs/views.md has what eight sets show.
+# Chance is 50 % and 25 %; docs/views.md has the figures of eight sets.
 MIRROR_TOLD, TURN_TOLD = 60.0, 31.0
 
 TURN = 45.0  # degrees each way, for images that lie at any angle; more helps some of them and costs others dearly
 
 
 class Symmetry(NamedTuple):
-    """How often a small network tells what was done to images that it has not seen, in percent."""
+    """Accuracy of a small network on held-out images, in percent."""
 
-    mirrored: float  # mirrored or not; 50 by chance
-    turned: float  # by which of four quarter turns; 25 by chance
+    mirrored: float  # mirrored or not: 50 by chance
+    turned: float  # which of four quarter turns: 25 by chance
 
     @property
     def mirrors(self) -> bool:

@@ -1,4 +1,4 @@
-"""What two views of an image share in trained features, beside what they share where nothing was trained."""
+"""LDMI of two views in trained features, beside raw pixels and the untrained network."""
 
 import math
 from dataclasses import replace

@@ -93,7 +93,7 @@ def judge(
 
 
 def _comparable(looks: Sequence[Row], recipe: Recipe, ended: bool) -> Sequence[Row]:
-    """The looks that show a trend: the last one is of averaged weights in a run that averages them."""
+    """The looks that show a trend: without the last one of a run that averages its weights at the end."""
     return looks[:-1] if ended and recipe.tuning.average < 1 and len(looks) > 1 else looks
 
 
@@ -308,7 +308,7 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
     change = f"{_percent(gain, sign='+')} since step {then}"
     evidence = f"Two views of {image} share {best:.2f} nats per dimension ({change}); {used}."
     if gain >= GROWING:
-        # what views share rises whenever the learning rate falls, so it does not tell what more epochs would add
+        # LDMI rises whenever the learning rate falls, and foretells nothing about more epochs
         return Verdict("improving", evidence, "The run ended sound." if ended else "Let it run.", numbers)
     if gain < STEADY and top <= then:
         advice = f"No gain since step {top}: stop here, or spend the time on more images."

@@ -1,4 +1,4 @@
-"""What twice the epochs would add to a linear probe, by what they added in 32 pairs of runs (docs/length.md)."""
+"""Foretell the linear probe of a run twice as long, by 32 pairs of runs (docs/length.md)."""
 
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime.records import Results

@@ -71,7 +71,7 @@ def knn(train: Train, labels: Labels, test: Test, *, k: int = 20, temperature: f
 
 
 def out_of_fold(x: Train, labels: Labels, fold: Int[Tensor, " n"]) -> Labels:
-    """The classes that ridge probes predict for each row, each fitted on the rows of the other folds."""
+    """Classes predicted by cross-validation: the ridge probe of a row is fitted on the other folds."""
     predicted = torch.empty_like(labels)
     for number in fold.unique().tolist():
         held = fold == number

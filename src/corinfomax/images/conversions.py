@@ -29,7 +29,7 @@ CODESTREAM, DEPTH = b"\xff\x4f\xff\x51", 42  # start of JPEG 2000, and the place
 def conversion(image: Opened, pixels: PixelFormat) -> str:
     """The form of an opened image, not yet loaded, that reading it in a format changes; empty if it is as usual.
 
-    Of several forms the one that loses most. `grey` and other modes lose nothing.
+    If there are several, the form that loses most. `grey` and other modes lose nothing.
     """
     if isinstance(image, Raster):
         return _of_numbers(image, pixels)

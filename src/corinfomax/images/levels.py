@@ -181,7 +181,7 @@ class SetLevels(NamedTuple):
 
     @classmethod
     def from_json(cls, content: Json) -> "SetLevels":
-        """The levels that `to_json` wrote."""
+        """The inverse of `to_json`."""
         pixels = PixelFormat(**_with_tuples(content["pixels"]))
         return cls(**_with_tuples(content) | {"pixels": pixels})
 

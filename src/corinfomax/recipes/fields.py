@@ -367,7 +367,7 @@ def flags(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changes(settings: Any, base: Any) -> dict[str, Any]:
-    """The flags of `settings`, a recipe or other options, whose values differ from those of `base`."""
+    """Flags of a recipe, or of other options, with values unlike those of `base`."""
     before = flags(base)
     return {flag: value for flag, value in flags(settings).items() if value != before[flag]}
 
@@ -443,7 +443,7 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_json(content: Any) -> Recipe:
-    """The recipe that `to_json` wrote; ValueError that names a missing, unknown or ill-typed field."""
+    """The inverse of `to_json`; ValueError that names a missing, unknown or ill-typed field."""
     return _from_json(Recipe, content, "recipe")
 
 

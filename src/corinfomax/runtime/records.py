@@ -64,7 +64,7 @@ class WeightsOptions:
 
 
 class Start(NamedTuple):
-    """The weights that a run continues from; the run folder holds a copy of them."""
+    """The starting weights of a run; the run folder holds a copy of them."""
 
     name: str  # as typed, a path made absolute
     digest: str  # of the tensors
@@ -101,7 +101,7 @@ class Facts(NamedTuple):
 
     @classmethod
     def from_json(cls, content: Json) -> "Facts":
-        """The facts that `to_json` wrote; ValueError that names a missing one."""
+        """The inverse of `to_json`; ValueError that names a missing one."""
         for name in ("data", "recipe_name", "images", "fingerprint", "options"):
             if name not in content:
                 raise ValueError(f"the facts of the run lack {name!r}: it was not started by corinfomax, or is damaged")
@@ -190,7 +190,7 @@ class Row(NamedTuple):
 
     @classmethod
     def from_json(cls, content: Json) -> "Row":
-        """The row that `to_json` wrote; ValueError when a field is missing or is not a number."""
+        """The inverse of `to_json`; ValueError when a field is missing or is not a number."""
         if content.get("step") == 0:
             content = {"loss": nan, "attraction": nan, **content}
         for name in ("step", "loss", "attraction", "lr", "seconds"):
@@ -272,7 +272,7 @@ class Results(NamedTuple):
 
     verdict: Verdict | None = None
     best_checkpoint: str | None = None  # path in the run folder
-    beside: str | None = None  # what views share in the features, beside what needs no training
+    beside: str | None = None  # a sentence: the features, beside raw pixels and the untrained network
     keep_start: bool = False  # True if continuing did not help: the run gives back the weights of its start
     table: Table = {}  # noqa: RUF012 (never written to)
     comparisons: tuple[Comparison, ...] = ()  # first pretrained against the better baseline, then against each rival

@@ -41,7 +41,7 @@ def by_labels(backbone: nn.Module, images: Images, recipe: Recipe, *, device: to
 
 
 def without_labels(backbone: nn.Module, images: Images, recipe: Recipe, *, device: torch.device) -> tuple[float, float]:
-    """How well features find another view of an image among all images, and the standard error.
+    """Rank at which features find another view of an image among all images, and its standard error.
 
     The mean over images of −ln of the place at which the other view is found, 0 at best, by the cosine of centred
     features. The views are those of JUDGE, the same for every run.

@@ -55,7 +55,7 @@ def _epochs_left(done: Sequence[Trial], seconds: float, runs: int) -> float:
 def combinations(options: Sequence[Option], first: Sequence[Trial]) -> list[Names]:
     """Options to try together: the best one, the best two, and the best of each part, if they helped alone.
 
-    Where fewer helped, the best of the others alone.
+    If fewer helped, the best others fill the places, each alone.
     """
     base, *alone = first
     by_score = sorted(zip(options, alone, strict=True), key=lambda pair: -pair[1].score)

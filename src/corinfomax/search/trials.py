@@ -70,7 +70,7 @@ class Trials:
 
     @property
     def measure(self) -> str:
-        """What the scores are, in words."""
+        """The kind of score, in words."""
         count = min(len(self.images), scores.SCORED if self.labelled else scores.FOUND_AMONG)
         if self.labelled:
             return f"ridge probe on {count:,} training images, cross-validated, top-1 in %"

@@ -41,7 +41,7 @@ class Learner(NamedTuple):
     scaler: torch.amp.GradScaler
     """Scales the gradient of a float16 run; passes everything through in other precisions."""
     start: Mapping[nn.Parameter, Tensor] = {}
-    """What weights of the backbone are pulled towards; empty without a pull."""
+    """Values that pull the weights of the backbone; empty without a pull."""
 
 
 def build(

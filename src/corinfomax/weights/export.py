@@ -116,7 +116,7 @@ def _write_onnx(path: Path, backbone: nn.Module, recipe: Recipe) -> None:
 
 
 def write_tensors(path: Path, backbone: nn.Module, recipe: Recipe, start: Start | None = None) -> None:
-    """Write the backbone's tensors with their recipe and, where they began as others, the licence of those.
+    """Write the backbone's tensors with their recipe and the licence of the weights they began from, if any.
 
     Whole, and readable for everyone: save_file would allow its owner only.
     """
@@ -129,7 +129,7 @@ def write_tensors(path: Path, backbone: nn.Module, recipe: Recipe, start: Start 
 
 
 def _origin(start: Start) -> dict[str, str | None]:
-    """What is known of the makers of weights, under timm's names."""
+    """Licence, source and paper of the starting weights, under timm's names."""
     return {"license": start.license, "origin_url": start.source, "paper_ids": start.paper}
 
 

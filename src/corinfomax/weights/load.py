@@ -110,7 +110,7 @@ def load_backbone(name: str, options: WeightsOptions = WeightsOptions(), *, last
 
 
 def load_start(run: Path) -> LoadedBackbone:
-    """The weights that a run started from; FileNotFoundError if it started from random ones."""
+    """The starting weights of a run; FileNotFoundError if it started from random ones."""
     saved, path = checkpoint.load_resumable(run), run_folder.start_path(run)
     if not path.is_file():
         lost = f"{path}, the weights that the run started from, is missing"
