@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.advice import length, panel, rank, sets
+from benchmarks.advice import choice, length, panel, rank, scale, sets
 
 
 def test_drawn_cells_of_a_class_are_alike():
@@ -58,3 +58,28 @@ def test_the_records_hold_what_the_page_says():
 
     assert (low, middle, high) == pytest.approx(ERRORS_LEFT, abs=0.006)
     assert any("11 of 16 others" in line for line in length.table(length.read()))
+
+
+def test_what_a_way_to_choose_loses_is_counted_from_the_best_of_all():
+    linear = {"recipe": 50.0, "rules": 52.0, "tune": 56.0, "tune without labels": 51.0}
+    record = {"set": "cells", "linear": linear, "panel": {"recipe": 50.0, "turned": 55.0}}
+    assert choice.regrets(record) == {"recipe": 6.0, "rules": 4.0, "tune": 0.0, "tune without labels": 5.0}
+    record["panel"]["turned"] = 57.0
+    assert choice.regrets(record)["tune"] == 1.0
+    assert list(choice.table([record]))[-1] == "| mean | | 7.0 | 5.0 | 1.0 | 6.0 |"
+
+
+def test_runs_that_are_not_ahead_are_counted_against_their_probes():
+    def record(features, linear, epochs):
+        return {
+            "epochs": epochs,
+            "linear": linear,
+            "raw": 50.0,
+            "features": features,
+            "pixels": 0.3,
+            "untrained": 0.2,
+        }
+
+    rows = list(scale.table([record(0.3, 40.0, 1.0), record(0.35, 60.0, 1.0), record(0.9, 60.0, 4.0)]))
+    assert "| 0.1 | 2 | 1 | 0 of 1 |" in rows and "| 0 | 1 | 1 | 0 of 2 |" in rows
+    assert "| 1 | 2 of 2 | 1 of 2 | 1 of 2 |" in rows
