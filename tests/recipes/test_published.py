@@ -129,7 +129,7 @@ def test_recipes_are_frozen():
     ("side", "count", "cuda", "name", "size"),
     [
         (32, 50_000, False, "cpu-small", 24),
-        (500, 3_000, False, "cpu-small", 64),
+        (500, 3_000, False, "cpu-small", 32),
         (10, 3_000, False, "cpu-small", 24),
         (32, 50_000, True, "cifar10-fast", 32),
         (64, 100_000, True, "cifar10-fast", 64),

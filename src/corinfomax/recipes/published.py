@@ -233,7 +233,8 @@ def choose(data: str, count: int, short_side: int, *, cuda: bool) -> tuple[str, 
 
     # By the size of the images: name, size, and epochs times images.
     if not cuda:
-        size = min(max(short_side * 3 // 4 // 8 * 8, 24), 64)
+        # photographs gain more from epochs than from pixels: 71.8 at 32 px, 64.0 at 64 px in the same time
+        size = min(max(short_side * 3 // 4 // 8 * 8, 24), 32)
         name, images_seen = "cpu-small", 900_000 * 24**2 // size**2
     elif short_side <= 96:
         name, size, images_seen = "cifar10-fast", 32 if short_side <= 48 else 64, 12_000_000
