@@ -8,7 +8,7 @@ import timm
 import torch
 
 from corinfomax import network
-from corinfomax.checkup.symmetry import TURN, symmetry
+from corinfomax.checkup.symmetry import TURN, Symmetry, symmetry
 from corinfomax.cli import inputs
 from corinfomax.images.cache import Images
 from corinfomax.images.levels import SetLevels
@@ -170,6 +170,7 @@ def fit_symmetry(recipe: Recipe, images: Images, parts: Collection[str]) -> Reci
     found = symmetry(images, recipe) if parts else None
     if found is None:
         return recipe
+    found = Symmetry(*processes.largest(*found))  # processes with other numbers of threads may differ in the last digit
     if "flip" in parts and not found.mirrors and any(view.flip for view in recipe.views):
         seen = f"left and right differ ({found.mirrored:.0f} % of mirrored images are told from the others)"
         print(f"{seen}: views are not mirrored; --views.0.flip 0.5 --views.1.flip 0.5 mirrors them")
