@@ -69,6 +69,13 @@ def test_what_a_way_to_choose_loses_is_counted_from_the_best_of_all():
     assert list(choice.table([record]))[-1] == "| mean | | 7.0 | 5.0 | 1.0 | 6.0 |"
 
 
+def test_the_ways_to_choose_lose_what_the_page_says():
+    records = choice.read()
+    means = [np.mean([choice.regrets(record)[way] for record in records]) for way in choice.WAYS]
+    assert len(records) == 8 and means == pytest.approx([4.4, 2.6, 0.2, 1.8], abs=0.06)
+    assert all(choice.regrets(r)["tune"] <= choice.regrets(r)["recipe"] + 0.5 for r in records)
+
+
 def test_runs_that_are_not_ahead_are_counted_against_their_probes():
     def record(features, linear, epochs):
         return {
