@@ -235,16 +235,16 @@ def _use_small_stem(model: nn.Module, backbone: Backbone, channels: int) -> None
     if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
         raise ValueError(f"small_stem replaces the first convolution of a ResNet; {backbone.name} has none such")
     width = model.conv1.out_channels
-    # the published code keeps torch's initialisation in the convolution that it puts in
-    stem = nn.Conv2d(channels, width, 3, stride=backbone.stem_stride, padding=1, bias=False)
     first = model.get_submodule("layer1.0")
     if backbone.channels is not None and isinstance(first, BasicBlock):
         # timm's stem has 64 channels at any width: half the time of a narrow network.
         width = backbone.channels[0]
-        stem = _conv3x3(channels, width, stride=backbone.stem_stride)
         model.bn1 = nn.BatchNorm2d(width)
         first.conv1 = _conv3x3(width, width, stride=1)
         first.downsample = None  # no shortcut to widen any more
+        stem = _conv3x3(channels, width, stride=backbone.stem_stride)
+    else:  # with torch's own initialisation, as in the published code
+        stem = nn.Conv2d(channels, width, 3, stride=backbone.stem_stride, padding=1, bias=False)
     model.register_module("conv1", stem)
     model.register_module("maxpool", nn.Identity())
 

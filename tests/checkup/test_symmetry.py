@@ -1,5 +1,7 @@
 """Views mirror and turn only images that look the same mirrored and turned."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,13 @@ from PIL import Image
 import tiny
 from corinfomax.checkup import symmetry as checked
 from corinfomax.checkup.symmetry import LEAST, of_thumbnails, symmetry
+from corinfomax.cli import fit
 from corinfomax.cli.main import main
 from corinfomax.images import cache
+from corinfomax.images.cache import Images
 from corinfomax.images.in_memory import from_memory
 from corinfomax.images.sources import Data
+from corinfomax.recipes.published import RECIPES
 from corinfomax.weights import checkpoint
 
 
@@ -22,7 +27,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(checked, "BATCH", 64)
 
 
-def letters(count=LEAST, *, mirrored=False, turned=False):
+def letters(count=600, *, mirrored=False, turned=False):
     """A shape like the letter L at any place; mirrored or turned, one in two or three in four."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 60, (count, 20, 20, 3), dtype=np.uint8)
@@ -70,6 +75,59 @@ def test_the_answer_is_the_same_again_and_leaves_the_random_numbers_alone():
     before = torch.get_rng_state()
     assert found(images) == found(images)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_second_round_is_for_those_that_the_first_could_not_tell(monkeypatch):
+    rounds = []
+    monkeypatch.setattr(checked, "_train", lambda *_, number, steps: rounds.append(number))
+    for answers, trained in (((26.0, 48.0), [0, 1]), ((60.0, 60.0), [0])):
+        rounds.clear()
+        answer = iter(answers)
+        monkeypatch.setattr(checked, "_judge", lambda *_, answer=answer: checked.Symmetry(50.0, next(answer), 750))
+        assert found(letters()).turned == answers[-1]
+        assert rounds == trained
+
+
+def test_few_images_must_agree_better():
+    assert checked.Symmetry(50.0, 29.0, 750).turns
+    assert not checked.Symmetry(50.0, 29.0, 75).turns
+    assert checked.Symmetry(50.0, 25.0, 75).turns
+    assert not checked.Symmetry(50.0, 34.0, 5000).turns
+
+
+def test_images_of_other_channels_and_sizes(monkeypatch):
+    """Read once, in small batches, whatever their shape."""
+    sizes, batch = [], Images.batch
+
+    def watched(images, indices):
+        sizes.append(len(indices))
+        return batch(images, indices)
+
+    monkeypatch.setattr(Images, "batch", watched)
+    rng = np.random.default_rng(0)
+    for channels, dtype in ((1, np.uint8), (5, np.uint16)):
+        sizes.clear()
+        shapes = [(20, 30, channels) if row % 2 else (26, 20, channels) for row in range(LEAST)]
+        images = [rng.integers(0, 200, shape).astype(dtype) for shape in shapes]
+        data = Data(from_memory([image[..., 0] for image in images] if channels == 1 else images), holdout=0.0)
+        levels = data.survey().levels
+        recipe = fit.with_levels(tiny.RECIPE, levels)
+        result = symmetry(cache.load(data, side=20, pixels=recipe.pixels, progress=False).train, recipe)
+        assert result is not None and result.turned == pytest.approx(25, abs=9)
+        assert max(sizes) <= 64 and sum(sizes) == LEAST
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "parts"),
+    [
+        ("cpu-small", {}, {"flip", "rotate"}),
+        ("mnist5k", {}, set()),  # neither mirrored nor upright: nothing to decide
+        ("imagenet100-r18", {"from_files": True}, {"flip"}),
+    ],
+)
+def test_only_what_may_change_is_looked_at(name, changes, parts):
+    recipe = dataclasses.replace(RECIPES[name].recipe, **changes)
+    assert checked.adjustable(recipe) == parts
 
 
 def test_few_images_tell_nothing():

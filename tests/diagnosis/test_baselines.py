@@ -49,7 +49,7 @@ def test_only_the_leading_directions_count(monkeypatch):
 )
 def test_ahead_of_the_better_one(shared, ahead):
     assert shared.ahead == ahead
-    assert shared.sentence.startswith("Ahead of" if ahead else "Not yet clearly ahead of")
+    assert shared.sentence.startswith("Ahead of" if ahead else "Not clearly ahead of")
     assert all(f"{value:.2f}" in shared.sentence for value in shared)
 
 
@@ -62,9 +62,11 @@ def test_the_same_network_shares_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_run_says_it_beside_the_verdict(labelled, tmp_path, capsys):
-    data, run = tiny.folder(tmp_path / "images", {"train" if labelled else "": 40}, labelled=labelled), tmp_path / "run"
+def test_a_run_says_it_beside_the_verdict(labelled, tmp_path, monkeypatch, capsys):
+    splits = {"train": 40, "test": 30} if labelled else {"": 40}
+    data, run = tiny.folder(tmp_path / "images", splits, labelled=labelled), tmp_path / "run"
     words = ["pretrain", str(data), *tiny.KNOBS, "--epochs", "2", "--out", str(run)]
+    monkeypatch.setattr(baselines, "LEAST", 24)
     assert main(words) == 0
     said = json.loads((run / "results.json").read_text())["beside"]
     assert "what needs no training" in said
@@ -72,8 +74,28 @@ def test_a_run_says_it_beside_the_verdict(labelled, tmp_path, capsys):
     assert said in (run / "report.html").read_text()
 
 
-def test_nothing_is_said_where_looks_are_off(tmp_path):
-    data, run = tiny.folder(tmp_path / "images", {"": 40}, labelled=False), tmp_path / "run"
-    quiet = ["--no-report", "--diagnoses", "0"]
-    assert main(["pretrain", str(data), *tiny.KNOBS, *quiet, "--epochs", "1", "--out", str(run)]) == 0
-    assert not (run / "results.json").exists() or "beside" not in json.loads((run / "results.json").read_text())
+def said(run):
+    content = json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else {}
+    return "beside" in content
+
+
+def test_nothing_is_said_about_few_images_or_where_looks_are_off(tmp_path, monkeypatch):
+    data = tiny.folder(tmp_path / "images", {"": 40}, labelled=False)
+    words = ["pretrain", str(data), *tiny.KNOBS, "--no-report", "--epochs", "1"]
+    assert main([*words, "--out", str(tmp_path / "few")]) == 0
+    assert not said(tmp_path / "few")
+    monkeypatch.setattr(baselines, "LEAST", 24)
+    assert main([*words, "--diagnoses", "0", "--out", str(tmp_path / "off")]) == 0
+    assert not said(tmp_path / "off")
+
+
+def test_its_failure_costs_neither_scores_nor_page(tmp_path, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(baselines, "LEAST", 24)
+    monkeypatch.setattr(baselines, "shared_information", broken)
+    data, run = tiny.folder(tmp_path / "images", {"train": 40, "test": 30}), tmp_path / "run"
+    assert main(["pretrain", str(data), *tiny.KNOBS, "--epochs", "1", "--out", str(run)]) == 0
+    assert "scores" in json.loads((run / "results.json").read_text()) and (run / "report.html").exists()
+    assert "no comparison with the untrained network: RuntimeError: out of memory" in capsys.readouterr().err

@@ -203,14 +203,17 @@ def evaluate(
     against: Place | Sequence[Place] = (),
     fine_tune: bool = False,
     published_probe: bool = False,
+    probe_epochs: int | None = None,
+    probe_baselines: bool = False,
     device: str = "auto",
     **options: Any,
 ) -> Scores:
     """Score frozen features on labelled images, beside an untrained network, raw pixels and other weights.
 
-    `weights` and `against` are as for `load`, `data` and `labels` as for `pretrain`. `fine_tune` adds
-    fine-tuning on 1 % and 10 % of the labels, `published_probe` the paper's augmented linear probe: hours without a
-    GPU. Options are those of `load` and of the images, such as `holdout=0.2`. ValueError without labels.
+    `weights` and `against` are as for `load`, `data` and `labels` as for `pretrain`. `fine_tune` adds fine-tuning on
+    1 % and 10 % of the labels, `published_probe` the paper's augmented linear probe (hours without a GPU), for
+    `probe_epochs` if given, and with `probe_baselines` on the baselines too. Options are those of `load` and of the
+    images, such as `holdout=0.2`. ValueError without labels.
     """
     given = settings.read("evaluate", options, "network", "images")
     others = [against] if isinstance(against, str | os.PathLike) else against
@@ -221,6 +224,8 @@ def evaluate(
         against=tuple(map(str, others)),
         fine_tune=fine_tune,
         published_probe=published_probe,
+        probe_epochs=probe_epochs,
+        probe_baselines=probe_baselines,
         network=given.network,
         images=dataclasses.replace(given.images, device=device),
     )

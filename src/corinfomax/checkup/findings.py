@@ -205,13 +205,12 @@ def _odd_images(images: Catalogue, recipe: Recipe) -> Iterator[Finding]:
 
 
 def _symmetry(train: Inspection, recipe: Recipe) -> Iterator[Finding]:
-    found = symmetry.of_thumbnails(train.thumbnails, recipe)
-    if found is not None and not found.mirrors and any(view.flip for view in recipe.views):
-        seen = f"left and right differ ({found.mirrored:.0f} % of mirrored images are told from the others)"
-        yield Finding("mirror", f"{seen}: pretrain will not mirror them")
-    if found is not None and found.turns:
-        seen = f"images lie at any angle ({found.turned:.0f} % of quarter turns are told, 25 by chance)"
-        yield Finding("angle", f"{seen}: pretrain will turn them")
+    parts = symmetry.adjustable(recipe)
+    found = symmetry.of_thumbnails(train.thumbnails, recipe) if parts else None
+    if found is not None and "flip" in parts and not found.mirrors:
+        yield Finding("mirror", f"{found.mirror_seen}: pretrain will not mirror them")
+    if found is not None and "rotate" in parts and found.turns:
+        yield Finding("angle", f"{found.turn_seen}: pretrain will turn them")
 
 
 def _classes(inspections: Sequence[Inspection]) -> Iterator[Finding]:

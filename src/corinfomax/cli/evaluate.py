@@ -88,9 +88,10 @@ class Evaluate:
 
         recipe = ours.recipe
         if self.probe_epochs is not None:
-            changes = {"probe": {"epochs": self.probe_epochs}}
-            recipe = fields.changed(recipe, changes)
-            rivals = [rival._replace(recipe=fields.changed(rival.recipe, changes)) for rival in rivals]
+            recipe = fields.with_probe_epochs(recipe, self.probe_epochs)
+            rivals = [
+                rival._replace(recipe=fields.with_probe_epochs(rival.recipe, self.probe_epochs)) for rival in rivals
+            ]
         return table.evaluate(
             ours.backbone,
             splits,

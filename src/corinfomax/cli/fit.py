@@ -8,7 +8,7 @@ import timm
 import torch
 
 from corinfomax import network
-from corinfomax.checkup.symmetry import TURN, Symmetry, symmetry
+from corinfomax.checkup.symmetry import TURN, Symmetry, adjustable, symmetry
 from corinfomax.cli import inputs
 from corinfomax.images.cache import Images
 from corinfomax.images.levels import SetLevels
@@ -167,17 +167,19 @@ def fit_symmetry(recipe: Recipe, images: Images, parts: Collection[str]) -> Reci
 
     `parts` of the views may be changed: "flip" and "rotate".
     """
-    found = symmetry(images, recipe) if parts else None
-    if found is None:
+    parts = adjustable(recipe).intersection(parts)
+    if not parts:
         return recipe
-    found = Symmetry(*processes.largest(*found))  # processes with other numbers of threads may differ in the last digit
-    if "flip" in parts and not found.mirrors and any(view.flip for view in recipe.views):
-        seen = f"left and right differ ({found.mirrored:.0f} % of mirrored images are told from the others)"
-        print(f"{seen}: views are not mirrored; --views.0.flip 0.5 --views.1.flip 0.5 mirrors them")
+    found = symmetry(images, recipe) if processes.rank() == 0 else None
+    found = Symmetry(*processes.largest(*(found or (0.0, 0.0, 0.0))))  # the first process's, for all
+    if not found.judged:
+        return recipe
+    if "flip" in parts and not found.mirrors:
+        print(f"{found.mirror_seen}: views are not mirrored; --views.0.flip 0.5 --views.1.flip 0.5 mirrors them")
         recipe = fields.with_views(recipe, flip=0.0)
-    if "rotate" in parts and found.turns and not recipe.from_files and not any(view.rotate for view in recipe.views):
-        seen = f"images lie at any angle ({found.turned:.0f} % of quarter turns are told, 25 by chance)"
-        print(f"{seen}: views turn by up to {TURN:g} degrees; --views.0.rotate 0 --views.1.rotate 0 keeps them upright")
+    if "rotate" in parts and found.turns:
+        undo = "--views.0.rotate 0 --views.1.rotate 0 keeps them upright"
+        print(f"{found.turn_seen}: views turn by up to {TURN:g} degrees; {undo}")
         recipe = fields.with_views(recipe, rotate=TURN)
     return recipe
 

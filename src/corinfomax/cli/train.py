@@ -260,8 +260,15 @@ def _judge(run: Path, recipe: Recipe, facts: Facts, *, error: str | None = None)
 def _compare_untrained(subject: Subject, device: torch.device) -> None:
     """Keep and print what views share in the features, beside raw pixels and the untrained network."""
     network, recipe, (train, test) = subject.network, subject.recipe, subject.splits
-    untrained = table.random_backbone(train, recipe, device=device)
-    shared = baselines.shared_information(network.backbone, untrained, test or train, recipe, device=device)
+    images = train if test is None or len(test) < baselines.LEAST else test
+    if len(images) < baselines.LEAST:
+        return
+    try:
+        untrained = table.random_backbone(train, recipe, device=device)
+        shared = baselines.shared_information(network.backbone, untrained, images, recipe, device=device)
+    except Exception as error:  # the run itself is done, and its scores and page are to come
+        print(f"no comparison with the untrained network: {type(error).__name__}: {error}", file=sys.stderr)
+        return
     run_folder.add_json(subject.run / "results.json", Results(beside=shared.sentence).to_json())
     print(f"{shared.sentence}\n")
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class Tune:
     """Search for views that suit the images.
 
-    Short runs try other crops, rotations, mirroring, colours and blur, alone and together. A probe on training images
-    compares them where there are labels, else a measure without labels. The result is a recipe file for pretrain.
-    The same command with the same --out goes on where it stopped.
+    Short runs try other crops, rotations, mirroring, colours and blur, alone and together, and a probe on training
+    images compares them. Without labels they try crops and blur, compared by a measure of the features. The result is a
+    recipe file for pretrain. The same command with the same --out goes on where it stopped.
     """
 
     data: DATA

@@ -15,15 +15,15 @@ from corinfomax.objective.covariance import ldmi
 from corinfomax.recipes.fields import Recipe, View
 from corinfomax.runtime.seeds import generator
 
-SAMPLE = 512  # images
+SAMPLE, LEAST = 512, 128  # images; fewer than LEAST would measure the size of the sample
 DIRECTIONS = 32
 VIEW = View(crop_area=(0.25, 1.0))  # the same for every run, whatever its recipe
 PIXELS = 2000  # numbers of an image as raw pixels, at most
-AHEAD = 0.1  # nats per dimension; docs/verdict.md has what this margin foretells
+AHEAD = 0.1  # nats per dimension; docs/length.md shows what this margin predicts
 
 
 class Shared(NamedTuple):
-    """LDMI of two views in the leading directions of each, nats per dimension."""
+    """LDMI of two views along the leading directions of each kind of features, nats per dimension."""
 
     features: float
     pixels: float
@@ -39,8 +39,8 @@ class Shared(NamedTuple):
         """The comparison in words."""
         shares = f"two views share {self.features:.2f} nats per dimension in the features"
         others = f"{self.pixels:.2f} in raw pixels and {self.untrained:.2f} in the untrained network"
-        where = "Ahead of" if self.ahead else "Not yet clearly ahead of"
-        return f"{where} what needs no training: {shares}, {others}." + ("" if self.ahead else " Train longer.")
+        where = "Ahead of" if self.ahead else "Not clearly ahead of"
+        return f"{where} what needs no training: {shares}, against {others}."
 
 
 def shared_information(
@@ -49,7 +49,7 @@ def shared_information(
     """Compare a backbone with the same network untrained and with raw pixels, on the same views of the same images."""
     order = torch.randperm(len(images), generator=generator(0, "baselines"))[:SAMPLE]
     sample, judged = images.select(order), replace(recipe, views=(VIEW, VIEW))
-    side = min(math.isqrt(PIXELS // recipe.pixels.channels), recipe.size)
+    side = max(1, min(math.isqrt(PIXELS // recipe.pixels.channels), recipe.size))
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
     models = (backbone, pixels, untrained)
     return Shared(*(leading_ldmi(features_of_views(model, sample, judged, device=device)) for model in models))

@@ -308,7 +308,7 @@ def _progress(looks: Sequence[Row], recipe: Recipe, share: float, ended: bool) -
     change = f"{_percent(gain, sign='+')} since step {then}"
     evidence = f"Two views of {image} share {best:.2f} nats per dimension ({change}); {used}."
     if gain >= GROWING:
-        # LDMI rises whenever the learning rate falls, and foretells nothing about more epochs
+        # LDMI rises whenever the learning rate falls, so it does not predict what more epochs would add
         return Verdict("improving", evidence, "The run ended sound." if ended else "Let it run.", numbers)
     if gain < STEADY and top <= then:
         advice = f"No gain since step {top}: stop here, or spend the time on more images."

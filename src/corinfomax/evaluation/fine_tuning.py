@@ -70,10 +70,9 @@ def linear_probe(
             logits = head(x_test)
         hits = logits.topk(min(5, len(train.classes))).indices == y_test[:, None]
         top1, top5 = (100 * float(found.double().mean()) for found in (hits[:, 0], hits.any(1)))
+        if not all(weights.isfinite().all() for weights in head.parameters()):
+            raise FloatingPointError(f"the linear probe diverged at learning rate {probe.lr:g}; try a lower one")
         log(f"{title}: loss {F.cross_entropy(logits, y_test):.3f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %")
-
-    if not all(weights.isfinite().all() for weights in head.parameters()):
-        raise FloatingPointError(f"the linear probe diverged at learning rate {probe.lr:g}; try a lower one")
     return head(x_test).argmax(1).cpu()
 
 

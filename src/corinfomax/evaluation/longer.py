@@ -1,4 +1,4 @@
-"""Foretell the linear probe of a run twice as long, by 32 pairs of runs (docs/length.md)."""
+"""Predict the linear probe after twice the epochs, from 32 pairs of runs (docs/length.md)."""
 
 from corinfomax.recipes.fields import Recipe
 from corinfomax.runtime.records import Results

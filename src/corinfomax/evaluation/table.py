@@ -61,9 +61,9 @@ def evaluate(
 
     A rival needs the same images in the same order; one called BEFORE is what `backbone` started from. `remarks` come
     after those on the data.
-    `published_probe` adds the paper's augmented linear probe, hours without a GPU: of `backbone` and the rivals, with
-    `probe_baselines` of the others too. `log` gets a line after each of its epochs. `fine_tune` adds training on 1 %
-    and 10 % of the labels. ValueError unless both splits have labels.
+    `published_probe` adds the paper's augmented linear probe, hours without a GPU, on `backbone` and the rivals, and
+    with `probe_baselines` on the baselines too. `log` gets a line after each of its epochs. `fine_tune` adds training
+    on 1 % and 10 % of the labels. ValueError unless both splits have labels.
     """
     check_labels(splits)
     assert splits.test is not None
@@ -108,7 +108,7 @@ def _raw_side(images: int, channels: int = 3) -> int:
 def _outcomes(
     contender: Contender, device: torch.device, probe_log: Callable[[str], object] | None, fine_tune: bool
 ) -> Outcomes:
-    """The outcomes of every probe; the published one if its epochs are to be logged."""
+    """The outcomes of every probe; of the published one only if `probe_log` is given."""
     name, model, recipe, (train, test) = contender
     assert test is not None and test.labels is not None
 
@@ -121,10 +121,13 @@ def _outcomes(
 
     # protocols that train on images
     if probe_log is not None:
-        predicted = fine_tuning.linear_probe(
-            model, train, test, recipe, device=device, log=lambda line: probe_log(f"{name}, {line}")
-        )
-        outcomes["published linear"] = _correct(predicted, test.labels)
+        try:
+            predicted = fine_tuning.linear_probe(
+                model, train, test, recipe, device=device, log=lambda line: probe_log(f"{name}, {line}")
+            )
+            outcomes["published linear"] = _correct(predicted, test.labels)
+        except FloatingPointError as error:  # the other scores are worth keeping
+            probe_log(f"{name}: {error}")
     if fine_tune and name != "raw pixels":  # they have nothing to tune
         for share in fine_tuning.HEAD_LR:
             predicted = fine_tuning.fine_tune(model, train, test, recipe, share=share, device=device)

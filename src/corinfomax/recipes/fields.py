@@ -437,6 +437,13 @@ def with_views(recipe: Recipe, **values: Any) -> Recipe:
     return dataclasses.replace(recipe, views=(first, second))
 
 
+def with_probe_epochs(recipe: Recipe, epochs: int) -> Recipe:
+    """The recipe with a published probe of this length; its learning rate falls at the same shares of it."""
+    probe, decay = recipe.probe, recipe.probe.decay_epochs
+    decay = None if decay is None else max(1, round(decay * epochs / probe.epochs))
+    return dataclasses.replace(recipe, probe=dataclasses.replace(probe, epochs=epochs, decay_epochs=decay))
+
+
 def to_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON; `from_json` gives it back equal."""
     return dataclasses.asdict(recipe)

@@ -20,8 +20,8 @@ class Option(NamedTuple):
 def options_for(recipe: Recipe, *, labelled: bool = True) -> list[Option]:
     """Every option that changes the views of the recipe.
 
-    Without labels only crops and blur are compared: the images' symmetry decides on rotation and mirroring, and whether
-    colours matter, no measure foretells (docs/views.md).
+    Without labels only crops and blur are compared: rotation and mirroring stay as in the recipe, where pretrain fits
+    them to the images' symmetry, and no measure predicts whether colours matter (docs/views.md).
     """
     first, _ = recipe.views
     crops = [area for area in CROPS if abs(area - first.crop_area[0]) > 0.02]
