@@ -1,7 +1,12 @@
 """Shapes in signatures are checked while the tests run; the library itself is not decorated."""
 
+import importlib.util
 import os
 from pathlib import Path
+
+if importlib.util.find_spec("setuptools") is not None:
+    # torch.compile imports it late, and it refuses to if a test has loaded the standard library's distutils before
+    import setuptools  # noqa: F401
 
 import pytest
 from jaxtyping import install_import_hook
