@@ -178,6 +178,14 @@ def test_a_run_mirrors_and_turns_by_what_it_saw_unless_asked_otherwise(folders, 
     assert ((not_mirrored in printed), (turned in printed)) == (views[0][0] == 0, views[0][1] > 0)
 
 
+def test_a_run_that_continues_from_weights_decides_on_mirroring_alone(folders, tmp_path, capsys):
+    views_of_a_run(folders / "turned", tmp_path / "first", "--recipe", "cpu-small")
+    words = ["--init", str(tmp_path / "first"), "--epochs", "0.1", "--batch", "8", "--size", "16"]
+    quiet = ["--no-report", "--diagnoses", "0", "--out", str(tmp_path / "second")]
+    assert main(["pretrain", str(folders / "turned"), *words, *quiet]) == 0
+    assert [(view.flip, view.rotate) for view in checkpoint.recorded(tmp_path / "second")[0].views] == [(0.0, 0.0)] * 2
+
+
 def test_the_doctor_says_so(folders, tmp_path, capsys):
     for name, sentences in (
         ("upright", ("left and right differ",)),

@@ -131,6 +131,14 @@ def test_the_published_probe_says_what_each_epoch_gave(result):
     assert last in LINES[1]
 
 
+def test_a_probe_that_diverges_costs_no_other_score(splits, backbone):
+    lines: list[str] = []
+    recipe = replace(tiny.RECIPE, probe=Probe(epochs=9, batch=16, lr=3e38))
+    scores = evaluate.evaluate(backbone, splits, recipe, **CPU, published_probe=True, log=lines.append)
+    assert "linear" in scores.table["pretrained"] and "published linear" not in scores.table["pretrained"]
+    assert lines == ["pretrained: the linear probe diverged at learning rate 3e+38; try a lower one"]
+
+
 def test_baselines_have_the_published_probe_on_request(splits, backbone):
     recipe = replace(tiny.RECIPE, probe=Probe(epochs=1))
     scores = evaluate.evaluate(backbone, splits, recipe, **CPU, published_probe=True, probe_baselines=True)

@@ -169,6 +169,13 @@ def test_the_papers_recipes_are_chosen_by_name_alone():
     assert published.choose("cifar100", 50_000, 32, cuda=False)[0] == "cpu-small"
 
 
+def test_a_shorter_probe_lowers_its_rate_at_the_same_shares():
+    assert fields.with_probe_epochs(RECIPES["imagenet1k"].recipe, 10).probe.decay_epochs == 2
+    assert fields.with_probe_epochs(RECIPES["imagenet1k"].recipe, 1).probe.decay_epochs == 1
+    probe = fields.with_probe_epochs(RECIPES["cifar10"].recipe, 10).probe
+    assert (probe.epochs, probe.decay_epochs) == (10, None)
+
+
 def test_views_for_digits_keep_what_a_digit_means():
     for view in RECIPES["mnist5k"].recipe.views:
         assert view.rotate > 0

@@ -2,6 +2,7 @@
 
 import pytest
 
+from corinfomax.recipes import fields
 from corinfomax.recipes.fields import Recipe, View
 from corinfomax.runtime.records import Trial
 from corinfomax.search import options, search
@@ -35,6 +36,12 @@ def test_options_of_one_part_are_alternatives():
     assert [option.name for option in OPTIONS if option.part == "crops"] == ["crops from 8 %", HALF, MOST]
     files = Recipe(from_files=True, views=(View(), View()))
     assert all(option.part != "rotation" for option in options.options_for(files))
+
+
+def test_views_that_turn_already_may_turn_less_or_more():
+    turning = fields.with_views(RECIPE, rotate=45.0)
+    names = [option.name for option in options.options_for(turning) if option.part == "rotation"]
+    assert names == ["upright", "turned by any angle"]
 
 
 def test_without_labels_symmetry_and_colours_are_not_searched():

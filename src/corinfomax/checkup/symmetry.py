@@ -72,15 +72,14 @@ def symmetry(images: Images, recipe: Recipe) -> Symmetry | None:
     order = torch.randperm(len(images), generator=generator(0, "symmetry"))[:SAMPLE]
     x = _squares(images.select(order), recipe)
     judged, learned = x[: len(x) // HELD_OUT], x[len(x) // HELD_OUT :]
-    state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(0)
-    network = _network(recipe.pixels.channels)
-    for number, steps in enumerate(ROUNDS):
-        _train(network, learned, number=number, steps=steps)
-        found = _judge(network, judged)
-        if not found.turns:
-            break
-    torch.default_generator.set_state(state)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too
+        network = _network(recipe.pixels.channels)
+        for number, steps in enumerate(ROUNDS):
+            _train(network, learned, number=number, steps=steps)
+            found = _judge(network, judged)
+            if not found.turns:
+                break
     return found
 
 

@@ -214,7 +214,9 @@ def plan_run(
     record = None if resumed is None else resumed.facts.start
     if start is not None and command.init is not None:
         record = fit.start_record(start, command.init, command.prefix, recipe, typed)
-    chosen = {"flip", "rotate"} if resumed is None and command.recipe is None else set()
-    chosen -= {"rotate"} if start is not None else set()  # what turning does to weights was not measured
-    fitted = frozenset(chosen - {flag.rpartition(".")[2] for flag in typed})
+    fitted = frozenset[str]()
+    if resumed is None and command.recipe is None:
+        # turning was measured from random weights alone
+        parts = {"flip", "rotate"} if start is None else {"flip"}
+        fitted = frozenset(parts - {flag.rpartition(".")[2] for flag in typed})
     return train.Plan(data, images, recipe, recipe_name, options, resumed, start, record, fitted)

@@ -68,11 +68,12 @@ def linear_probe(
 
         with torch.no_grad():
             logits = head(x_test)
+            loss = F.cross_entropy(logits, y_test)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the linear probe diverged at learning rate {probe.lr:g}; try a lower one")
         hits = logits.topk(min(5, len(train.classes))).indices == y_test[:, None]
         top1, top5 = (100 * float(found.double().mean()) for found in (hits[:, 0], hits.any(1)))
-        if not all(weights.isfinite().all() for weights in head.parameters()):
-            raise FloatingPointError(f"the linear probe diverged at learning rate {probe.lr:g}; try a lower one")
-        log(f"{title}: loss {F.cross_entropy(logits, y_test):.3f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %")
+        log(f"{title}: loss {loss:.3f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %")
     return head(x_test).argmax(1).cpu()
 
 
